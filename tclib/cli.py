@@ -1,0 +1,248 @@
+"""The command line: `tclib run` does what `make demo` does; the rest are its parts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm.auto import tqdm
+
+from tclib.presets import Preset, load_preset, preset_names
+from tclib.runs import REPOSITORY, InputError, exclusive, new_file
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+EXECUTED = "notebooks"
+PROGRESS = "progress.json"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one sentence and status 2."""
+    try:
+        app()
+    except InputError as error:
+        typer.secho(f"tclib: {error}", err=True, fg="red")
+        raise SystemExit(2) from None
+
+
+PresetOption = Annotated[str, typer.Option(help="A file of notebooks/presets, without .yaml.")]
+SeedOption = Annotated[int | None, typer.Option(help="Another seed than the preset's.")]
+RunsOption = Annotated[Path | None, typer.Option(help="Where runs go; data/runs by default.")]
+
+
+@app.command()
+def run(
+    preset: PresetOption = "demo",
+    from_: Annotated[str | None, typer.Option("--from", help="First notebook, by number.")] = None,
+    only: Annotated[str | None, typer.Option(help="This notebook alone, by number.")] = None,
+    seed: SeedOption = None,
+    runs_dir: RunsOption = None,
+    fresh: Annotated[bool, typer.Option(help="Delete the preset's earlier run first.")] = False,
+) -> None:
+    """Run the notebooks in order at a preset.
+
+    After a failure, the same command goes on from the notebook that failed. What a notebook finds
+    already made from the same parameters, it loads.
+    """
+    from tclib.pipeline import check_ready
+
+    chosen = load_preset(preset, seed, runs_dir)
+    check_ready(chosen)
+    with exclusive(chosen.folder):
+        if fresh:
+            _delete_runs(chosen)
+        notebooks = _selected(from_ or _failed_at(chosen), only)
+        parameters = {"preset": preset, "runs_dir": str(chosen.runs_dir)}
+        if seed is not None:
+            parameters["seed"] = str(seed)
+        _execute_all(chosen, notebooks, parameters)
+    _print_results(chosen)
+
+
+def _delete_runs(preset: Preset) -> None:
+    from tclib.pipeline import companion
+
+    for one in (preset, *(companion(preset, name) for name in preset.companions)):
+        shutil.rmtree(one.folder, ignore_errors=True)
+
+
+def _selected(first: str | None, only: str | None) -> list[Path]:
+    """The notebooks to run. Errors: `InputError` for a number that no notebook has."""
+    every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    numbers = [path.name[:2] for path in every]
+    for option, value in (("--from", first), ("--only", only)):
+        if value is not None and value not in numbers:
+            raise InputError(f"{option} {value}: expected one of {', '.join(numbers)}")
+    if only is not None:
+        return [every[numbers.index(only)]]
+    return every[numbers.index(first) if first else 0 :]
+
+
+def _failed_at(preset: Preset) -> str | None:
+    """The number of the notebook at which the last run stopped, if it failed."""
+    path = preset.folder / PROGRESS
+    if not path.is_file():
+        return None
+    failed = str(json.loads(path.read_text())["failed"])
+    typer.echo(f"The last run failed in notebook {failed}: going on from there.")
+    return failed
+
+
+def _execute_all(preset: Preset, notebooks: list[Path], parameters: dict[str, str]) -> None:
+    progress = tqdm(notebooks, desc=f"preset {preset.name}", unit="notebook")
+    for notebook in progress:
+        progress.set_postfix_str(notebook.stem)
+        try:
+            _execute(notebook, preset.folder / EXECUTED / notebook.name, parameters)
+        except Exception:
+            with new_file(preset.folder / PROGRESS) as path:
+                path.write_text(json.dumps({"failed": notebook.name[:2]}))
+            raise
+    (preset.folder / PROGRESS).unlink(missing_ok=True)
+
+
+def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
+    """Run one notebook through papermill. Errors: `InputError` with the failing cell's message."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    values = {name: int(v) if name == "seed" else v for name, v in parameters.items()}
+    try:
+        papermill.execute_notebook(
+            str(notebook), str(output), values, cwd=str(NOTEBOOKS), kernel_name="python3"
+        )
+    except PapermillExecutionError as error:
+        raise InputError(
+            f"{notebook.name} stopped: {error.ename}: {error.evalue} (see {output}); "
+            "run the same command again to go on from there"
+        ) from error
+
+
+def _print_results(preset: Preset) -> None:
+    figures = sorted(preset.folder.rglob("*.png"))
+    if figures:
+        typer.echo("\nFigures:")
+        for figure in figures:
+            typer.echo(f"  {figure}")
+    results = preset.folder / "07_results" / "results.md"
+    if results.is_file():
+        typer.echo(f"\nResults ({results.with_suffix('.csv')}):\n\n{results.read_text()}")
+
+
+@app.command()
+def presets() -> None:
+    """List the presets."""
+    for name in preset_names():
+        typer.echo(f"{name:16} {load_preset(name).description}")
+
+
+@app.command()
+def report(
+    preset: PresetOption = "demo", seed: SeedOption = None, runs_dir: RunsOption = None
+) -> None:
+    """Print where a run's figures are, and its results table."""
+    chosen = load_preset(preset, seed, runs_dir)
+    if not chosen.folder.is_dir():
+        raise InputError(f"{chosen.folder} does not exist: run `tclib run --preset {preset}` first")
+    _print_results(chosen)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(help="Folder for dictionaries and log.")],
+    preset: PresetOption = "demo",
+    layer: Annotated[int, typer.Option(help="Layer of the MLP.")] = 0,
+    kind: Annotated[
+        str, typer.Option(help="transcoder, sae_mlp_out or sae_mlp_in.")
+    ] = "transcoder",
+    activation: Annotated[str, typer.Option(help="relu or topk.")] = "relu",
+    l1: Annotated[float, typer.Option(help="λ, in units of the loss.")] = 0.0,
+    k: Annotated[int | None, typer.Option(help="Active features a token, for topk.")] = None,
+    expansion: Annotated[int, typer.Option(help="n_features over d_model.")] = 8,
+    loss: Annotated[str, typer.Option(help="paper or authors.")] = "authors",
+    skip: Annotated[bool, typer.Option(help="Add a linear path from input to output.")] = False,
+    seed: SeedOption = None,
+    runs_dir: RunsOption = None,
+) -> None:
+    """Train one dictionary on a preset's model and corpus, and print its evaluation."""
+    from tclib import pipeline
+    from tclib.evaluate import evaluate
+    from tclib.train import DictionarySpec
+    from tclib.train import train as train_dictionaries
+
+    chosen = load_preset(preset, seed, runs_dir)
+    spec = DictionarySpec(
+        kind=kind,  # type: ignore[arg-type]
+        layer=layer,
+        activation=activation,  # type: ignore[arg-type]
+        expansion=expansion,
+        l1_coefficient=l1,
+        k=k,
+        loss=loss,  # type: ignore[arg-type]
+        skip=skip,
+    )
+    pipeline.check_ready(chosen)
+    lm = pipeline.load_model(chosen)
+    lm.check_layer(layer)
+    corpus = pipeline.prepare_corpus(chosen, lm)
+    (dictionary,) = train_dictionaries(lm, corpus.train, [spec], chosen.transcoders.training, out)
+    table = evaluate(lm, {spec.name: dictionary}, corpus.evaluation, corpus.train).table
+    typer.echo(table.T.to_string(header=False))
+
+
+@app.command()
+def evaluate(
+    files: Annotated[list[Path], typer.Argument(help="Dictionaries (.safetensors).")],
+    preset: PresetOption = "demo",
+    seed: SeedOption = None,
+    runs_dir: RunsOption = None,
+) -> None:
+    """Evaluate saved dictionaries on a preset's held-out tokens, as CSV."""
+    from tclib import pipeline
+    from tclib.dictionary import Dictionary
+    from tclib.evaluate import evaluate as evaluate_dictionaries
+
+    chosen = load_preset(preset, seed, runs_dir)
+    dictionaries = {file.stem: Dictionary.load(file) for file in files}
+    pipeline.check_ready(chosen)
+    lm = pipeline.load_model(chosen)
+    corpus = pipeline.prepare_corpus(chosen, lm)
+    moved = {name: d.to(lm.device) for name, d in dictionaries.items()}
+    table = evaluate_dictionaries(lm, moved, corpus.evaluation, corpus.train).table
+    typer.echo(table.to_csv(index=False))
+
+
+@app.command("demo-model")
+def demo_model(
+    architecture: Annotated[str, typer.Argument(help="gpt2 or neox.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+) -> None:
+    """Train a bundled model again: half an hour on one core, and the committed bits come out."""
+    import torch
+
+    from tclib.demo import ModelTraining, train_model
+
+    torch.set_num_threads(1)  # sums in another order would give other bits
+    out.mkdir(parents=True, exist_ok=True)
+    typer.echo(json.dumps(train_model(ModelTraining(architecture), out), indent=2))
+
+
+@app.command()
+def smollm2() -> None:
+    """Load SmolLM2-135M and show that it compares years, one digit at a time."""
+    from tclib.lm import LanguageModel, next_digit_mass
+
+    lm = LanguageModel.load("smollm2")
+    typer.echo("Next-digit probability after 'The war lasted from the year 17d0 to the year 17':")
+    for digit in range(1, 10):
+        above, below = next_digit_mass(lm, digit)
+        typer.echo(f"  d = {digit}   at or above d: {above:.3f}   below d: {below:.3f}")
+
+
+if __name__ == "__main__":
+    main()

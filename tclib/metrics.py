@@ -1,0 +1,134 @@
+"""Every metric, defined once: pure functions of tensors, and sums for what does not fit in memory.
+
+BOS positions are left out of l0, fvu and firing frequencies (their activations are outliers that
+say nothing about text); they stay in the cross-entropy, where BOS predicts a document's first token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+LIVE_LOG10_FREQUENCY = -4.0
+
+
+def l0(feature_acts: Float[Tensor, "token n_features"]) -> float:
+    """Mean number of features with z > 0 a token."""
+    return float((feature_acts > 0).sum(-1).double().mean())
+
+
+def fvu(y: Float[Tensor, "token d_out"], reconstruction: Float[Tensor, "token d_out"]) -> float:
+    """Fraction of variance unexplained: Σ‖y − ŷ‖² / Σ‖y − ȳ‖², ȳ the mean over all tokens."""
+    y, reconstruction = y.double(), reconstruction.double()
+    return float((y - reconstruction).pow(2).sum() / (y - y.mean(0)).pow(2).sum())
+
+
+def next_token_losses(
+    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos_minus_1"]:
+    """−log p(next token) in nats at every position but the last."""
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+    )
+    return losses.view(len(tokens), -1)
+
+
+def kl_divergence(
+    logits: Float[Tensor, "batch pos d_vocab"], other: Float[Tensor, "batch pos d_vocab"]
+) -> Float[Tensor, "batch pos"]:
+    """KL(softmax(logits) ‖ softmax(other)) in nats at every position."""
+    log_p, log_q = logits.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def ce_recovered(ce: float, ce_original: float, ce_mean_ablated: float) -> float:
+    """(ce_mean_ablated − ce) / (ce_mean_ablated − ce_original): 1 is perfect, 0 is mean ablation."""
+    return (ce_mean_ablated - ce) / (ce_mean_ablated - ce_original)
+
+
+def log10_frequency(
+    n_fired: Int[Tensor, "n_features"], n_tokens: int
+) -> Float[Tensor, "n_features"]:
+    """log10 of the share of tokens on which a feature fires; −inf for one that never does."""
+    return (n_fired.double() / n_tokens).log10()
+
+
+def is_dead(n_fired: Int[Tensor, "n_features"]) -> Bool[Tensor, "n_features"]:
+    """Never fired on the evaluation set."""
+    return n_fired == 0
+
+
+def is_live(n_fired: Int[Tensor, "n_features"], n_tokens: int) -> Bool[Tensor, "n_features"]:
+    """log10 frequency above −4: fires more than once in 10,000 tokens."""
+    return log10_frequency(n_fired, n_tokens) > LIVE_LOG10_FREQUENCY
+
+
+@dataclass
+class ReconstructionSums:
+    """l0, fvu and firing counts over a stream of batches, in float64.
+
+    Uses Σ‖y − ȳ‖² = Σ‖y − c‖² − n‖ȳ − c‖², with c the first batch's mean against cancellation.
+    """
+
+    n_tokens: int = 0
+    n_active: int = 0
+    squared_error: float = 0.0
+    _shifted_square: float = 0.0
+    _shift: Tensor | None = None
+    _shifted_sum: Tensor | None = None
+    n_fired: Tensor | None = None
+
+    def add(
+        self,
+        y: Float[Tensor, "token d_out"],
+        reconstruction: Float[Tensor, "token d_out"],
+        feature_acts: Float[Tensor, "token n_features"],
+    ) -> None:
+        """Add a batch."""
+        y = y.double()
+        if self._shift is None or self._shifted_sum is None or self.n_fired is None:
+            self._shift = y.mean(0)
+            self._shifted_sum = torch.zeros_like(self._shift)
+            self.n_fired = torch.zeros_like(feature_acts[0], dtype=torch.int64)
+        shifted = y - self._shift
+        active = feature_acts > 0
+        self._shifted_sum += shifted.sum(0)
+        self._shifted_square += float(shifted.pow(2).sum())
+        self.squared_error += float((y - reconstruction.double()).pow(2).sum())
+        self.n_fired += active.sum(0)
+        self.n_active += int(active.sum())
+        self.n_tokens += len(y)
+
+    @property
+    def l0(self) -> float:
+        return self.n_active / self.n_tokens
+
+    @property
+    def fvu(self) -> float:
+        assert self._shifted_sum is not None
+        total = self._shifted_square - float(self._shifted_sum.pow(2).sum()) / self.n_tokens
+        return self.squared_error / total
+
+
+def bootstrap_means(
+    values: Float[np.ndarray, "row *columns"],
+    generator: np.random.Generator,
+    n_resamples: int = 2_000,
+) -> Float[np.ndarray, "resample *columns"]:
+    """Means over resampled rows. Rows, not tokens: tokens of one row are not independent."""
+    n_rows = len(values)
+    draws = (generator.integers(0, n_rows, n_rows) for _ in range(n_resamples))
+    return np.stack([values[draw].mean(0) for draw in draws])
+
+
+def interval(
+    means: Float[np.ndarray, "resample *columns"], level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval over resamples: (low, high)."""
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
+    return low, high

@@ -1,0 +1,279 @@
+"""The steps that the notebooks tell: each makes its artifact, or loads it if it is there already.
+
+    00_model_and_data          tokens
+    01_train_transcoders       one transcoder a layer, and its training log
+    02_sparsity_vs_faithfulness  the sweep of λ and the table behind Figure 3
+    07_results                 claim, paper, ours, verdict
+
+A step that lacks an earlier one makes it first, so every notebook can be opened by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from tclib import report
+from tclib.corpus import Corpus, build_corpus, check_disjoint
+from tclib.dictionary import Dictionary
+from tclib.evaluate import Evaluation, evaluate
+from tclib.lm import BUNDLED, LanguageModel, check_hub_reachable, locate
+from tclib.presets import Preset, load_preset
+from tclib.runs import (
+    MANIFEST,
+    InputError,
+    Step,
+    exclusive,
+    is_current,
+    new_file,
+    read_manifest,
+    record_extra,
+    write_manifest,
+)
+from tclib.tasks import GreaterThan, mean_probability_difference
+from tclib.train import LOG, DictionarySpec, TrainingConfig, train
+
+DATA_STEP = "00_model_and_data"
+TRANSCODERS_STEP = "01_train_transcoders"
+SWEEP_STEP = "02_sparsity_vs_faithfulness"
+RESULTS_STEP = "07_results"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Trained dictionaries by name, their training log, and where they lie."""
+
+    dictionaries: dict[str, Dictionary]
+    log: pd.DataFrame
+    step: Step
+
+
+def load_model(preset: Preset) -> LanguageModel:
+    """The preset's language model, in float32 on the best device."""
+    return LanguageModel.load(preset.model)
+
+
+def check_ready(preset: Preset) -> None:
+    """Raise `InputError`, before anything is written, if the model or the corpus cannot be had."""
+    locate(preset.model)
+    corpus_here = (preset.step(DATA_STEP).folder / MANIFEST).is_file()
+    source = preset.corpus.source
+    if preset.corpus.kind == "huggingface" and not corpus_here and not Path(source).exists():
+        check_hub_reachable(f"dataset {source!r} is streamed from the Hugging Face hub")
+
+
+# ---------------------------------------------------------------------------------------------
+# 00: tokens
+
+
+def prepare_corpus(preset: Preset, lm: LanguageModel) -> Corpus:
+    """The preset's rows of tokens, built once and then read from the step's folder."""
+    step = preset.step(DATA_STEP)
+    parameters = {"model": preset.model, "corpus": asdict(preset.corpus)}
+
+    def make() -> Mapping[str, Any]:
+        corpus = build_corpus(preset.corpus, lm)
+        check_disjoint(corpus.train, corpus.evaluation)
+        for name in ("train", "evaluation"):
+            with new_file(step.folder / f"{name}.npy") as path, open(path, "wb") as file:
+                np.save(file, getattr(corpus, name).numpy(), allow_pickle=False)
+        return corpus.summary()
+
+    ensure(step, parameters, {}, make)
+    return Corpus(_rows(step, "train"), _rows(step, "evaluation"), lm.bos_id)
+
+
+def _rows(step: Step, name: str) -> torch.Tensor:
+    # Copy on write: torch wants a writable array, and nothing must reach the file.
+    return torch.from_numpy(np.load(step.folder / f"{name}.npy", mmap_mode="c"))
+
+
+def demo_world_card(preset: Preset) -> dict[str, Any]:
+    """What a bundled model was trained on, its held-out loss, and the language's entropy bound."""
+    return json.loads((BUNDLED[preset.model] / "card.json").read_text())
+
+
+def save_table(table: pd.DataFrame, step: Step, name: str) -> pd.DataFrame:
+    """Write `<name>.csv` into the step's folder and its manifest; return the table."""
+    with new_file(step.folder / f"{name}.csv") as path:
+        table.to_csv(path, index=False)
+    record_extra(step, step.folder / f"{name}.csv")
+    return table
+
+
+# ---------------------------------------------------------------------------------------------
+# 01: one transcoder a layer
+
+
+def train_transcoders(preset: Preset, lm: LanguageModel, corpus: Corpus) -> Trained:
+    """Notebook 01: transcoders of all layers of the preset, from one harvest."""
+    config = preset.transcoders
+    return _trained(preset, TRANSCODERS_STEP, lm, corpus, config.specs(lm), config.training)
+
+
+def evaluate_transcoders(
+    preset: Preset, lm: LanguageModel, corpus: Corpus, trained: Trained
+) -> Evaluation:
+    """Notebook 01's table: each layer's transcoder in its MLP's place."""
+    return _evaluated(preset, f"{TRANSCODERS_STEP}_evaluation", lm, corpus, trained)
+
+
+# ---------------------------------------------------------------------------------------------
+# 02: the sweep
+
+
+def train_sweep(preset: Preset, lm: LanguageModel, corpus: Corpus) -> Trained:
+    """Notebook 02: transcoders and SAEs of one layer over several λ, from one harvest."""
+    lm.check_layer(preset.sweep.layer)
+    return _trained(preset, SWEEP_STEP, lm, corpus, preset.sweep.specs(), preset.sweep.training)
+
+
+def evaluate_sweep(
+    preset: Preset, lm: LanguageModel, corpus: Corpus, trained: Trained
+) -> Evaluation:
+    """The table behind Figure 3, with each dictionary's λ."""
+    evaluation = _evaluated(preset, f"{SWEEP_STEP}_evaluation", lm, corpus, trained)
+    l1 = {spec.name: spec.l1_coefficient for spec in preset.sweep.specs()}
+    table = evaluation.table.assign(l1_coefficient=evaluation.table["name"].map(l1))
+    return Evaluation(table, evaluation.row_ce)
+
+
+def run_sweeps(preset: Preset) -> dict[str, Evaluation]:
+    """Everything that Figure 3 needs, made or loaded: this preset's sweep and its companions'."""
+    presets = [preset, *(companion(preset, name) for name in preset.companions)]
+    return {f"{p.model}, layer {p.sweep.layer}": _run_sweep(p) for p in presets}
+
+
+def companion(preset: Preset, name: str) -> Preset:
+    """Preset `name` with this preset's seed and folder of runs."""
+    own_seed = load_preset(name).seed
+    seed = None if preset.seed == own_seed else preset.seed
+    return load_preset(name, seed, preset.runs_dir)
+
+
+def _run_sweep(preset: Preset) -> Evaluation:
+    lm = load_model(preset)
+    corpus = prepare_corpus(preset, lm)
+    return evaluate_sweep(preset, lm, corpus, train_sweep(preset, lm, corpus))
+
+
+# ---------------------------------------------------------------------------------------------
+# Making a step once
+
+
+def ensure(
+    step: Step,
+    parameters: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    make: Callable[[], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Call `make` unless the step is there already; return its manifest.
+
+    `make` writes its outputs into step.folder, each of them whole or not at all, and returns a
+    summary for the manifest, which is written last. Errors: `InputError` if the folder holds the
+    step made from other parameters or inputs: nothing is overwritten.
+    """
+    if (step.folder / MANIFEST).is_file():
+        if is_current(step, parameters, inputs):
+            return read_manifest(step)
+        raise InputError(
+            f"{step.folder} was made with other parameters or inputs: keep it by choosing another "
+            f"runs_dir, or make it anew with `tclib run --preset {step.preset} --fresh`"
+        )
+    began = time.perf_counter()
+    summary = make()
+    write_manifest(step, parameters, inputs, time.perf_counter() - began, summary=summary)
+    return read_manifest(step)
+
+
+def _trained(
+    preset: Preset,
+    step_name: str,
+    lm: LanguageModel,
+    corpus: Corpus,
+    specs: list[DictionarySpec],
+    training: TrainingConfig,
+) -> Trained:
+    step = preset.step(step_name)
+    parameters = {"specs": [asdict(spec) for spec in specs], "training": asdict(training)}
+    inputs = {"model": preset.model, "corpus": corpus.content_hash}
+
+    def make() -> Mapping[str, Any]:
+        train(lm, corpus.train, specs, training, step.folder)
+        return {"n_dictionaries": len(specs)}
+
+    ensure(step, parameters, inputs, make)
+    dictionaries = {
+        spec.name: Dictionary.load(step.folder / f"{spec.name}.safetensors", step.remedy).to(
+            lm.device
+        )
+        for spec in specs
+    }
+    return Trained(dictionaries, pd.read_csv(step.folder / LOG), step)
+
+
+def _evaluated(
+    preset: Preset, step_name: str, lm: LanguageModel, corpus: Corpus, trained: Trained
+) -> Evaluation:
+    step = preset.step(step_name)
+    manifest = read_manifest(trained.step)
+    inputs = {"corpus": corpus.content_hash, **manifest["outputs"]}
+    inputs.pop(LOG, None)
+
+    def make() -> Mapping[str, Any]:
+        with exclusive(step.folder):
+            evaluation = evaluate(lm, trained.dictionaries, corpus.evaluation, corpus.train)
+        for name, frame in (("table", evaluation.table), ("row_ce", evaluation.row_ce)):
+            with new_file(step.folder / f"{name}.csv") as path:
+                frame.to_csv(path, index=False)
+        return {"n_dictionaries": len(trained.dictionaries)}
+
+    ensure(step, {"n_eval_rows": len(corpus.evaluation)}, inputs, make)
+    return Evaluation(
+        pd.read_csv(step.folder / "table.csv"), pd.read_csv(step.folder / "row_ce.csv")
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# 07: results
+
+
+def make_results(preset: Preset) -> pd.DataFrame:
+    """Claim, paper, ours, verdict, from the artifacts of the earlier steps (made where missing)."""
+    lm = load_model(preset)
+    corpus = prepare_corpus(preset, lm)
+    layers = evaluate_transcoders(preset, lm, corpus, train_transcoders(preset, lm, corpus))
+    lines = [
+        report.sweep_claim(title, evaluation) for title, evaluation in run_sweeps(preset).items()
+    ]
+    lines += [report.layer_claim(layers), report.dead_feature_claim(layers)]
+    if preset.corpus.kind == "demo":
+        difference = mean_probability_difference(lm, GreaterThan.of(lm))
+        lines.append(report.greater_than_claim(difference, preset.model))
+    table = report.results_table(lines)
+    _save_results(preset, table)
+    return table
+
+
+def _save_results(preset: Preset, table: pd.DataFrame) -> None:
+    step = preset.step(RESULTS_STEP)
+    with new_file(step.folder / "results.csv") as path:
+        table.to_csv(path, index=False)
+    with new_file(step.folder / "results.md") as path:
+        path.write_text(markdown(table))
+    sources = {name: str(preset.step(name).folder) for name in (TRANSCODERS_STEP, SWEEP_STEP)}
+    write_manifest(step, {"n_claims": len(table)}, sources, 0.0)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown."""
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)

@@ -1,0 +1,147 @@
+"""Presets: everything that a run of the notebooks depends on, in one YAML file each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from tclib.corpus import CorpusConfig
+from tclib.dictionary import Activation
+from tclib.lm import LanguageModel
+from tclib.objective import Loss
+from tclib.runs import DATA, REPOSITORY, InputError, Step
+from tclib.train import DictionarySpec, TrainingConfig
+
+PRESETS = REPOSITORY / "notebooks" / "presets"
+_STRICT = ConfigDict(extra="forbid")  # a misspelt key is an error
+
+
+@dataclass(frozen=True)
+class TranscodersConfig:
+    """Notebook 01: one transcoder a layer."""
+
+    __pydantic_config__ = _STRICT
+
+    layers: tuple[int, ...] | None = None  # None: all
+    activation: Activation = "relu"
+    expansion: int = 32
+    l1_coefficient: float = 0.0
+    k: int | None = None
+    loss: Loss = "authors"
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def specs(self, lm: LanguageModel) -> list[DictionarySpec]:
+        """The dictionaries to train. Errors: `InputError` for a layer out of range."""
+        layers = range(lm.n_layers) if self.layers is None else self.layers
+        return [
+            DictionarySpec(
+                kind="transcoder",
+                layer=lm.check_layer(layer),
+                activation=self.activation,
+                expansion=self.expansion,
+                l1_coefficient=self.l1_coefficient,
+                k=self.k,
+                loss=self.loss,
+            )
+            for layer in layers
+        ]
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Notebook 02: transcoders and SAEs of one layer over several λ (paper Figure 3)."""
+
+    __pydantic_config__ = _STRICT
+
+    layer: int
+    transcoder_l1: tuple[float, ...]
+    sae_mlp_out_l1: tuple[float, ...]
+    expansion: int = 32
+    loss: Loss = "authors"
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def specs(self) -> list[DictionarySpec]:
+        """The dictionaries to train, transcoders first."""
+        pairs = [("transcoder", l1) for l1 in self.transcoder_l1]
+        pairs += [("sae_mlp_out", l1) for l1 in self.sae_mlp_out_l1]
+        return [
+            DictionarySpec(
+                kind=kind,  # type: ignore[arg-type]
+                layer=self.layer,
+                expansion=self.expansion,
+                l1_coefficient=l1,
+                loss=self.loss,
+            )
+            for kind, l1 in pairs
+        ]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A whole run: model, corpus, what notebooks 01 and 02 train, and where it all goes."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    description: str
+    model: str
+    corpus: CorpusConfig
+    transcoders: TranscodersConfig
+    sweep: SweepConfig
+    companions: tuple[str, ...] = ()  # presets whose sweep notebook 02 draws beside this one's
+    seed: int = 42
+    runs_dir: Path = DATA / "runs"
+
+    @property
+    def folder(self) -> Path:
+        return self.runs_dir / self.name
+
+    def step(self, name: str) -> Step:
+        """Where step `name` of this run lives."""
+        return Step(self.name, name, self.folder / name)
+
+
+def preset_names() -> list[str]:
+    """The presets that notebooks/presets holds."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_preset(name: str, seed: int | None = None, runs_dir: str | Path | None = None) -> Preset:
+    """Read and check a preset; `seed`, where given, acts on the corpus and on all training.
+
+    A run with another seed than the preset's own has a folder of its own, `<name>-seed<seed>`.
+    Errors: `InputError` for an unknown preset, an unknown key or a value out of range.
+    """
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        raise InputError(f"unknown preset {name!r}: expected one of {', '.join(preset_names())}")
+    preset = _parse(yaml.safe_load(path.read_text()), name)
+    if seed is not None and seed != preset.seed:
+        preset = replace(preset, seed=seed, name=f"{name}-seed{seed}")
+    if runs_dir:
+        preset = replace(preset, runs_dir=Path(runs_dir).expanduser().resolve())
+    return _seeded(preset)
+
+
+def _parse(values: dict[str, Any], name: str) -> Preset:
+    try:
+        return TypeAdapter(Preset).validate_python({"name": name, **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"preset {name!r}, {where}: {first['msg']}") from error
+
+
+def _seeded(preset: Preset) -> Preset:
+    """The preset with its one seed handed to everything that draws."""
+    transcoders, sweep = preset.transcoders, preset.sweep
+    return replace(
+        preset,
+        corpus=replace(preset.corpus, seed=preset.seed),
+        transcoders=replace(transcoders, training=replace(transcoders.training, seed=preset.seed)),
+        sweep=replace(sweep, training=replace(sweep.training, seed=preset.seed)),
+    )
