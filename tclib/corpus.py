@@ -234,8 +234,8 @@ def _docstrings(file: Path) -> Iterator[str]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
         if isinstance(node, documented):
-            text = ast.get_docstring(node)
-            if text and len(text) >= MIN_DOCSTRING_CHARACTERS:
+            text = (ast.get_docstring(node) or "").strip()
+            if len(text) >= MIN_DOCSTRING_CHARACTERS:
                 yield text
 
 

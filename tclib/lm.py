@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tclib.runs import DATA, InputError
@@ -160,7 +161,7 @@ class LanguageModel:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(location)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(
                 f"model {name!r} could not be read from {location} ({_first_line(error)}): "
                 "is the folder a complete Hugging Face model?"

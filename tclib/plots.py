@@ -9,7 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from tclib.runs import Step, record_extra
 
@@ -28,6 +30,7 @@ def save_figure(figure: Figure, step: Step, name: str) -> Figure:
         path = step.folder / f"{name}.{suffix}"
         figure.savefig(path, dpi=SAVED_DPI, bbox_inches="tight")
         record_extra(step, path)
+    plt.close(figure)  # or a notebook would show it twice
     return figure
 
 
@@ -43,7 +46,7 @@ def sparsity_faithfulness(
     """
     n_panels = len(tables) + (paper is not None)
     figure, axes = plt.subplots(
-        1, n_panels, figsize=(5.2 * n_panels, 4.4), squeeze=False, layout="constrained"
+        1, n_panels, figsize=(5.2 * n_panels, 4.6), squeeze=False, layout="constrained"
     )
     for axis, (title, table) in zip(axes[0], tables.items(), strict=False):
         _pareto_panel(axis, table)
@@ -59,71 +62,64 @@ def sparsity_faithfulness(
 
 
 def _pareto_panel(axis: Axes, table: pd.DataFrame) -> None:
+    exponent = int(np.floor(np.log10(table["l1_coefficient"].min())))
     for kind, points in table.groupby("kind", sort=False):
         points = points.sort_values("l0")
-        axis.plot(points["l0"], points["ce"], markersize=6, linewidth=1.3, **KIND_STYLE[str(kind)])
+        style = KIND_STYLE[str(kind)]
+        axis.plot(points["l0"], points["ce"], markersize=5, linewidth=1.3, **style)
         if "ce_increase_low" in points:
-            bounds = points[["ce_increase_low", "ce_increase_high"]].add(
-                points["ce_original"], axis=0
-            )
-            errors = np.abs(bounds.to_numpy().T - points["ce"].to_numpy())
-            axis.errorbar(
-                points["l0"],
-                points["ce"],
-                yerr=errors,
-                fmt="none",
-                ecolor=KIND_STYLE[str(kind)]["color"],
-                capsize=2,
-                linewidth=0.8,
-            )
-        _label_l1(axis, points, above=kind != "transcoder")
-    axis.set_xlabel("L0 (mean active features a token)")
-    axis.set_ylabel("Cross-entropy with the MLP replaced (nats a token)")
+            _error_bars(axis, points, style["color"])
+        others = table[table["kind"] != kind].sort_values("l0")
+        _label_l1(axis, points, others, exponent, style["color"])
+    axis.set_xlabel(f"L0 (mean active features a token); labels: λ / 10$^{{{exponent}}}$")
+    axis.set_ylabel("CE with the MLP replaced (nats a token)")
     axis.grid(alpha=0.25)
 
 
-def _label_l1(axis: Axes, points: pd.DataFrame, above: bool) -> None:
-    """Each point's λ, above the SAEs' and below the transcoders' so that the two never collide."""
-    for point in points.itertuples():
+def _error_bars(axis: Axes, points: pd.DataFrame, colour: str) -> None:
+    bounds = points[["ce_increase_low", "ce_increase_high"]].add(points["ce_original"], axis=0)
+    errors = np.abs(bounds.to_numpy().T - points["ce"].to_numpy())
+    axis.errorbar(
+        points["l0"], points["ce"], errors, fmt="none", ecolor=colour, capsize=2, linewidth=0.8
+    )
+
+
+def _label_l1(
+    axis: Axes, points: pd.DataFrame, others: pd.DataFrame, exponent: int, colour: str
+) -> None:
+    """Each point's λ, on the side that faces away from the other kind's curve."""
+    for l0, ce, l1 in points[["l0", "ce", "l1_coefficient"]].to_numpy():
+        is_above = ce >= np.interp(l0, others["l0"], others["ce"])
         axis.annotate(
-            f"{point.l1_coefficient:.2g}",
-            (point.l0, point.ce),
+            f"{l1 / 10.0**exponent:.3g}",
+            (l0, ce),
             textcoords="offset points",
-            xytext=(6, 7) if above else (-6, -7),
-            ha="left" if above else "right",
-            va="bottom" if above else "top",
-            fontsize=7,
-            color="0.35",
+            xytext=(5, 5) if is_above else (-5, -5),
+            ha="left" if is_above else "right",
+            va="bottom" if is_above else "top",
+            fontsize=8,
+            color=colour,
             annotation_clip=True,
         )
 
 
 def _draw_baselines(axis: Axes, table: pd.DataFrame) -> None:
-    """The original model as a line; mean ablation as a line where it fits, else as a note."""
+    """The original model as a line; mean ablation as a note, since it is far off the axis."""
     original, ablated = table["ce_original"].iloc[0], table["ce_mean_ablated"].iloc[0]
+    span = table["ce"].max() - original
     axis.axhline(original, color="0.2", linewidth=1, linestyle="--")
-    top = table["ce"].max()
-    span = top - original
-    axis.set_ylim(original - 0.16 * span, top + 0.25 * span)
-    axis.text(
-        0.02,
-        original,
-        f"original model {original:.3f}",
-        transform=axis.get_yaxis_transform(),
-        va="top",
-        fontsize=8,
-        color="0.2",
-    )
-    axis.text(
-        0.02,
-        0.98,
-        f"MLP mean-ablated: {ablated:.3f} (off the axis)" if ablated > top + 0.25 * span else "",
-        transform=axis.transAxes,
-        va="top",
-        fontsize=8,
-        color="0.2",
-    )
+    axis.set_ylim(original - 0.2 * span, table["ce"].max() + 0.3 * span)
     axis.set_xlim(left=0, right=table["l0"].max() * 1.12)
+    axis.annotate(
+        f"original model {original:.3f}, MLP mean-ablated {ablated:.3f}",
+        (0.02, original),
+        xycoords=axis.get_yaxis_transform(),
+        textcoords="offset points",
+        xytext=(0, -6),
+        va="top",
+        fontsize=8,
+        color="0.2",
+    )
 
 
 def training_curves(
@@ -131,7 +127,7 @@ def training_curves(
 ) -> Figure:
     """The training log: one panel a quantity, one line a dictionary, over millions of tokens."""
     labels = {
-        "loss": "Training loss",
+        "loss": "Loss of the batch",
         "l0": "L0 (features a token)",
         "fvu": "FVU",
         "dead_share": "Share of dead features",
@@ -150,8 +146,11 @@ def training_curves(
         axis.set_xlabel("Training tokens (millions)")
         axis.set_ylabel(labels[column])
         axis.grid(alpha=0.25)
-        if column in ("loss", "fvu"):
+        if column != "dead_share":
             axis.set_yscale("log")
+        else:
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axis.set_ylim(0, max(0.01, 1.1 * log[column].max()))
     handles, texts = axes[0].get_legend_handles_labels()
     figure.legend(
         handles,
@@ -170,7 +169,7 @@ def layer_faithfulness(table: pd.DataFrame) -> Figure:
     panels = {
         "l0": "L0 (features a token)",
         "fvu": "FVU",
-        "ce_recovered": "CE recovered (1: original, 0: mean-ablated)",
+        "ce_recovered": "Share of CE recovered",
     }
     for axis, (column, label) in zip(axes, panels.items(), strict=True):
         bars = axis.bar(table["layer"].astype(str), table[column], color="#0072B2")
@@ -184,7 +183,9 @@ def layer_faithfulness(table: pd.DataFrame) -> Figure:
 def probability_heatmap(probabilities: np.ndarray, title: str) -> Figure:
     """p(second year | first year): rows are the prompt's YY, columns the predicted YY."""
     figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
-    image = axis.imshow(probabilities, origin="lower", cmap="viridis", vmin=0, aspect="auto")
+    # A square-root-like scale: late first years leave few answers, which share all the mass.
+    scale = PowerNorm(0.4, vmin=0)
+    image = axis.imshow(probabilities, origin="lower", cmap="viridis", norm=scale, aspect="auto")
     axis.plot([0, 99], [0, 99], color="white", linewidth=0.8, linestyle="--")
     axis.set_xlabel("Predicted second year YY")
     axis.set_ylabel("First year YY in the prompt")

@@ -11,6 +11,7 @@ from tclib.metrics import bootstrap_means, interval
 from tclib.runs import paper_table
 
 N_GAP_POINTS = 5
+_CLAUSES = {"transcoder": "transcoders better", "SAE": "SAEs better", "tie": "no difference"}
 
 
 def paper_sweep() -> pd.DataFrame:
@@ -77,7 +78,7 @@ def who_wins(gaps: pd.DataFrame) -> str:
     parts = []
     for winner, group in gaps.groupby("winner", sort=False):
         values = ", ".join(f"{l0:.3g}" for l0 in group["l0"])
-        parts.append(f"{winner} at L0 {values}")
+        parts.append(f"{_CLAUSES[str(winner)]} at L0 {values}")
     return "; ".join(parts)
 
 
@@ -89,7 +90,7 @@ def sweep_caption(sweeps: dict[str, Evaluation]) -> str:
     table = next(iter(sweeps.values())).table
     return (
         "**Figure 3.** Cross-entropy with one MLP replaced, against L0; labels are λ in the authors' "
-        "units, bars 95 % intervals paired by row of the corpus. "
+        "units (a power of ten is in the axis label), bars 95 % intervals paired by row of the corpus. "
         "*Paper:* transcoders equal or better everywhere; at equal L0 the published Pythia-410M "
         f"points give SAE − transcoder {published.min():+.4f} to {published.max():+.4f} nats. "
         f"*Ours:* {ours}. "
@@ -102,9 +103,8 @@ def sweep_caption(sweeps: dict[str, Evaluation]) -> str:
 
 def layer_caption(evaluation: Evaluation) -> str:
     """The caption of notebook 01's figure (Markdown)."""
-    table = evaluation.table
-    best = table.loc[table["ce_recovered"].idxmax()]
-    worst = table.loc[table["ce_recovered"].idxmin()]
+    table = evaluation.table.sort_values("ce_recovered")
+    worst, best = table.iloc[0], table.iloc[-1]
     return (
         "**One transcoder a layer.** *Paper:* twelve GPT-2 transcoders were published; their CE one "
         "layer at a time was not. *Ours:* L0 "

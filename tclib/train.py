@@ -337,18 +337,19 @@ class _Run:
     @torch.no_grad()
     def carry_out(self) -> list[Dictionary]:
         """Train from the start or from the checkpoint, save everything, return the dictionaries."""
-        first_block: Block | None = None
         checkpoint = self.folder / CHECKPOINT
         resumed = load_tensors(checkpoint, self.remedy) if checkpoint.exists() else None
         if resumed is not None:
             self._check_fingerprint(checkpoint, resumed[1])
         tracker = open_tracker(self.config.track, self.folder, asdict(self.config))
         try:
-            if resumed is None:
-                first_block = self.harvest.block(0)
+            first_block = self.harvest.block(0) if resumed is None else None
             self._make_trainers(first_block)
             start = 0 if resumed is None else self._restore(*resumed)
-            self._loop(start, first_block, tracker)
+            del resumed
+            blocks = _BlockHolder(self.harvest, first_block)
+            del first_block  # the holder frees it
+            self._loop(start, tracker, blocks)
         finally:
             tracker.close()
         return self._save_finished(checkpoint)
@@ -383,8 +384,7 @@ class _Run:
 
     # -- the loop ---------------------------------------------------------------------------
 
-    def _loop(self, start: int, first_block: Block | None, tracker: Tracker) -> None:
-        block, block_idx = first_block, 0 if first_block is not None else -1
+    def _loop(self, start: int, tracker: Tracker, blocks: _BlockHolder) -> None:
         meter = _Meter()
         progress = tqdm(
             range(start, self.config.n_steps),
@@ -394,12 +394,7 @@ class _Run:
             unit="step",
         )
         for step in progress:
-            if step // self.steps_per_block != block_idx:
-                block = None  # frees the old block before the new one is made
-                block_idx = step // self.steps_per_block
-                block = self.harvest.block(block_idx)
-            assert block is not None
-            rows = self._batch(step)
+            block, rows = blocks.get(step // self.steps_per_block), self._batch(step)
             results = [self._step(trainer, block, rows, step) for trainer in self.trainers]
             checkpoint_due = (step + 1) % self.config.checkpoint_every_steps == 0
             last = step + 1 == self.config.n_steps
@@ -407,6 +402,7 @@ class _Run:
                 self._report(step, results, block, rows, meter, tracker, progress)
             if checkpoint_due and not last:
                 self._checkpoint(step + 1)
+            del block  # or the next block would be made while this one is still held
 
     def _batch(self, step: int) -> slice:
         start = (step % self.steps_per_block) * self.config.batch_size
@@ -467,6 +463,22 @@ class _Run:
             trainer.load_state(own)
         _truncate_log(self.folder / LOG, metadata["step"])
         return int(metadata["step"])
+
+
+class _BlockHolder:
+    """The one block that is in memory: an old one is freed before the next is made."""
+
+    def __init__(self, harvest: Harvest, first_block: Block | None) -> None:
+        self._harvest = harvest
+        self._block = first_block
+        self._block_idx = 0 if first_block is not None else -1
+
+    def get(self, block_idx: int) -> Block:
+        if block_idx != self._block_idx or self._block is None:
+            self._block = None
+            self._block = self._harvest.block(block_idx)
+            self._block_idx = block_idx
+        return self._block
 
 
 class _Meter:

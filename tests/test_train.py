@@ -147,14 +147,14 @@ def test_the_log_has_a_line_a_dictionary_and_logged_step(uninterrupted: Path) ->
 
 
 def test_auxk_revives_dead_features(tmp_path: Path) -> None:
-    config = replace(CONFIG, n_tokens=64 * 400, dead_after_tokens=300)
-    spec = DictionarySpec("transcoder", 1, "topk", expansion=16, k=1, auxk_k=16)
+    config = replace(CONFIG, n_tokens=64 * 400, dead_after_tokens=1000, learning_rate=1e-2)
+    spec = DictionarySpec("transcoder", 1, "topk", expansion=16, k=4, auxk_k=16)
     shares = []
     for coefficient in (0.0, 1.0):
         folder = tmp_path / f"aux{coefficient}"
         train(tiny_lm(), ROWS, [replace(spec, auxk_coefficient=coefficient)], config, folder)
         shares.append(pd.read_csv(folder / LOG)["dead_share"].iloc[-1])
-    assert shares[1] < shares[0]
+    assert shares[1] < 0.95 * shares[0]
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:

