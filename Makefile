@@ -25,7 +25,7 @@ check: .venv/.complete  ## style and types
 	$(BIN)/mypy
 
 notebooks: .venv/.complete  ## execute the notebooks in place, as they are committed
-	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	TCLIB_QUIET=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	    --ExecutePreprocessor.record_timing=False notebooks/[0-9][0-9]_*.ipynb
 
 # torch comes first and by itself, so that no other package can choose another build of it.

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm.auto import tqdm
 
 from tclib.presets import Preset, load_preset, preset_names
+from tclib.progress import progress
 from tclib.runs import REPOSITORY, InputError, exclusive, new_file
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -93,9 +93,9 @@ def _failed_at(preset: Preset) -> str | None:
 
 
 def _execute_all(preset: Preset, notebooks: list[Path], parameters: dict[str, str]) -> None:
-    progress = tqdm(notebooks, desc=f"preset {preset.name}", unit="notebook")
-    for notebook in progress:
-        progress.set_postfix_str(notebook.stem)
+    bar = progress(notebooks, f"preset {preset.name}", unit="notebook")
+    for notebook in bar:
+        bar.set_postfix_str(notebook.stem)
         try:
             _execute(notebook, preset.folder / EXECUTED / notebook.name, parameters)
         except Exception:
@@ -170,9 +170,12 @@ def train(
     runs_dir: RunsOption = None,
 ) -> None:
     """Train one dictionary on a preset's model and corpus, and print its evaluation."""
+    import pandas as pd
+
     from tclib import pipeline
     from tclib.evaluate import evaluate
-    from tclib.train import DictionarySpec
+    from tclib.plots import SAVED_DPI, training_curves
+    from tclib.train import LOG, DictionarySpec
     from tclib.train import train as train_dictionaries
 
     chosen = load_preset(preset, seed, runs_dir)
@@ -191,6 +194,7 @@ def train(
     lm.check_layer(layer)
     corpus = pipeline.prepare_corpus(chosen, lm)
     (dictionary,) = train_dictionaries(lm, corpus.train, [spec], chosen.transcoders.training, out)
+    training_curves(pd.read_csv(out / LOG)).savefig(out / "training_curves.png", dpi=SAVED_DPI)
     table = evaluate(lm, {spec.name: dictionary}, corpus.evaluation, corpus.train).table
     typer.echo(table.T.to_string(header=False))
 

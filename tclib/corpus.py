@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tclib import demo
 from tclib.lm import LanguageModel, check_hub_reachable
 from tclib.packing import pack
+from tclib.progress import progress
 from tclib.runs import InputError
 
 CorpusKind = Literal["demo", "text", "docstrings", "huggingface"]
@@ -165,8 +165,8 @@ def _pack_split(
     splits: _Splits, split: Any, n_rows: int, config: CorpusConfig, lm: LanguageModel
 ) -> Int[Tensor, "row pos"]:
     ids = _token_ids(splits.documents(split), lm)
-    progress = tqdm(ids, desc=f"{config.kind} {split}", unit="doc", leave=False)
-    rows = pack(progress, config.n_ctx, lm.bos_id, n_rows)
+    encoded = progress(ids, f"{config.kind} {split}", unit="doc", leave=False)
+    rows = pack(encoded, config.n_ctx, lm.bos_id, n_rows)
     order = np.random.default_rng(config.seed).permutation(len(rows))
     return torch.from_numpy(rows[order])
 

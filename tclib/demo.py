@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 
 from tclib.packing import pack
+from tclib.progress import progress
 from tclib.runs import InputError
 
 T = TypeVar("T")
@@ -1056,15 +1056,15 @@ def train_model(config: ModelTraining, folder: Path) -> dict[str, float]:
         optimizer, lambda s: _learning_rate_share(s, config)
     )
     rows = _token_rows(config.seed, config.n_steps * config.rows_per_step, config.n_ctx, ids)
-    progress = tqdm(rows.split(config.rows_per_step), desc=f"demo {config.architecture}")
-    for batch in progress:
+    bar = progress(rows.split(config.rows_per_step), f"demo {config.architecture}")
+    for batch in bar:
         loss = _next_token_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}")
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     pairs = held_out_pairs(config.n_ctx)

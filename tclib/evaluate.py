@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tclib import metrics
 from tclib.corpus import check_disjoint
 from tclib.dictionary import Dictionary
 from tclib.lm import LanguageModel, Site
+from tclib.progress import progress
 from tclib.replace import replace_site, set_mlp_out
 from tclib.runs import InputError
 
@@ -98,7 +98,7 @@ def _reconstruction_sums(
     configs = [d.config for d in dictionaries.values()]
     sites = {site for c in configs for site in (c.input_site, c.output_site)}
     batches = rows.split(rows_per_forward)
-    for batch in tqdm(batches, desc="reconstruction", unit="batch", leave=False):
+    for batch in progress(batches, "reconstruction", unit="batch", leave=False):
         is_text = (batch != lm.bos_id).to(lm.device)
         acts = {site: a[is_text].float() for site, a in lm.read(batch.long(), sites).items()}
         for name, dictionary in dictionaries.items():
@@ -133,7 +133,7 @@ def _losses(
     ce: dict[str, list[Tensor]] = {name: [] for name in conditions}
     kl_sums = dict.fromkeys(conditions, 0.0)
     batches = rows.split(rows_per_forward)
-    for batch in tqdm(batches, desc="cross-entropy", unit="batch", leave=False):
+    for batch in progress(batches, "cross-entropy", unit="batch", leave=False):
         tokens = batch.long().to(lm.device)
         original = lm.logits(tokens)
         for name, condition in conditions.items():

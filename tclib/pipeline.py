@@ -32,6 +32,7 @@ from tclib.runs import (
     InputError,
     Step,
     exclusive,
+    file_hash,
     is_current,
     new_file,
     read_manifest,
@@ -269,7 +270,10 @@ def _save_results(preset: Preset, table: pd.DataFrame) -> None:
         table.to_csv(path, index=False)
     with new_file(step.folder / "results.md") as path:
         path.write_text(markdown(table))
-    sources = {name: str(preset.step(name).folder) for name in (TRANSCODERS_STEP, SWEEP_STEP)}
+    sources = {
+        name: file_hash(preset.step(name).folder / "table.csv")
+        for name in (f"{TRANSCODERS_STEP}_evaluation", f"{SWEEP_STEP}_evaluation")
+    }
     write_manifest(step, {"n_claims": len(table)}, sources, 0.0)
 
 

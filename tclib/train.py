@@ -21,12 +21,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tclib.activations import Block, Harvest, needed_sites
 from tclib.dictionary import Activation, Dictionary, DictionaryConfig, Kind, new_dictionary
 from tclib.lm import LanguageModel
 from tclib.objective import Loss, Objective, StepResult, step_result
+from tclib.progress import progress
 from tclib.runs import InputError, exclusive, load_tensors, new_file, save_tensors
 from tclib.tracking import Tracker, open_tracker
 
@@ -386,20 +386,20 @@ class _Run:
 
     def _loop(self, start: int, tracker: Tracker, blocks: _BlockHolder) -> None:
         meter = _Meter()
-        progress = tqdm(
+        bar = progress(
             range(start, self.config.n_steps),
+            f"training {len(self.specs)} on {self.lm.name}",
             initial=start,
             total=self.config.n_steps,
-            desc=f"training {len(self.specs)} on {self.lm.name}",
             unit="step",
         )
-        for step in progress:
+        for step in bar:
             block, rows = blocks.get(step // self.steps_per_block), self._batch(step)
             results = [self._step(trainer, block, rows, step) for trainer in self.trainers]
             checkpoint_due = (step + 1) % self.config.checkpoint_every_steps == 0
             last = step + 1 == self.config.n_steps
             if checkpoint_due or last or (step + 1) % self.config.log_every_steps == 0:
-                self._report(step, results, block, rows, meter, tracker, progress)
+                self._report(step, results, block, rows, meter, tracker, bar)
             if checkpoint_due and not last:
                 self._checkpoint(step + 1)
             del block  # or the next block would be made while this one is still held
@@ -419,7 +419,7 @@ class _Run:
         rows: slice,
         meter: _Meter,
         tracker: Tracker,
-        progress: Any,
+        bar: Any,
     ) -> None:
         """Measure, stop if the loss is not finite, and tell the log, the tracker and the bar."""
         measured = {
@@ -437,7 +437,7 @@ class _Run:
         _append_log(self.folder / LOG, step + 1, n_tokens, measured, speed)
         tracker.log(step + 1, {name: asdict(line) for name, line in measured.items()})
         lines = list(measured.values())
-        progress.set_postfix(
+        bar.set_postfix(
             loss=f"{_mean(line.loss for line in lines):.3g}",
             L0=f"{_mean(line.l0 for line in lines):.1f}",
             FVU=f"{_mean(line.fvu for line in lines):.3f}",

@@ -156,6 +156,7 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.M
     trained = invoke("train", str(out), "--layer", "1", "--l1", "1e-3", "--expansion", "2", *common)
     assert "ce_recovered" in trained
     (file,) = out.glob("*.safetensors")
+    assert (out / "training_curves.png").stat().st_size > 5000
     assert Dictionary.load(file).config.n_features == 256
     evaluated = invoke("evaluate", str(file), *common)
     assert evaluated.strip().splitlines()[-1].startswith("transcoder-L1-x2-l1-0.001,transcoder,1")

@@ -1,0 +1,17 @@
+"""Progress bars: for a terminal or a notebook, whichever it is; TCLIB_QUIET=1 switches them off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+
+def progress(iterable: Iterable[T], description: str, **options: Any) -> tqdm[T]:
+    """A tqdm bar over `iterable`."""
+    quiet = os.environ.get("TCLIB_QUIET", "0") not in ("", "0")
+    return tqdm(iterable, desc=description, disable=quiet, **options)
