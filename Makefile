@@ -9,7 +9,7 @@ demo: .venv/.complete  ## run every notebook at the demo preset
 
 test: .venv/.complete  ## every test, then every notebook through nbval
 	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks
+	TCLIB_QUIET=1 $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks
 
 lab: .venv/.complete  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -1064,7 +1064,7 @@ def train_model(config: ModelTraining, folder: Path) -> dict[str, float]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     pairs = held_out_pairs(config.n_ctx)

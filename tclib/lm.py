@@ -95,11 +95,53 @@ class _Architecture:
     token_embedding: str
     position_embedding: str | None
     part_names: tuple[str, str, str, str]
+    values: Callable[[Any, int], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def _by_head(W_O: Float[Tensor, "head_d_head d_model"], n_heads: int) -> Tensor:
+    return W_O.reshape(n_heads, -1, W_O.shape[-1])
+
+
+def _gpt2_values(attention: Any, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_V, b_V, W_O, b_O by head, as stored: GPT-2 keeps q, k, v side by side, input first."""
+    d_model = attention.c_proj.weight.shape[1]
+    W_V = attention.c_attn.weight[:, 2 * d_model :].reshape(d_model, n_heads, -1).transpose(0, 1)
+    b_V = attention.c_attn.bias[2 * d_model :].reshape(n_heads, -1)
+    return W_V, b_V, _by_head(attention.c_proj.weight, n_heads), attention.c_proj.bias
+
+
+def _neox_values(attention: Any, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for GPT-NeoX, which keeps q, k, v of each head together, output first."""
+    joint = attention.query_key_value
+    d_model = joint.weight.shape[1]
+    W_V = joint.weight.reshape(n_heads, 3, -1, d_model)[:, 2].mT
+    b_V = joint.bias.reshape(n_heads, 3, -1)[:, 2]
+    return W_V, b_V, _by_head(attention.dense.weight.T, n_heads), attention.dense.bias
+
+
+def _llama_values(attention: Any, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for Llama: fewer value heads than query heads, each shared by a group."""
+    W_O = _by_head(attention.o_proj.weight.T, n_heads)
+    d_head, d_model = W_O.shape[1:]
+    kv = attention.v_proj.weight.reshape(-1, d_head, d_model).mT
+    group = n_heads // len(kv)
+    W_V = kv.repeat_interleave(group, dim=0)
+    b_V, b_O = attention.v_proj.bias, attention.o_proj.bias
+    b_V = W_V.new_zeros(len(kv) * d_head) if b_V is None else b_V
+    b_O = W_V.new_zeros(d_model) if b_O is None else b_O
+    return W_V, b_V.reshape(-1, d_head).repeat_interleave(group, dim=0), W_O, b_O
 
 
 _ARCHITECTURES = {
     "GPT2LMHeadModel": _Architecture(
-        "layer", "transformer", "h", "ln_f", "wte", "wpe", ("ln_1", "attn", "ln_2", "mlp")
+        "layer",
+        "transformer",
+        "h",
+        "ln_f",
+        "wte",
+        "wpe",
+        ("ln_1", "attn", "ln_2", "mlp"),
+        _gpt2_values,
     ),
     "GPTNeoXForCausalLM": _Architecture(
         "layer",
@@ -109,6 +151,7 @@ _ARCHITECTURES = {
         "embed_in",
         None,
         ("input_layernorm", "attention", "post_attention_layernorm", "mlp"),
+        _neox_values,
     ),
     "LlamaForCausalLM": _Architecture(
         "rms",
@@ -118,8 +161,49 @@ _ARCHITECTURES = {
         "embed_tokens",
         None,
         ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+        _llama_values,
     ),
 }
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Value and output weights of one layer, a head at a time, in the processed basis.
+
+    head(h, t) = Σ_s A[h, t, s] (x̂_pre(s) W_V[h] + b_V[h]) W_O[h], with x̂_pre the normalised input.
+    Grouped-query models repeat each value head for the query heads that share it.
+    """
+
+    W_V: Float[Tensor, "head d_model d_head"]
+    b_V: Float[Tensor, "head d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_O: Float[Tensor, "d_model"]
+
+    @property
+    def value_bias(self) -> Float[Tensor, "head d_model"]:
+        """b_V[h] W_O[h]: what head h adds whatever it reads, times its pattern's sum."""
+        return torch.einsum("hk,hkd->hd", self.b_V, self.W_O)
+
+
+@dataclass(frozen=True)
+class ForwardCache:
+    """One forward pass, with everything that attribution freezes. Lists are by layer.
+
+    Streams are centred for LayerNorm models; `*_scale` is the σ of the norm in front of the part.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    token_embedding: Float[Tensor, "batch pos d_model"]
+    position_embedding: Float[Tensor, "batch pos d_model"] | None
+    attention_in: list[Float[Tensor, "batch pos d_model"]]
+    attention_scale: list[Float[Tensor, "batch pos"]]
+    pattern: list[Float[Tensor, "batch head dst src"]]
+    mlp_in: list[Float[Tensor, "batch pos d_model"]]
+    mlp_scale: list[Float[Tensor, "batch pos"]]
+    mlp_out: list[Float[Tensor, "batch pos d_model"]]
+    final_in: Float[Tensor, "batch pos d_model"]
+    final_scale: Float[Tensor, "batch pos"]
+    logits: Float[Tensor, "batch pos d_vocab"]
 
 
 class _StopForward(Exception):
@@ -302,6 +386,84 @@ class LanguageModel:
                 self._backbone(tokens.to(self.device), use_cache=False)
         return found
 
+    @torch.no_grad()
+    def cache(self, tokens: Int[Tensor, "batch pos"]) -> ForwardCache:
+        """Run the model once and keep what attribution needs."""
+        tokens = tokens.to(self.device)
+        norms = [self._block(layer).attention_norm for layer in range(self.n_layers)]
+        norms += [self._block(layer).mlp_norm for layer in range(self.n_layers)]
+        norms.append(getattr(self._backbone, self._architecture.final_norm))
+        streams: dict[int, Tensor] = {}
+        mlp_out: dict[int, Tensor] = {}
+        handles = [
+            norm.register_forward_pre_hook(lambda _m, args, i=i: streams.__setitem__(i, args[0]))
+            for i, norm in enumerate(norms)
+        ]
+        handles += [
+            self._block(layer).mlp.register_forward_hook(
+                lambda _m, _args, output, layer=layer: mlp_out.__setitem__(layer, output)
+            )
+            for layer in range(self.n_layers)
+        ]
+        if self.dtype == torch.float64:
+            handles += [self._exact_norm(norm) for norm in norms]
+        try:
+            with self._eager_attention():
+                output = self.model(tokens, use_cache=False, output_attentions=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self._assemble(tokens, streams, mlp_out, output)
+
+    def _exact_norm(self, module: nn.Module) -> Any:
+        """Normalise in the stream's own precision: transformers' RMSNorm falls back to float32."""
+        norm = self._norm(module)
+
+        def after(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+            scaled = norm.normalise(inputs[0]) * norm.gain
+            return scaled if norm.bias is None else scaled + norm.bias
+
+        return module.register_forward_hook(after)
+
+    def _assemble(
+        self, tokens: Tensor, streams: dict[int, Tensor], mlp_out: dict[int, Tensor], output: Any
+    ) -> ForwardCache:
+        layers = range(self.n_layers)
+        before_attention = [streams[layer] for layer in layers]
+        before_mlp = [streams[self.n_layers + layer] for layer in layers]
+        attention_norms = [self.attention_norm(layer) for layer in layers]
+        mlp_norms = [self.mlp_norm(layer) for layer in layers]
+        final = streams[2 * self.n_layers]
+        pairs = list(zip(attention_norms, before_attention, strict=True))
+        mlp_pairs = list(zip(mlp_norms, before_mlp, strict=True))
+        n_pos = tokens.shape[1]
+        return ForwardCache(
+            tokens=tokens,
+            token_embedding=self.W_E[tokens],
+            position_embedding=None
+            if self.W_pos is None
+            else self.W_pos[:n_pos].expand(len(tokens), -1, -1),
+            attention_in=[norm.normalise(x) for norm, x in pairs],
+            attention_scale=[norm.scale(x)[..., 0] for norm, x in pairs],
+            pattern=list(output.attentions),
+            mlp_in=[norm.normalise(x) for norm, x in mlp_pairs],
+            mlp_scale=[norm.scale(x)[..., 0] for norm, x in mlp_pairs],
+            mlp_out=[self.final_norm.centre(mlp_out[layer]) for layer in layers],
+            final_in=self.final_norm.centre(final),
+            final_scale=self.final_norm.scale(final)[..., 0],
+            logits=output.logits,
+        )
+
+    @contextmanager
+    def _eager_attention(self) -> Iterator[None]:
+        """While active, attention patterns are computed explicitly, so that they can be returned."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+
     @contextmanager
     def override_mlp(
         self, layer: int, override: MlpOverride, read_only: bool = False
@@ -363,6 +525,19 @@ class LanguageModel:
         """The norm in front of the attention of `layer`."""
         return self._norm(self._block(layer).attention_norm)
 
+    def attention_weights(self, layer: int) -> AttentionWeights:
+        """Value and output weights of `layer`, with the norm's gain and bias folded in."""
+        block = self._block(self.check_layer(layer))
+        W_V, b_V, W_O, b_O = self._architecture.values(block.attention, self.n_heads)
+        norm = self.attention_norm(layer)
+        folded_bias = b_V if norm.bias is None else b_V + torch.einsum("d,hdk->hk", norm.bias, W_V)
+        return AttentionWeights(
+            W_V=norm.centre((W_V * norm.gain[:, None]).mT).mT,
+            b_V=folded_bias,
+            W_O=norm.centre(W_O),
+            b_O=norm.centre(b_O),
+        )
+
     @cached_property
     def final_norm(self) -> Norm:
         """The norm in front of the unembedding."""
@@ -388,6 +563,15 @@ class LanguageModel:
         W_U = (self.model.get_output_embeddings().weight * self.final_norm.gain).T
         W_U = W_U - W_U.mean(-1, keepdim=True)
         return self.final_norm.centre(W_U.T).T
+
+    @cached_property
+    def b_U(self) -> Float[Tensor, "d_vocab"]:
+        """Logits of a stream at its mean: the final norm's bias through the unembedding, centred."""
+        head = self.model.get_output_embeddings()
+        b_U = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
+        if self.final_norm.bias is not None:
+            b_U = b_U + head.weight @ self.final_norm.bias
+        return b_U - b_U.mean()
 
     # -- internals ----------------------------------------------------------------------------
 

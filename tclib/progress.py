@@ -9,9 +9,19 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
+# In a notebook every refresh is several messages; a client that reads them only when the cell is done
+# (nbval) would lose the cell's end in a flood.
+SECONDS_BETWEEN_REFRESHES = 1.0
 
 
 def progress(iterable: Iterable[T], description: str, **options: Any) -> tqdm[T]:
     """A tqdm bar over `iterable`."""
     quiet = os.environ.get("TCLIB_QUIET", "0") not in ("", "0")
-    return tqdm(iterable, desc=description, disable=quiet, **options)
+    return tqdm(
+        iterable,
+        desc=description,
+        disable=quiet,
+        mininterval=SECONDS_BETWEEN_REFRESHES,
+        maxinterval=SECONDS_BETWEEN_REFRESHES * 2,
+        **options,
+    )

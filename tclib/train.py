@@ -443,6 +443,7 @@ class _Run:
             FVU=f"{_mean(line.fvu for line in lines):.3f}",
             dead=f"{_mean(line.dead_share for line in lines):.0%}",
             tok_s=f"{speed:,.0f}",
+            refresh=False,
         )
 
     def _checkpoint(self, step: int) -> None:

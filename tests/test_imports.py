@@ -14,6 +14,7 @@ FOLDER = Path(tclib.__file__).parent
 ORDER = [
     "runs",
     "packing",
+    "progress",
     "demo",
     "lm",
     "metrics",
@@ -23,6 +24,7 @@ ORDER = [
     "tracking",
     "activations",
     "replace",
+    "attribution",
     "train",
     "tasks",
     "evaluate",

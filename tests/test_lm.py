@@ -174,7 +174,7 @@ def test_a_failed_conversion_leaves_nothing_behind(
 
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"not a gguf")
-    with pytest.raises(Exception, match=""):  # whatever the reader of the format raises
+    with pytest.raises((OSError, ValueError)):
         module._dequantise(broken, tmp_path / "cache" / "smollm2")
     assert not (tmp_path / "cache" / "smollm2").exists()
     shutil.rmtree(tmp_path / "cache")
