@@ -51,6 +51,14 @@ KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 
 
 @dataclass(frozen=True)
+class ReadSite:
+    """Where the stream is read through a norm: in front of a layer's part, or at the end."""
+
+    part: Literal["attention", "mlp", "final"]
+    layer: int
+
+
+@dataclass(frozen=True)
 class Target:
     """A direction whose value is to be explained.
 
@@ -58,7 +66,7 @@ class Target:
         name: how tables call it.
         prompt: index of the prompt in the batch.
         pos: token position.
-        layer: the MLP whose input it reads; `n_layers` for the final stream.
+        site: where it reads the stream.
         direction: u, the input-invariant direction; the value is constant + u · P x / σ.
         constant: what is added whatever the stream (b_enc of a feature, b_U of a logit).
     """
@@ -66,7 +74,7 @@ class Target:
     name: str
     prompt: int
     pos: int
-    layer: int
+    site: ReadSite
     direction: Float[Tensor, "d_model"]
     constant: float
 
@@ -181,7 +189,8 @@ class FrozenPrompts:
         pos, prompt = self._check_place(pos, prompt)
         direction = self.lm.final_norm.centre(dictionary.encoder_direction(feature))
         constant = float(dictionary.b_enc[feature])
-        return Target(f"L{layer}.{feature}@{pos}", prompt, pos, layer, direction, constant)
+        site = ReadSite("mlp", layer)
+        return Target(f"L{layer}.{feature}@{pos}", prompt, pos, site, direction, constant)
 
     def logit_target(
         self, weights: Mapping[int, float], pos: int, prompt: int = 0, name: str = ""
@@ -201,28 +210,34 @@ class FrozenPrompts:
         label = name or " ".join(f"{weight:+g}·logit[{i}]" for i, weight in weights.items())
         direction = self.lm.W_U[:, ids] @ w
         constant = float(self.lm.b_U[ids] @ w)
-        return Target(f"{label}@{pos}", prompt, pos, self.lm.n_layers, direction, constant)
+        site = ReadSite("final", self.lm.n_layers)
+        return Target(f"{label}@{pos}", prompt, pos, site, direction, constant)
 
     def value(self, target: Target) -> float:
         """The target's value, directly from the stream that it reads."""
-        place = (target.prompt, target.pos)
-        if target.layer < self.lm.n_layers:
-            normalised = self.cache.mlp_in[target.layer][place]
+        cache, layer, place = self.cache, target.site.layer, (target.prompt, target.pos)
+        if target.site.part == "final":
+            normalised = cache.final_in[place] / cache.final_scale[place]
         else:
-            normalised = self.cache.final_in[place] / self.cache.final_scale[place]
+            read = cache.mlp_in if target.site.part == "mlp" else cache.attention_in
+            normalised = read[layer][place]
         return target.constant + float(normalised @ target.direction)
 
-    def scale(self, target: Target) -> Float[Tensor, ""]:
-        """1 / σ at the target's site: the input-dependent factor that all its sources share."""
-        scales = self.cache.final_scale
-        if target.layer < self.lm.n_layers:
-            scales = self.cache.mlp_scale[target.layer]
-        return 1.0 / scales[target.prompt, target.pos]
+    def scale(self, site: ReadSite, prompt: int, pos: int) -> float:
+        """1 / σ at a site: the input-dependent factor that all sources of a target share."""
+        scales = {"attention": self.cache.attention_scale, "mlp": self.cache.mlp_scale}
+        if site.part == "final":
+            return 1.0 / float(self.cache.final_scale[prompt, pos])
+        return 1.0 / float(scales[site.part][site.layer][prompt, pos])
 
-    def attention_layers(self, target_layer: int) -> range:
-        """Layers whose attention a target at `target_layer` reads."""
-        own = target_layer < self.lm.n_layers and not self.lm.is_parallel
-        return range(target_layer + 1 if own else target_layer)
+    def attention_layers(self, site: ReadSite) -> range:
+        """Layers whose attention has written to the stream before `site`."""
+        reads_own = site.part == "mlp" and not self.lm.is_parallel
+        return range(site.layer + 1 if reads_own else site.layer)
+
+    def mlp_layers(self, site: ReadSite) -> range:
+        """Layers whose MLP has written to the stream before `site`."""
+        return range(site.layer)
 
     def _transcoder_at(self, layer: int) -> Dictionary:
         if layer not in self.transcoders:
@@ -307,22 +322,18 @@ class _Part(NamedTuple):
 
 
 def _sources_of(frozen: FrozenPrompts, target: Target) -> Sources:
-    scale = float(frozen.scale(target))
+    site, scale = target.site, frozen.scale(target.site, target.prompt, target.pos)
     parts = [
         # The constant is not read from the stream: its weight undoes the scale.
         _Part(
             "constant",
             torch.tensor([target.constant / scale], dtype=torch.float64),
-            layer=target.layer,
+            layer=site.layer,
             pos=target.pos,
         ),
         *_embeddings(frozen, target),
-        *(
-            p
-            for layer in frozen.attention_layers(target.layer)
-            for p in _heads(frozen, target, layer)
-        ),
-        *(p for layer in range(target.layer) for p in _mlp(frozen, target, layer)),
+        *(p for layer in frozen.attention_layers(site) for p in _heads(frozen, target, layer)),
+        *(p for layer in frozen.mlp_layers(site) for p in _mlp(frozen, target, layer)),
     ]
     kind = np.concatenate([np.full(p.weight.numel(), KINDS.index(p.kind)) for p in parts])
     columns = {name: _column(parts, name) for name in _Part._fields[1:]}

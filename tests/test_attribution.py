@@ -198,7 +198,7 @@ def test_head_contributions_equal_autograd(geometry: str) -> None:
     values = torch.einsum("bsd,hdk->bhsk", normalised, weights.W_V).requires_grad_()
     heads = torch.einsum("bhts,bhsk,hkd->btd", pattern, values, weights.W_O)
     target = frozen.logit_target({5: 1.0, 9: -1.0}, pos, prompt)
-    (heads[prompt, pos] @ target.direction * frozen.scale(target)).backward()
+    (heads[prompt, pos] @ target.direction * frozen.scale(target.site, prompt, pos)).backward()
     expected = (values * values.grad).sum(-1)[prompt].detach()
     table = sources(frozen, [target])[0].table
     own = table[(table["kind"] == "head") & (table["layer"] == layer)]

@@ -25,6 +25,7 @@ ORDER = [
     "activations",
     "replace",
     "attribution",
+    "graph",
     "train",
     "tasks",
     "evaluate",
