@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from tclib.dictionary import Dictionary
 from tclib.lm import AttentionWeights, ForwardCache, LanguageModel
@@ -101,6 +102,15 @@ class ActiveFeatures:
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return cls(prompt, pos, feature, feature_acts[prompt, pos, feature], offsets)
 
+    def decode(
+        self, W_dec: Float[Tensor, "n_features d_model"], shape: tuple[int, ...]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Σ z d at every position, touching active rows only."""
+        sums = embedding_bag(
+            self.feature, W_dec, self.offsets[:-1], per_sample_weights=self.acts, mode="sum"
+        )
+        return sums.view(shape)
+
     def at(self, prompt: int, pos: int, n_pos: int) -> slice:
         """The slice of one position."""
         place = prompt * n_pos + pos
@@ -143,6 +153,7 @@ class FrozenPrompts:
             raise InputError(
                 f"{lm.name} gives non-finite values on these prompts: check its weights and its dtype"
             )
+        self._local: dict[tuple[int, int], LocalSources] = {}
         self.parts = {layer: self._split(layer, d) for layer, d in self.transcoders.items()}
 
     @property
@@ -159,19 +170,44 @@ class FrozenPrompts:
         return [self.lm.attention_weights(layer) for layer in range(self.lm.n_layers)]
 
     @cached_property
-    def values(self) -> list[Float[Tensor, "batch src head d_head"]]:
-        """x̂_pre(s) W_V by layer, without the value bias."""
-        return [
-            torch.einsum("bsd,hdk->bshk", x, weights.W_V)
-            for x, weights in zip(self.cache.attention_in, self.attention, strict=True)
-        ]
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        """Output weights of all layers."""
+        return torch.stack([weights.W_O for weights in self.attention])
+
+    @cached_property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        """Output biases of all layers."""
+        return torch.stack([weights.b_O for weights in self.attention])
+
+    @cached_property
+    def value_bias(self) -> Float[Tensor, "layer head d_model"]:
+        """b_V W_O of all heads."""
+        return torch.stack([weights.value_bias for weights in self.attention])
+
+    @cached_property
+    def values(self) -> Float[Tensor, "layer batch head src d_head"]:
+        """x̂_pre(s) W_V of all heads, without the value bias."""
+        pairs = zip(self.cache.attention_in, self.attention, strict=True)
+        return torch.stack([torch.einsum("bsd,hdk->bhsk", x, weights.W_V) for x, weights in pairs])
+
+    @cached_property
+    def patterns(self) -> Float[Tensor, "layer batch head dst src"]:
+        """Attention patterns of all layers."""
+        return torch.stack(self.cache.pattern)
+
+    def local_sources(self, prompt: int, pos: int) -> LocalSources:
+        """Sources at one token, collected once."""
+        place = (prompt, pos)
+        if place not in self._local:
+            self._local[place] = _collect_local(self, prompt, pos)
+        return self._local[place]
 
     def _split(self, layer: int, dictionary: Dictionary) -> LayerParts:
         x, y = self.cache.mlp_in[layer], self.cache.mlp_out[layer]
-        feature_acts = dictionary.encode(x)
-        error = y - dictionary.decode(feature_acts, x)
+        active = ActiveFeatures.of(dictionary.encode(x))
+        error = y - dictionary.b_dec - active.decode(dictionary.W_dec, tuple(y.shape))
         skip = None if dictionary.W_skip is None else x @ dictionary.W_skip
-        return LayerParts(dictionary, ActiveFeatures.of(feature_acts), skip, error)
+        return LayerParts(dictionary, active, skip, error if skip is None else error - skip)
 
     # -- targets ----------------------------------------------------------------------------
 
@@ -306,99 +342,170 @@ class Sources:
 
 def sources(frozen: FrozenPrompts, targets: Sequence[Target]) -> list[Sources]:
     """The complete list of sources of each target (module equation), for any batch of targets."""
-    return [_sources_of(frozen, target) for target in targets]
+    if not targets:
+        return []
+    directions = torch.stack([target.direction for target in targets])
+    written = torch.einsum("lhkd,nd->nlhk", frozen.W_O, directions)
+    return [_sources_of(frozen, *pair) for pair in zip(targets, written, strict=True)]
 
 
-class _Part(NamedTuple):
-    """Sources of one kind; a number stands for a column that repeats it."""
+def _sources_of(
+    frozen: FrozenPrompts, target: Target, written: Float[Tensor, "layer head d_head"]
+) -> Sources:
+    """All sources of one target; `written` is W_O v of every head."""
+    scale = frozen.scale(target.site, target.prompt, target.pos)
+    columns = [
+        _constant_columns(target, scale),
+        _local_columns(frozen, target),
+        _head_columns(frozen, target, written),
+    ]
+    joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
+    joined["activation"] = joined["activation"] * scale
+    return Sources(target, frozen.value(target), **joined)
+
+
+_Columns = dict[str, np.ndarray]
+
+
+def _constant_columns(target: Target, scale: float) -> _Columns:
+    """The constant is not read from the stream: its weight undoes the scale."""
+    return {
+        "kind": np.array([KINDS.index("constant")]),
+        "layer": np.array([target.site.layer]),
+        "head": np.array([-1]),
+        "feature": np.array([-1]),
+        "pos": np.array([target.pos]),
+        "activation": np.ones(1),
+        "weight": np.array([target.constant / scale]),
+    }
+
+
+def _local_columns(frozen: FrozenPrompts, target: Target) -> _Columns:
+    """Sources at the target's own token: embeddings, MLP parts, attention biases."""
+    local = frozen.local_sources(target.prompt, target.pos)
+    n_mlp = local.n_before[len(frozen.mlp_layers(target.site))]
+    n_attention = len(frozen.attention_layers(target.site))
+    bias_weight = local.attention_bias[:n_attention] @ target.direction
+    weight = torch.cat([local.vectors[:n_mlp] @ target.direction, bias_weight])
+    bias_kind = KINDS.index("attention_bias")
+    none = np.full(n_attention, -1)
+    return {
+        "kind": np.concatenate([local.kind[:n_mlp], np.full(n_attention, bias_kind)]),
+        "layer": np.concatenate([local.layer[:n_mlp], np.arange(n_attention)]),
+        "head": np.full(n_mlp + n_attention, -1),
+        "feature": np.concatenate([local.feature[:n_mlp], none]),
+        "pos": np.full(n_mlp + n_attention, target.pos),
+        "activation": np.concatenate([local.activation[:n_mlp], np.ones(n_attention)]),
+        "weight": _numpy(weight),
+    }
+
+
+def _head_columns(
+    frozen: FrozenPrompts, target: Target, written: Float[Tensor, "layer head d_head"]
+) -> _Columns:
+    """Heads by source token (Eq. 8)."""
+    n_layers, n_src = len(frozen.attention_layers(target.site)), target.pos + 1
+    values = frozen.values[:n_layers, target.prompt, :, :n_src]
+    weight = torch.einsum("lhsk,lhk->lhs", values, written[:n_layers])
+    pattern = frozen.patterns[:n_layers, target.prompt, :, target.pos, :n_src]
+    layer, head, pos = np.indices(tuple(weight.shape)).reshape(3, -1)
+    return {
+        "kind": np.full(layer.size, KINDS.index("head")),
+        "layer": layer,
+        "head": head,
+        "feature": np.full(layer.size, -1),
+        "pos": pos,
+        "activation": _numpy(pattern.reshape(-1)),
+        "weight": _numpy(weight.reshape(-1)),
+    }
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.double().cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------
+# What stands at one token
+
+
+@dataclass(frozen=True)
+class LocalSources:
+    """Everything but heads that the stream at one token may hold, by layer from the bottom.
+
+    `n_before[l]` sources were written before MLP l; `vectors` are what each adds per unit of its
+    activation. `attention_bias` has a row a layer: b_O and the value biases times the pattern's sum.
+    """
+
+    kind: Int[np.ndarray, "source"]
+    layer: Int[np.ndarray, "source"]
+    feature: Int[np.ndarray, "source"]
+    activation: Float[np.ndarray, "source"]
+    vectors: Float[Tensor, "source d_model"]
+    n_before: list[int]
+    attention_bias: Float[Tensor, "layer d_model"]
+
+
+class _Group(NamedTuple):
+    """Sources of one kind and layer at one token."""
 
     kind: SourceKind
-    weight: Tensor
-    activation: Tensor | float = 1.0
-    layer: int = -1
-    head: Tensor | int = -1
-    feature: Tensor | int = -1
-    pos: Tensor | int = -1
+    layer: int
+    vectors: Tensor
+    feature: Tensor | None = None
+    activation: Tensor | None = None
 
 
-def _sources_of(frozen: FrozenPrompts, target: Target) -> Sources:
-    site, scale = target.site, frozen.scale(target.site, target.prompt, target.pos)
-    parts = [
-        # The constant is not read from the stream: its weight undoes the scale.
-        _Part(
-            "constant",
-            torch.tensor([target.constant / scale], dtype=torch.float64),
-            layer=site.layer,
-            pos=target.pos,
-        ),
-        *_embeddings(frozen, target),
-        *(p for layer in frozen.attention_layers(site) for p in _heads(frozen, target, layer)),
-        *(p for layer in frozen.mlp_layers(site) for p in _mlp(frozen, target, layer)),
+def _collect_local(frozen: FrozenPrompts, prompt: int, pos: int) -> LocalSources:
+    groups, n_before = _embedding_groups(frozen, prompt, pos), []
+    for layer in range(frozen.lm.n_layers):
+        n_before.append(sum(len(group.vectors) for group in groups))
+        groups += _mlp_groups(frozen, layer, prompt, pos)
+    n_before.append(sum(len(group.vectors) for group in groups))
+    sizes = [len(group.vectors) for group in groups]
+    features = [
+        -np.ones(n) if g.feature is None else _numpy(g.feature)
+        for g, n in zip(groups, sizes, strict=True)
     ]
-    kind = np.concatenate([np.full(p.weight.numel(), KINDS.index(p.kind)) for p in parts])
-    columns = {name: _column(parts, name) for name in _Part._fields[1:]}
-    columns["activation"] = columns["activation"] * scale
-    return Sources(target, frozen.value(target), kind, **columns)
-
-
-def _column(parts: Sequence[_Part], name: str) -> np.ndarray:
-    """One column over all parts, as float64 or as integers."""
-    dtype = np.float64 if name in ("activation", "weight") else np.int64
-
-    def values(part: _Part) -> np.ndarray:
-        value = getattr(part, name)
-        if isinstance(value, Tensor):
-            return value.expand(part.weight.shape).reshape(-1).cpu().numpy().astype(dtype)
-        return np.full(part.weight.numel(), value, dtype=dtype)
-
-    return np.concatenate([values(part) for part in parts])
-
-
-def _embeddings(frozen: FrozenPrompts, target: Target) -> list[_Part]:
-    place = (target.prompt, target.pos)
-    token = frozen.cache.token_embedding[place] @ target.direction
-    parts = [_Part("embedding", token[None], pos=target.pos)]
-    if frozen.cache.position_embedding is not None:
-        position = frozen.cache.position_embedding[place] @ target.direction
-        parts.append(_Part("position", position[None], pos=target.pos))
-    return parts
-
-
-def _heads(frozen: FrozenPrompts, target: Target, layer: int) -> list[_Part]:
-    """Heads by source token, and the layer's bias with the value biases in it (Eq. 8)."""
-    weights, n_sources = frozen.attention[layer], target.pos + 1
-    pattern = frozen.cache.pattern[layer][target.prompt, :, target.pos, :n_sources]
-    written = weights.W_O @ target.direction
-    read = frozen.values[layer][target.prompt, :n_sources]
-    per_source = torch.einsum("shk,hk->hs", read, written)
-    head = torch.arange(len(pattern), device=pattern.device)[:, None]
-    source = torch.arange(n_sources, device=pattern.device)[None]
-    bias = weights.b_O @ target.direction + pattern.sum(1) @ (weights.value_bias @ target.direction)
-    return [
-        _Part("head", per_source, pattern, layer, head=head, pos=source),
-        _Part("attention_bias", bias[None], layer=layer, pos=target.pos),
+    acts = [
+        np.ones(n) if g.activation is None else _numpy(g.activation)
+        for g, n in zip(groups, sizes, strict=True)
     ]
+    pattern_sums = frozen.patterns[:, prompt, :, pos].sum(-1)
+    return LocalSources(
+        kind=np.repeat([KINDS.index(group.kind) for group in groups], sizes),
+        layer=np.repeat([group.layer for group in groups], sizes),
+        feature=np.concatenate(features).astype(np.int64),
+        activation=np.concatenate(acts),
+        vectors=torch.cat([group.vectors for group in groups]),
+        n_before=n_before,
+        attention_bias=frozen.b_O + torch.einsum("lh,lhd->ld", pattern_sums, frozen.value_bias),
+    )
 
 
-def _mlp(frozen: FrozenPrompts, target: Target, layer: int) -> list[_Part]:
-    """Features, decoder bias, skip and error of a layer with a transcoder, else its whole output."""
-    place, direction, pos = (target.prompt, target.pos), target.direction, target.pos
+def _embedding_groups(frozen: FrozenPrompts, prompt: int, pos: int) -> list[_Group]:
+    cache, place = frozen.cache, (prompt, pos)
+    groups = [_Group("embedding", -1, cache.token_embedding[place][None])]
+    if cache.position_embedding is not None:
+        groups.append(_Group("position", -1, cache.position_embedding[place][None]))
+    return groups
+
+
+def _mlp_groups(frozen: FrozenPrompts, layer: int, prompt: int, pos: int) -> list[_Group]:
+    """Features, decoder bias, error and skip of a layer with a transcoder, else its whole output."""
+    place = (prompt, pos)
     if layer not in frozen.parts:
-        whole = frozen.cache.mlp_out[layer][place] @ direction
-        return [_Part("mlp", whole[None], layer=layer, pos=pos)]
+        return [_Group("mlp", layer, frozen.cache.mlp_out[layer][place][None])]
     split = frozen.parts[layer]
-    here = split.active.at(*place, frozen.n_pos)
+    here = split.active.at(prompt, pos, frozen.n_pos)
     feature = split.active.feature[here]
-    weight = split.dictionary.W_dec[feature] @ direction
-    bias, error = split.dictionary.b_dec @ direction, split.error[place] @ direction
-    parts = [
-        _Part("feature", weight, split.active.acts[here], layer, feature=feature, pos=pos),
-        _Part("decoder_bias", bias[None], layer=layer, pos=pos),
-        _Part("error", error[None], layer=layer, pos=pos),
+    groups = [
+        _Group("feature", layer, split.dictionary.W_dec[feature], feature, split.active.acts[here]),
+        _Group("decoder_bias", layer, split.dictionary.b_dec[None]),
+        _Group("error", layer, split.error[place][None]),
     ]
     if split.skip is not None:
-        parts.append(_Part("skip", (split.skip[place] @ direction)[None], layer=layer, pos=pos))
-    return parts
+        groups.append(_Group("skip", layer, split.skip[place][None]))
+    return groups
 
 
 # ---------------------------------------------------------------------------------------------

@@ -114,8 +114,11 @@ def greedy_paths(
     beam = [_Open(start, replace(root, constant=0.0))]
     found: list[list[Path]] = []
     for _ in range(n_iterations):
+        every = sources(frozen, [parent.target for parent in beam])
         candidates = [
-            one for parent in beam for one in _children(frozen, parent, n_branches, allowed, signs)
+            child
+            for parent, its in zip(beam, every, strict=True)
+            for child in _children(frozen, parent, its, n_branches, allowed, signs)
         ]
         candidates.sort(key=lambda one: -_strength(one[0].contribution, signs))
         best = candidates[:n_branches]
@@ -134,10 +137,14 @@ def _strength(contribution: float, signs: Signs) -> float:
 
 
 def _children(
-    frozen: FrozenPrompts, parent: _Open, n_branches: int, allowed: NodeFilter, signs: Signs
+    frozen: FrozenPrompts,
+    parent: _Open,
+    found: Sources,
+    n_branches: int,
+    allowed: NodeFilter,
+    signs: Signs,
 ) -> Iterable[tuple[Path, Callable[[], Target]]]:
     """The strongest sources of a path's end, each with the (lazy) target one step further back."""
-    (found,) = sources(frozen, [parent.target])
     strength = np.abs(found.contribution) if signs == "both" else found.contribution
     usable = allowed.mask(found, frozen.n_pos) & (found.contribution != 0)
     if signs == "positive":

@@ -229,6 +229,7 @@ class LanguageModel:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self._attention_weights: dict[int, AttentionWeights] = {}
 
     @classmethod
     def load(
@@ -387,6 +388,38 @@ class LanguageModel:
         return found
 
     @torch.no_grad()
+    def read_with_scale(
+        self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site]
+    ) -> tuple[dict[Site, Tensor], dict[Site, Float[Tensor, "batch pos"]]]:
+        """`read`, and σ of the norm in front of each site's MLP."""
+        wanted = list(sites)
+        scales: dict[Site, Tensor] = {}
+
+        def hook(site: Site) -> Any:
+            norm = self.mlp_norm(site.layer)
+
+            def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                scales[site] = norm.scale(inputs[0])[..., 0]
+
+            return self._block(site.layer).mlp_norm.register_forward_pre_hook(before)
+
+        handles = [hook(site) for site in wanted]
+        try:
+            return self.read(tokens, wanted), scales
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def run_mlp(
+        self, layer: int, mlp_in: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """mlp_out of `layer` for a given mlp_in."""
+        norm = self.mlp_norm(self.check_layer(layer))
+        scaled = mlp_in * norm.gain if norm.bias is None else mlp_in * norm.gain + norm.bias
+        return norm.centre(self._block(layer).mlp(scaled))
+
+    @torch.no_grad()
     def cache(self, tokens: Int[Tensor, "batch pos"]) -> ForwardCache:
         """Run the model once and keep what attribution needs."""
         tokens = tokens.to(self.device)
@@ -526,7 +559,12 @@ class LanguageModel:
         return self._norm(self._block(layer).attention_norm)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        """Value and output weights of `layer`, with the norm's gain and bias folded in."""
+        """Value and output weights of `layer`, with the norm's gain and bias folded in (kept)."""
+        if layer not in self._attention_weights:
+            self._attention_weights[layer] = self._folded_attention(layer)
+        return self._attention_weights[layer]
+
+    def _folded_attention(self, layer: int) -> AttentionWeights:
         block = self._block(self.check_layer(layer))
         W_V, b_V, W_O, b_O = self._architecture.values(block.attention, self.n_heads)
         norm = self.attention_norm(layer)

@@ -26,6 +26,7 @@ ORDER = [
     "replace",
     "attribution",
     "graph",
+    "features",
     "train",
     "tasks",
     "evaluate",
