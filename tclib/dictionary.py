@@ -26,6 +26,7 @@ from tclib.runs import InputError, load_tensors, save_tensors
 Kind = Literal["transcoder", "sae_mlp_out", "sae_mlp_in"]
 Activation = Literal["relu", "topk"]
 FILE_FORMAT = "tclib-dictionary-1"
+FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,13 @@ class Dictionary:
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_features"]:
         """Pre = x W_enc + b_enc. Errors: `InputError` for another width than d_in."""
         self._check_width(x)
-        return x @ self.W_enc + self.b_enc
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) <= FEW_TOKENS:
+            # For one prompt the wide factor goes first: the product is half again as fast on a CPU.
+            pre = torch.addmm(self.b_enc[:, None], self.W_enc.T, flat.T).T.contiguous()
+        else:
+            pre = torch.addmm(self.b_enc, flat, self.W_enc)
+        return pre.reshape(*x.shape[:-1], self.config.n_features)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_features"]:
         """Z = act(pre), paper Eq. 3."""

@@ -34,6 +34,17 @@ def test_the_equations_by_hand() -> None:
     assert by_hand()(x).reconstruction.tolist() == [[12.0, 23.0, 34.0]]
 
 
+def test_pre_activations_do_not_depend_on_how_many_tokens_there_are() -> None:
+    config = replace(CONFIG, d_in=8, d_out=8, n_features=32)
+    dictionary = new_dictionary(config, torch.Generator().manual_seed(0))
+    x = torch.randn(3, 100, 8, generator=torch.Generator().manual_seed(1))
+    expected = x @ dictionary.W_enc + dictionary.b_enc
+    for n_tokens in (1, 20, 100):
+        found = dictionary.pre_acts(x[:, :n_tokens])
+        torch.testing.assert_close(found, expected[:, :n_tokens], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dictionary.pre_acts(x[0, 0]), expected[0, 0], rtol=1e-5, atol=1e-6)
+
+
 def test_topk_keeps_the_k_largest_and_never_a_negative() -> None:
     x = torch.tensor([[2.0, 3.0], [-1.0, -2.0]])
     dictionary = by_hand(activation="topk", k=2)
