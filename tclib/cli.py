@@ -56,9 +56,8 @@ def run(
         if fresh:
             _delete_runs(chosen)
         notebooks = _selected(from_ or _failed_at(chosen), only)
-        parameters = {"preset": preset, "runs_dir": str(chosen.runs_dir)}
-        if seed is not None:
-            parameters["seed"] = str(seed)
+        # The seed is always passed: the notebooks' own default need not be the preset's.
+        parameters = {"preset": preset, "seed": chosen.seed, "runs_dir": str(chosen.runs_dir)}
         _execute_all(chosen, notebooks, parameters)
     _print_results(chosen)
 
@@ -92,7 +91,7 @@ def _failed_at(preset: Preset) -> str | None:
     return failed
 
 
-def _execute_all(preset: Preset, notebooks: list[Path], parameters: dict[str, str]) -> None:
+def _execute_all(preset: Preset, notebooks: list[Path], parameters: dict[str, Any]) -> None:
     bar = progress(notebooks, f"preset {preset.name}", unit="notebook")
     for notebook in bar:
         bar.set_postfix_str(notebook.stem)
@@ -111,10 +110,9 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     from papermill.exceptions import PapermillExecutionError
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: int(v) if name == "seed" else v for name, v in parameters.items()}
     try:
         papermill.execute_notebook(
-            str(notebook), str(output), values, cwd=str(NOTEBOOKS), kernel_name="python3"
+            str(notebook), str(output), parameters, cwd=str(NOTEBOOKS), kernel_name="python3"
         )
     except PapermillExecutionError as error:
         raise InputError(
