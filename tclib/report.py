@@ -98,7 +98,7 @@ def sweep_caption(sweeps: dict[str, Evaluation]) -> str:
         "*Paper:* transcoders equal or better everywhere; at equal L0 the published Pythia-410M "
         f"points give SAE − transcoder {published.min():+.4f} to {published.max():+.4f} nats. "
         f"*Ours:* {ours}. "
-        "The whole effect is small beside what the MLP is worth "
+        "The gap is to be read against what the MLP is worth "
         f"({worth} nats of mean ablation). "
         f"*Differs, probably, because* these dictionaries have {int(table['n_features'].iloc[0]):,} "
         "features on a model with far less to say than Pythia-410M, where the paper itself finds the "
