@@ -370,6 +370,8 @@ class LanguageModel:
         found: dict[Site, Tensor] = {}
 
         def keep(layer: int) -> MlpOverride:
+            """Note what is wanted of `layer`, and end the pass at the last one."""
+
             def hook(mlp_in: Tensor, mlp_out: Tensor) -> Tensor:
                 for name, value in (("mlp_in", mlp_in), ("mlp_out", mlp_out)):
                     if (site := Site(name, layer)) in wanted:  # type: ignore[arg-type]

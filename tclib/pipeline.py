@@ -104,10 +104,14 @@ def demo_world_card(preset: Preset) -> dict[str, Any]:
 
 def save_table(table: pd.DataFrame, step: Step, name: str) -> pd.DataFrame:
     """Write `<name>.csv` into the step's folder and its manifest; return the table."""
-    with new_file(step.folder / f"{name}.csv") as path:
-        table.to_csv(path, index=False)
+    _write_csv(table, step, name)
     record_extra(step, step.folder / f"{name}.csv")
     return table
+
+
+def _write_csv(table: pd.DataFrame, step: Step, name: str) -> None:
+    with new_file(step.folder / f"{name}.csv") as path:
+        table.to_csv(path, index=False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,8 +237,7 @@ def _evaluated(
         with exclusive(step.folder):
             evaluation = evaluate(lm, trained.dictionaries, corpus.evaluation, corpus.train)
         for name, frame in (("table", evaluation.table), ("row_ce", evaluation.row_ce)):
-            with new_file(step.folder / f"{name}.csv") as path:
-                frame.to_csv(path, index=False)
+            _write_csv(frame, step, name)
         return {"n_dictionaries": len(trained.dictionaries)}
 
     ensure(step, {"n_eval_rows": len(corpus.evaluation)}, inputs, make)
@@ -266,8 +269,7 @@ def make_results(preset: Preset) -> pd.DataFrame:
 
 def _save_results(preset: Preset, table: pd.DataFrame) -> None:
     step = preset.step(RESULTS_STEP)
-    with new_file(step.folder / "results.csv") as path:
-        table.to_csv(path, index=False)
+    _write_csv(table, step, "results")
     with new_file(step.folder / "results.md") as path:
         path.write_text(markdown(table))
     sources = {

@@ -277,7 +277,7 @@ def _through_heads(
 # -- invariances ------------------------------------------------------------------------------
 
 
-def same(one: Sources, two: Sources) -> None:
+def assert_same(one: Sources, two: Sources) -> None:
     columns = ["kind", "layer", "head", "feature", "pos"]
     a, b = (s.table.sort_values(columns).reset_index(drop=True) for s in (one, two))
     assert a[columns].equals(b[columns])
@@ -295,7 +295,7 @@ def test_nothing_depends_on_the_order_of_transcoders_or_on_the_batch(geometry: s
     transcoders = [random_transcoder(layer, "relu") for layer in range(N_LAYERS)]
     together = FrozenPrompts(lm, tokens, transcoders)
     alone = FrozenPrompts(lm, tokens[1:2], reversed(transcoders))
-    same(
+    assert_same(
         sources(together, [together.feature_target(2, 4, 3, prompt=1)])[0],
         sources(alone, [alone.feature_target(2, 4, 3)])[0],
     )

@@ -88,24 +88,20 @@ def test_fresh_deletes_the_earlier_run(sequence: Path) -> None:
     assert not (sequence / "demo" / "old").exists()
 
 
+def run_process(
+    preset: str, runs_dir: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`tclib run` in a process of its own."""
+    command = [sys.executable, "-m", "tclib.cli", "run", "--preset", preset]
+    return subprocess.run(
+        [*command, "--runs-dir", str(runs_dir)], capture_output=True, text=True, env=environment
+    )
+
+
 @pytest.mark.parametrize("preset", ["gpt2", "pythia-410m", "pythia-1.4b"])
 def test_the_papers_presets_end_in_one_sentence_without_a_hub(preset: str, tmp_path: Path) -> None:
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tclib.cli",
-            "run",
-            "--preset",
-            preset,
-            "--runs-dir",
-            str(tmp_path / "r"),
-        ],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = run_process(preset, tmp_path / "r", environment)
     assert done.returncode == 2
     (sentence,) = done.stderr.strip().splitlines()
     assert sentence.startswith(f"tclib: model '{load_preset(preset).model}' is not in the local")
@@ -113,20 +109,7 @@ def test_the_papers_presets_end_in_one_sentence_without_a_hub(preset: str, tmp_p
 
 
 def test_an_unknown_preset_ends_in_one_sentence(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tclib.cli",
-            "run",
-            "--preset",
-            "nope",
-            "--runs-dir",
-            str(tmp_path / "r"),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    done = run_process("nope", tmp_path / "r")
     assert done.returncode == 2
     assert done.stderr.strip().startswith("tclib: unknown preset 'nope': expected one of demo")
     assert not (tmp_path / "r").exists()
