@@ -20,7 +20,7 @@ computed without a [head, dst, src, d_model] tensor. The sources add up to the t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
@@ -49,6 +49,15 @@ SourceKind = Literal[
 ]
 
 KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
+
+
+def node_name(kind: str, layer: int, head: int, feature: int, pos: int) -> str:
+    """How tables and figures call a node: L3.17@5, attn2[1]@5, error3@5, embedding@5."""
+    if kind == "feature":
+        return f"L{layer}.{feature}@{pos}"
+    if kind == "head":
+        return f"attn{layer}[{head}]@{pos}"
+    return f"{kind}{layer if layer >= 0 else ''}@{pos}"
 
 
 @dataclass(frozen=True)
@@ -249,15 +258,26 @@ class FrozenPrompts:
         site = ReadSite("final", self.lm.n_layers)
         return Target(f"{label}@{pos}", prompt, pos, site, direction, constant)
 
+    def mean_target(self, targets: Sequence[Target], name: str = "") -> Target:
+        """The mean over several targets that read the stream at the same place.
+
+        Errors: `InputError` for none, or for targets of different tokens or sites.
+        """
+        if not targets:
+            raise InputError("a mean over no targets: give at least one")
+        if len({(target.site, target.prompt, target.pos) for target in targets}) > 1:
+            raise InputError(
+                f"a mean over {[target.name for target in targets]}: expected targets of one token and "
+                "site; the sources of others can be averaged one by one, or be roots of one graph"
+            )
+        direction = torch.stack([target.direction for target in targets]).mean(0)
+        constant = float(np.mean([target.constant for target in targets]))
+        label = name or f"mean of {len(targets)}@{targets[0].pos}"
+        return replace(targets[0], name=label, direction=direction, constant=constant)
+
     def value(self, target: Target) -> float:
         """The target's value, directly from the stream that it reads."""
-        cache, layer, place = self.cache, target.site.layer, (target.prompt, target.pos)
-        if target.site.part == "final":
-            normalised = cache.final_in[place] / cache.final_scale[place]
-        else:
-            read = cache.mlp_in if target.site.part == "mlp" else cache.attention_in
-            normalised = read[layer][place]
-        return target.constant + float(normalised @ target.direction)
+        return float(target_values(self.cache, target)[target.prompt])
 
     def scale(self, site: ReadSite, prompt: int, pos: int) -> float:
         """1 / σ at a site: the input-dependent factor that all sources of a target share."""
@@ -290,6 +310,17 @@ class FrozenPrompts:
         if not 0 <= prompt < self.n_prompts:
             raise InputError(f"prompt {prompt}: expected 0 to {self.n_prompts - 1}")
         return pos % self.n_pos, prompt
+
+
+def target_values(cache: ForwardCache, target: Target) -> Float[Tensor, "batch"]:
+    """The target's value on every prompt of a forward pass, whichever prompt it was made for."""
+    layer, pos = target.site.layer, target.pos
+    if target.site.part == "final":
+        normalised = cache.final_in[:, pos] / cache.final_scale[:, pos, None]
+    else:
+        read = cache.mlp_in if target.site.part == "mlp" else cache.attention_in
+        normalised = read[layer][:, pos]
+    return target.constant + normalised @ target.direction
 
 
 # ---------------------------------------------------------------------------------------------

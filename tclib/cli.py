@@ -95,6 +95,9 @@ def _execute_all(preset: Preset, notebooks: list[Path], parameters: dict[str, An
     bar = progress(notebooks, f"preset {preset.name}", unit="notebook")
     for notebook in bar:
         bar.set_postfix_str(notebook.stem)
+        if notebook.name[:2] in preset.skipped:
+            bar.write(f"{notebook.stem} is skipped: {preset.skipped[notebook.name[:2]]}")
+            continue
         try:
             _execute(notebook, preset.folder / EXECUTED / notebook.name, parameters)
         except Exception:

@@ -25,6 +25,7 @@ from tclib.runs import InputError, load_tensors, save_tensors
 
 Kind = Literal["transcoder", "sae_mlp_out", "sae_mlp_in"]
 Activation = Literal["relu", "topk"]
+Basis = Literal["processed", "raw"]
 FILE_FORMAT = "tclib-dictionary-1"
 FEW_TOKENS = 64
 
@@ -42,10 +43,12 @@ class DictionaryConfig:
     k: int | None = None  # active features a token, for topk
     skip: bool = False  # linear path from input to output
     model: str = ""  # the language model that it was trained on
+    basis: Basis = "processed"  # of mlp_in and mlp_out; raw: norm gain left in, output not centred
 
     def __post_init__(self) -> None:
         _expect("kind", self.kind, get_args(Kind))
         _expect("activation", self.activation, get_args(Activation))
+        _expect("basis", self.basis, get_args(Basis))
         for name in ("d_in", "d_out", "n_features"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
@@ -158,8 +161,13 @@ class Dictionary:
         return Dictionary(self.config, **moved)
 
     def check_model(self, lm: LanguageModel) -> None:
-        """Raise `InputError` unless this dictionary fits the model's layers and width."""
+        """Raise `InputError` unless this dictionary fits the model's layers, width and basis."""
         lm.check_layer(self.config.layer)
+        if self.config.basis == "raw":
+            raise InputError(
+                f"the {self.config.kind} of layer {self.config.layer} was trained on unprocessed weights "
+                "(norm gain left in, output not centred): convert it to the processed basis first"
+            )
         if self.config.d_out != lm.d_model or self.config.d_in != lm.d_model:
             raise InputError(
                 f"dictionary of width {self.config.d_in} → {self.config.d_out} for {lm.name}, "

@@ -17,6 +17,7 @@ pullback multiplies by activations z, on one input or averaged over a corpus.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -97,7 +98,6 @@ def pullback(
     return earlier.W_dec @ reading_direction(lm, later, feature, head)
 
 
-@torch.no_grad()
 def mean_pullback(
     lm: LanguageModel,
     later: Dictionary,
@@ -105,29 +105,68 @@ def mean_pullback(
     earlier: Dictionary,
     rows: Int[Tensor, "row pos"],
     min_activation: float = 0.0,
-    rows_per_forward: int = 16,
 ) -> Float[Tensor, "n_features"]:
-    """Mean over tokens where `feature` exceeds `min_activation` of z × pullback, BOS left out.
+    """`mean_pullbacks` of one feature."""
+    return mean_pullbacks(lm, later, [feature], earlier, rows, [min_activation])[0]
 
-    This is the paper's mean input-times-gradient, with the norm scale of each token in it.
-    Errors: `InputError` if the feature never exceeds `min_activation` on these rows.
+
+@torch.no_grad()
+def mean_pullbacks(
+    lm: LanguageModel,
+    later: Dictionary,
+    features: Sequence[int],
+    earlier: Dictionary,
+    rows: Int[Tensor, "row pos"],
+    min_activations: Sequence[float] | None = None,
+    rows_per_forward: int = 16,
+) -> Float[Tensor, "feature n_features"]:
+    """Mean over tokens where a feature exceeds its minimum of z × pullback / σ, BOS left out.
+
+    This is the paper's mean input-times-gradient, with the norm scale of each token in it; one pass
+    over the rows serves all features. Errors: `InputError` for a feature that never exceeds its minimum.
     """
-    weight = pullback(lm, later, feature, earlier)
+    weights = torch.stack([pullback(lm, later, feature, earlier) for feature in features])
+    minimum = torch.tensor(list(min_activations or [0.0] * len(features)), device=lm.device)
+    total = torch.zeros_like(weights, dtype=torch.float64)
+    n_tokens = total.new_zeros(len(features))
     reads, writes = Site("mlp_in", later.config.layer), Site("mlp_in", earlier.config.layer)
-    total, n_tokens = torch.zeros_like(weight, dtype=torch.float64), 0
     for batch in rows.split(rows_per_forward):
         acts, scales = lm.read_with_scale(batch.long(), {reads, writes})
         is_text = (batch != lm.bos_id).to(lm.device)
-        fires = (later.encode(acts[reads])[..., feature] > min_activation) & is_text
-        z = earlier.encode(acts[writes][fires])
-        total += (z / scales[reads][fires][:, None]).double().sum(0)
-        n_tokens += len(z)
-    if n_tokens == 0:
-        raise InputError(
-            f"feature {feature} never exceeds {min_activation} on these rows: "
-            "give more rows, or a live feature"
-        )
-    return (total / n_tokens).to(weight.dtype) * weight
+        z_later = later.encode(acts[reads])[..., list(features)][is_text]
+        fires = (z_later > minimum).to(weights)
+        z = earlier.encode(acts[writes][is_text]) / scales[reads][is_text][:, None]
+        total += (fires.T @ z).double()
+        n_tokens += fires.sum(0)
+    for feature, least, n in zip(features, minimum.tolist(), n_tokens.tolist(), strict=True):
+        if n == 0:
+            raise InputError(
+                f"feature {feature} never exceeds {least:g} on these rows: "
+                "give more rows, or a live feature"
+            )
+    return (total / n_tokens[:, None]).to(weights.dtype) * weights
+
+
+@torch.no_grad()
+def activation_quantiles(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    features: Sequence[int],
+    rows: Int[Tensor, "row pos"],
+    quantile: float,
+    rows_per_forward: int = 16,
+) -> list[float]:
+    """The quantile of each feature's positive activations, BOS left out; 0 for one that never fires."""
+    site = dictionary.config.input_site
+    found = []
+    for batch in rows.split(rows_per_forward):
+        acts = dictionary.encode(lm.read(batch.long(), {site})[site])[..., list(features)]
+        found.append(acts[(batch != lm.bos_id).to(lm.device)])
+    columns = torch.cat(found).double().T
+    return [
+        float(column[column > 0].quantile(quantile)) if bool((column > 0).any()) else 0.0
+        for column in columns
+    ]
 
 
 def direct_logit_attribution(
@@ -190,7 +229,9 @@ def top_k_overlap(one: Float[Tensor, "item"], other: Float[Tensor, "item"], k: i
 
 
 def spearman(one: Float[Tensor, "item"], other: Float[Tensor, "item"]) -> float:
-    """Rank correlation; ties share their mean rank."""
+    """Rank correlation; ties share their mean rank. NaN for fewer than three items."""
+    if len(one) < 3:
+        return float("nan")
     ranks = [pd.Series(_numpy(scores)).rank().to_numpy() for scores in (one, other)]
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 

@@ -20,7 +20,16 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from tclib.attribution import KINDS, FrozenPrompts, ReadSite, SourceKind, Sources, Target, sources
+from tclib.attribution import (
+    KINDS,
+    FrozenPrompts,
+    ReadSite,
+    SourceKind,
+    Sources,
+    Target,
+    node_name,
+    sources,
+)
 from tclib.runs import InputError
 
 EXPANDABLE: frozenset[SourceKind] = frozenset({"feature", "head", "skip"})
@@ -38,12 +47,7 @@ class Node:
     pos: int
 
     def __str__(self) -> str:
-        if self.kind == "feature":
-            return f"L{self.layer}.{self.feature}@{self.pos}"
-        if self.kind == "head":
-            return f"attn{self.layer}[{self.head}]@{self.pos}"
-        layer = f"{self.layer}" if self.layer >= 0 else ""
-        return f"{self.kind}{layer}@{self.pos}"
+        return node_name(self.kind, self.layer, self.head, self.feature, self.pos)
 
 
 @dataclass(frozen=True)

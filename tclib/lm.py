@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -488,6 +488,30 @@ class LanguageModel:
             final_scale=self.final_norm.scale(final)[..., 0],
             logits=output.logits,
         )
+
+    @contextmanager
+    def frozen_norms(self, cache: ForwardCache, prompt: int) -> Iterator[None]:
+        """While active, every norm divides by the scale that it had on `prompt` of `cache`."""
+        norms = [self._block(layer).attention_norm for layer in range(self.n_layers)]
+        norms += [self._block(layer).mlp_norm for layer in range(self.n_layers)]
+        norms.append(getattr(self._backbone, self._architecture.final_norm))
+        scales = [*cache.attention_scale, *cache.mlp_scale, cache.final_scale]
+        handles = [
+            module.register_forward_hook(partial(self._divide_by, scale[prompt, :, None]))
+            for module, scale in zip(norms, scales, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _divide_by(
+        self, scale: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor
+    ) -> Tensor:
+        norm = self._norm(module)
+        scaled = norm.centre(inputs[0]) / scale * norm.gain
+        return scaled if norm.bias is None else scaled + norm.bias
 
     @contextmanager
     def _eager_attention(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
     00_model_and_data          tokens
     01_train_transcoders       one transcoder a layer, and its training log
     02_sparsity_vs_faithfulness  the sweep of λ and the table behind Figure 3
+    03_circuit_tools           a prompt's attribution graph, and how far connections can be read off weights
     07_results                 claim, paper, ours, verdict
 
 A step that lacks an earlier one makes it first, so every notebook can be opened by itself.
@@ -11,8 +12,7 @@ A step that lacks an earlier one makes it first, so every notebook can be opened
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tclib import report
+from tclib import circuits, report
 from tclib.corpus import Corpus, build_corpus, check_disjoint
 from tclib.dictionary import Dictionary
 from tclib.evaluate import Evaluation, evaluate
@@ -29,16 +29,14 @@ from tclib.lm import BUNDLED, LanguageModel, check_hub_reachable, locate
 from tclib.presets import Preset, load_preset
 from tclib.runs import (
     MANIFEST,
-    InputError,
     Step,
     exclusive,
     file_hash,
-    is_current,
     new_file,
     read_manifest,
-    record_extra,
     write_manifest,
 )
+from tclib.steps import ensure, write_csv
 from tclib.tasks import GreaterThan, mean_probability_difference
 from tclib.train import LOG, DictionarySpec, TrainingConfig, train
 
@@ -102,18 +100,6 @@ def demo_world_card(preset: Preset) -> dict[str, Any]:
     return json.loads((BUNDLED[preset.model] / "card.json").read_text())
 
 
-def save_table(table: pd.DataFrame, step: Step, name: str) -> pd.DataFrame:
-    """Write `<name>.csv` into the step's folder and its manifest; return the table."""
-    _write_csv(table, step, name)
-    record_extra(step, step.folder / f"{name}.csv")
-    return table
-
-
-def _write_csv(table: pd.DataFrame, step: Step, name: str) -> None:
-    with new_file(step.folder / f"{name}.csv") as path:
-        table.to_csv(path, index=False)
-
-
 # ---------------------------------------------------------------------------------------------
 # 01: one transcoder a layer
 
@@ -171,32 +157,7 @@ def _run_sweep(preset: Preset) -> Evaluation:
 
 
 # ---------------------------------------------------------------------------------------------
-# Making a step once
-
-
-def ensure(
-    step: Step,
-    parameters: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    make: Callable[[], Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Call `make` unless the step is there already; return its manifest.
-
-    `make` writes its outputs into step.folder, each of them whole or not at all, and returns a
-    summary for the manifest, which is written last. Errors: `InputError` if the folder holds the
-    step made from other parameters or inputs: nothing is overwritten.
-    """
-    if (step.folder / MANIFEST).is_file():
-        if is_current(step, parameters, inputs):
-            return read_manifest(step)
-        raise InputError(
-            f"{step.folder} was made with other parameters or inputs: keep it by choosing another "
-            f"runs_dir, or make it anew with `tclib run --preset {step.preset} --fresh`"
-        )
-    began = time.perf_counter()
-    summary = make()
-    write_manifest(step, parameters, inputs, time.perf_counter() - began, summary=summary)
-    return read_manifest(step)
+# Training and evaluating, once
 
 
 def _trained(
@@ -237,7 +198,7 @@ def _evaluated(
         with exclusive(step.folder):
             evaluation = evaluate(lm, trained.dictionaries, corpus.evaluation, corpus.train)
         for name, frame in (("table", evaluation.table), ("row_ce", evaluation.row_ce)):
-            _write_csv(frame, step, name)
+            write_csv(frame, step, name)
         return {"n_dictionaries": len(trained.dictionaries)}
 
     ensure(step, {"n_eval_rows": len(corpus.evaluation)}, inputs, make)
@@ -262,14 +223,26 @@ def make_results(preset: Preset) -> pd.DataFrame:
     if preset.corpus.kind == "demo":
         difference = mean_probability_difference(lm, GreaterThan.of(lm))
         lines.append(report.greater_than_claim(difference, preset.model))
+    if "03" not in preset.skipped:
+        lines += _circuit_claims(preset, lm, corpus)
     table = report.results_table(lines)
     _save_results(preset, table)
     return table
 
 
+def _circuit_claims(preset: Preset, lm: LanguageModel, corpus: Corpus) -> list[report.Line]:
+    transcoders = train_transcoders(preset, lm, corpus).dictionaries
+    found = circuits.make_circuits(preset, lm, corpus, transcoders)
+    return [
+        report.closure_claim(found.graph.closure()),
+        report.connections_claim(found.connections),
+        report.prediction_claim(found.ablations),
+    ]
+
+
 def _save_results(preset: Preset, table: pd.DataFrame) -> None:
     step = preset.step(RESULTS_STEP)
-    _write_csv(table, step, "results")
+    write_csv(table, step, "results")
     with new_file(step.folder / "results.md") as path:
         path.write_text(markdown(table))
     sources = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tclib.dictionary import Activation
 from tclib.lm import LanguageModel
 from tclib.objective import Loss
 from tclib.runs import DATA, REPOSITORY, InputError, Step
+from tclib.tasks import PAPER_TEMPLATE
 from tclib.train import DictionarySpec, TrainingConfig
 
 PRESETS = REPOSITORY / "notebooks" / "presets"
@@ -81,8 +83,21 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
+class CircuitsConfig:
+    """Notebook 03: which prompt, and how many features the comparisons draw."""
+
+    __pydantic_config__ = _STRICT
+
+    template: str = PAPER_TEMPLATE
+    year: int = 35  # of the prompt; the root is the mean later answer minus the mean earlier one
+    n_connection_features: int = 12  # a pair of layers
+    n_connection_rows: int = 128
+    n_ablations: int = 200
+
+
+@dataclass(frozen=True)
 class Preset:
-    """A whole run: model, corpus, what notebooks 01 and 02 train, and where it all goes."""
+    """A whole run: model, corpus, what the notebooks make, and where it all goes."""
 
     __pydantic_config__ = _STRICT
 
@@ -92,6 +107,10 @@ class Preset:
     corpus: CorpusConfig
     transcoders: TranscodersConfig
     sweep: SweepConfig
+    circuits: CircuitsConfig = field(default_factory=CircuitsConfig)
+    skipped: Mapping[str, str] = field(
+        default_factory=dict
+    )  # notebook number: why not at this preset
     companions: tuple[str, ...] = ()  # presets whose sweep notebook 02 draws beside this one's
     seed: int = 42
     runs_dir: Path = DATA / "runs"

@@ -14,8 +14,8 @@ T = TypeVar("T")
 SECONDS_BETWEEN_REFRESHES = 1.0
 
 
-def progress(iterable: Iterable[T], description: str, **options: Any) -> tqdm[T]:
-    """A tqdm bar over `iterable`."""
+def progress(iterable: Iterable[T] | None, description: str, **options: Any) -> tqdm[Any]:
+    """A tqdm bar over `iterable`, or one to be updated by hand."""
     quiet = os.environ.get("TCLIB_QUIET", "0") not in ("", "0")
     return tqdm(
         iterable,

@@ -43,6 +43,17 @@ class GreaterThan:
             raise InputError(f"{lm.name}: years {missing[:5]} … are not single tokens")
         return cls(torch.cat(prompts), torch.tensor(answers, device=lm.device))
 
+    def root_weights(self, year: int) -> dict[int, float]:
+        """The mean logit of the years after `year` minus the mean of all others, by token id.
+
+        Errors: `InputError` for a year outside 0 to 98, after which nothing comes.
+        """
+        if not 0 <= year < len(YEARS) - 1:
+            raise InputError(f"year {year}: expected 0 to {len(YEARS) - 2}")
+        ids = self.answer_ids.tolist()
+        later, others = ids[year + 1 :], ids[: year + 1]
+        return {i: 1 / len(later) for i in later} | {i: -1 / len(others) for i in others}
+
     def year_probabilities(
         self, logits: Float[Tensor, "year pos d_vocab"]
     ) -> Float[Tensor, "year answer"]:

@@ -20,7 +20,7 @@ from transformers import (
 from tclib.corpus import Corpus
 from tclib.lm import LanguageModel
 
-D_MODEL, N_LAYERS, D_VOCAB, N_CTX = 16, 3, 100, 32
+D_MODEL, N_LAYERS, D_VOCAB, N_CTX = 16, 3, 100, 64
 GEOMETRIES = ("gpt2", "neox", "llama")
 
 

@@ -138,8 +138,8 @@ def frozen_forward(
             parts = frozen.parts[layer]
             pre_acts[layer] = parts.dictionary.pre_acts(mlp_in)
             output = acts[layer] @ parts.dictionary.W_dec + parts.dictionary.b_dec + parts.error
-            if parts.skip is not None:
-                output = output + parts.skip
+            if parts.dictionary.W_skip is not None:
+                output = output + mlp_in @ parts.dictionary.W_skip
         else:
             output = cache.mlp_out[layer]
         stream = attended + output
@@ -365,6 +365,10 @@ def test_transcoders_that_do_not_fit_are_named() -> None:
     narrow = Dictionary(
         config, torch.zeros(4, 8), torch.zeros(8), torch.zeros(8, 4), torch.zeros(4)
     )
+    raw = random_transcoder(0, "relu")
+    raw.config = replace(raw.config, basis="raw")
+    with pytest.raises(InputError, match="layer 0 was trained on unprocessed weights"):
+        FrozenPrompts(lm, tokens, [raw])
     with pytest.raises(InputError, match="dictionary of width 4"):
         FrozenPrompts(lm, tokens, [narrow])
 
@@ -373,8 +377,8 @@ def test_prompts_that_cannot_be_run_are_named() -> None:
     lm = make_lm("gpt2")
     with pytest.raises(InputError, match="not empty"):
         FrozenPrompts(lm, torch.zeros(1, 0, dtype=torch.long), [])
-    with pytest.raises(InputError, match=r"prompt of 33 tokens: tiny-gpt2 takes at most 32"):
-        FrozenPrompts(lm, random_rows(1, 33).long(), [])
+    with pytest.raises(InputError, match=r"prompt of 65 tokens: tiny-gpt2 takes at most 64"):
+        FrozenPrompts(lm, random_rows(1, 65).long(), [])
     lm.model.transformer.wte.weight.data[5] = torch.inf
     with pytest.raises(InputError, match="non-finite"):
         FrozenPrompts(lm, torch.full((1, 3), 5), [])

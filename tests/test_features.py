@@ -71,7 +71,11 @@ def test_mean_pullback_is_the_mean_of_exact_attributions(geometry: str) -> None:
     frozen = freeze(geometry, n_prompts=3, n_pos=6)
     later, earlier, feature = frozen.transcoders[2], frozen.transcoders[0], 7
     rows = frozen.cache.tokens.int()
-    found = features.mean_pullback(frozen.lm, later, feature, earlier, rows, rows_per_forward=2)
+    several = features.mean_pullbacks(
+        frozen.lm, later, [feature, 3], earlier, rows, rows_per_forward=2
+    )
+    found = features.mean_pullback(frozen.lm, later, feature, earlier, rows)
+    torch.testing.assert_close(several[0], found)
     expected = torch.zeros(N_FEATURES, dtype=torch.float64)
     n_tokens = 0
     for prompt in range(3):
@@ -86,6 +90,17 @@ def test_mean_pullback_is_the_mean_of_exact_attributions(geometry: str) -> None:
     assert n_tokens > 0
     # The frozen run computes attention patterns in float32, the plain one does not.
     torch.testing.assert_close(found, expected / n_tokens, rtol=1e-5, atol=1e-7)
+
+
+def test_activation_quantiles_are_of_positive_activations_without_bos() -> None:
+    lm, dictionary = make_lm("gpt2"), random_transcoder(1, "relu")
+    rows = random_rows(5)
+    site = dictionary.config.input_site
+    z = dictionary.encode(lm.read(rows.long(), {site})[site])[:, 1:, 4].flatten()
+    (found,) = features.activation_quantiles(lm, dictionary, [4], rows, 0.2, rows_per_forward=2)
+    assert found == pytest.approx(float(z[z > 0].quantile(0.2)))
+    dictionary.b_enc[4] = -1e6
+    assert features.activation_quantiles(lm, dictionary, [4], rows, 0.2) == [0.0]
 
 
 def test_tables_are_sorted_and_name_tokens() -> None:

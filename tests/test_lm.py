@@ -159,12 +159,12 @@ def test_layers_contexts_and_words_out_of_range_are_named(gpt2_lm: LanguageModel
         gpt2_lm.check_layer(3)
     with pytest.raises(InputError, match="layer -1"):
         gpt2_lm.check_layer(-1)
-    with pytest.raises(InputError, match="context of 33 tokens: tiny-gpt2 takes 2 to 32"):
-        gpt2_lm.check_context(33)
+    with pytest.raises(InputError, match="context of 65 tokens: tiny-gpt2 takes 2 to 64"):
+        gpt2_lm.check_context(65)
     with pytest.raises(InputError, match="does not know"):
         gpt2_lm.tokenize("w3 zebra")
-    with pytest.raises(InputError, match="at most 32"):
-        gpt2_lm.tokenize("w3 " * 40)
+    with pytest.raises(InputError, match="at most 64"):
+        gpt2_lm.tokenize("w3 " * 80)
 
 
 def test_a_failed_conversion_leaves_nothing_behind(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tclib import pipeline
+from tclib import circuits, pipeline
+from tclib.graph_files import load_json
 from tclib.presets import Preset, load_preset
 from tclib.runs import InputError, read_manifest
 
@@ -22,6 +23,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Preset:
     return replace(
         preset,
         companions=(),
+        circuits=replace(
+            preset.circuits, n_connection_features=3, n_connection_rows=8, n_ablations=20
+        ),
         corpus=replace(preset.corpus, n_train_tokens=12_800, n_eval_tokens=2_560),
         transcoders=replace(preset.transcoders, expansion=2, training=training),
         sweep=replace(sweep, expansion=2, training=training),
@@ -37,9 +41,10 @@ def test_results_are_made_from_nothing_with_every_earlier_step(
     small: Preset, results: pd.DataFrame
 ) -> None:
     assert list(results.columns) == ["claim", "paper", "ours", "verdict"]
-    assert len(results) == 4
+    assert len(results) == 7
     steps = {path.name for path in small.folder.iterdir() if path.is_dir()}
-    assert {pipeline.DATA_STEP, pipeline.TRANSCODERS_STEP, pipeline.SWEEP_STEP} <= steps
+    made = {pipeline.DATA_STEP, pipeline.TRANSCODERS_STEP, pipeline.SWEEP_STEP, circuits.STEP}
+    assert made <= steps
     for name in steps:
         manifest = read_manifest(small.step(name))
         assert manifest["preset"] == "demo" and manifest["outputs"]
@@ -53,7 +58,20 @@ def test_a_second_time_everything_is_loaded(
 
     for name in ("build_corpus", "train", "evaluate"):
         monkeypatch.setattr(pipeline, name, fail)
+    monkeypatch.setattr(circuits, "attribution_graph", fail)
     pd.testing.assert_frame_equal(pipeline.make_results(small), results)
+
+
+def test_the_circuit_step_holds_a_graph_that_adds_up(small: Preset, results: pd.DataFrame) -> None:
+    folder = small.step(circuits.STEP).folder
+    closure = pd.read_csv(folder / "closure.csv")
+    assert closure["residual"].abs().max() < 1e-4
+    connections = pd.read_csv(folder / "connections.csv")
+    assert len(connections) == 6 * 3
+    assert connections["overlap_10"].between(0, 1).all()
+    assert len(pd.read_csv(folder / "ablations.csv")) == 20
+    assert load_json(folder / "graph.json").closure()["residual"].abs().max() < 1e-4
+    assert (folder / "viewer" / "greater-than.json").is_file()
 
 
 def test_other_parameters_are_refused_and_overwrite_nothing(
