@@ -283,7 +283,8 @@ def prediction_claim(ablations: pd.DataFrame) -> Line:
             ("actual_norms_frozen", "predicted_total"),
         )
     )
-    ranks = ablations[["actual_norms_frozen", "predicted_total"]].corr("spearman").iloc[0, 1]
+    columns = ["actual_norms_frozen", "predicted_total"]
+    ranks = float(ablations[columns].corr("spearman").to_numpy()[0, 1])
     return _line(
         "Taking a feature out of the running model moves the answer as the graph predicts",
         "not published",
