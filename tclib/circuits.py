@@ -61,8 +61,9 @@ def explain_prompt(
         raise InputError(
             f"{len(transcoders)} transcoders at preset {preset.name}: circuits need two layers or more"
         )
-    task = GreaterThan.of(lm, preset.circuits.template)
-    frozen = FrozenPrompts(lm, task.tokens[[preset.circuits.year]], transcoders.values())
+    task = GreaterThan.of(lm, preset.greater_than.templates[0])
+    prompt = task.prompt_index(preset.circuits.year)
+    frozen = FrozenPrompts(lm, task.tokens[[prompt]], transcoders.values())
     weights = task.root_weights(preset.circuits.year)
     return Explained(frozen, frozen.logit_target(weights, -1, name="later − earlier"))
 
@@ -74,7 +75,8 @@ def make_circuits(
     step = preset.step(STEP)
     inputs = {"model": preset.model, "corpus": corpus.content_hash}
     inputs |= {name: tensors_hash(d.parameters()) for name, d in transcoders.items()}
-    parameters = {"circuits": asdict(preset.circuits), "seed": preset.seed}
+    template = preset.greater_than.templates[0]
+    parameters = {**asdict(preset.circuits), "template": template, "seed": preset.seed}
 
     def make() -> Mapping[str, Any]:
         frozen, root = explain_prompt(preset, lm, transcoders)

@@ -95,6 +95,8 @@ class _Architecture:
     token_embedding: str
     position_embedding: str | None
     part_names: tuple[str, str, str, str]
+    heads_out: str  # the projection behind the heads, inside the attention
+    neurons_out: str  # the projection behind the neurons, inside the MLP
     values: Callable[[Any, int], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
@@ -141,6 +143,8 @@ _ARCHITECTURES = {
         "wte",
         "wpe",
         ("ln_1", "attn", "ln_2", "mlp"),
+        "c_proj",
+        "c_proj",
         _gpt2_values,
     ),
     "GPTNeoXForCausalLM": _Architecture(
@@ -151,6 +155,8 @@ _ARCHITECTURES = {
         "embed_in",
         None,
         ("input_layernorm", "attention", "post_attention_layernorm", "mlp"),
+        "dense",
+        "dense_4h_to_h",
         _neox_values,
     ),
     "LlamaForCausalLM": _Architecture(
@@ -161,6 +167,8 @@ _ARCHITECTURES = {
         "embed_tokens",
         None,
         ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+        "o_proj",
+        "down_proj",
         _llama_values,
     ),
 }
@@ -183,6 +191,40 @@ class AttentionWeights:
     def value_bias(self) -> Float[Tensor, "head d_model"]:
         """b_V[h] W_O[h]: what head h adds whatever it reads, times its pattern's sum."""
         return torch.einsum("hk,hkd->hd", self.b_V, self.W_O)
+
+
+@dataclass(frozen=True)
+class NeuronWeights:
+    """What an MLP's neurons write: mlp_out = neuron activations · W_out + b_out, processed basis."""
+
+    W_out: Float[Tensor, "d_mlp d_model"]
+    b_out: Float[Tensor, "d_model"]
+
+
+@dataclass(frozen=True)
+class LowerRun:
+    """One forward pass up to an MLP, and everything that the layers above it read but that MLP's output.
+
+    `base` is the stream above the layer without mlp_out (as stored, not centred), so that the model
+    goes on from base + any other output; `neuron_acts` are the activations of its neurons.
+    """
+
+    layer: int
+    base: Float[Tensor, "batch pos d_model"]
+    mlp_in: Float[Tensor, "batch pos d_model"]
+    mlp_out: Float[Tensor, "batch pos d_model"]
+    neuron_acts: Float[Tensor, "batch pos d_mlp"]
+
+
+class _Feed(nn.Module):
+    """Stands in for lower blocks: whatever comes in, `stream` goes out."""
+
+    def __init__(self, stream: Tensor) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def forward(self, *_inputs: Any, **_options: Any) -> Tensor:
+        return self.stream
 
 
 @dataclass(frozen=True)
@@ -554,6 +596,99 @@ class LanguageModel:
                 handle.remove()
 
     @contextmanager
+    def override_heads(self, layer: int, override: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While active, the heads of `layer` put out `override(z)`, z of shape [batch, pos, head, d_head].
+
+        z is each head's weighted mean of values, before W_O.
+        """
+        attention = self._block(self.check_layer(layer)).attention
+        n_heads = self.n_heads
+
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            z = inputs[0].unflatten(-1, (n_heads, -1))
+            return (override(z).flatten(-2).to(inputs[0]),)
+
+        projection = getattr(attention, self._architecture.heads_out)
+        handle = projection.register_forward_pre_hook(before)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    # -- one MLP's output at a time -------------------------------------------------------------
+
+    @torch.no_grad()
+    def run_below(self, tokens: Int[Tensor, "batch pos"], layer: int) -> LowerRun:
+        """Run up to and including the MLP of `layer`, for `run_above` to go on from."""
+        block = self._blocks[self.check_layer(layer)]
+        parts = self._block(layer)
+        norm = self.mlp_norm(layer)
+        held: dict[str, Tensor] = {}
+
+        def keep_output(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            held["above"] = output
+            raise _StopForward
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda _module, inputs: held.__setitem__(name, inputs[0])
+
+        neurons_out = getattr(parts.mlp, self._architecture.neurons_out)
+        handles = [
+            parts.mlp_norm.register_forward_pre_hook(keep("stream")),
+            neurons_out.register_forward_pre_hook(keep("neurons")),
+            parts.mlp.register_forward_hook(
+                lambda _module, _inputs, output: held.__setitem__("raw", output)
+            ),
+            block.register_forward_hook(keep_output),
+        ]
+        try:
+            with suppress(_StopForward):
+                self._backbone(tokens.to(self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return LowerRun(
+            layer,
+            held["above"] - held["raw"],
+            norm.normalise(held["stream"]),
+            norm.centre(held["raw"]),
+            held["neurons"],
+        )
+
+    def run_above(
+        self, layer: int, stream: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch d_model"]:
+        """Run the blocks above `layer` on a stream; what the unembedding reads at the last position.
+
+        Nothing below is computed. Gradients flow to `stream` unless switched off.
+        """
+        backbone, name = self._backbone, self._architecture.blocks
+        blocks = self._blocks
+        final: list[Tensor] = []
+        norm_module = getattr(backbone, self._architecture.final_norm)
+        handle = norm_module.register_forward_pre_hook(lambda _m, inputs: final.append(inputs[0]))
+        tokens = torch.zeros(stream.shape[:2], dtype=torch.long, device=stream.device)
+        setattr(backbone, name, nn.ModuleList([_Feed(stream), *blocks[layer + 1 :]]))
+        try:
+            backbone(tokens, use_cache=False)
+        finally:
+            setattr(backbone, name, blocks)
+            handle.remove()
+        return self.final_norm.normalise(final[0][:, -1])
+
+    def neuron_weights(self, layer: int) -> NeuronWeights:
+        """Output weights and bias of an MLP's neurons."""
+        projection = getattr(
+            self._block(self.check_layer(layer)).mlp, self._architecture.neurons_out
+        )
+        # GPT-2 keeps weights input first, the others output first.
+        is_input_first = self._architecture.backbone == "transformer"
+        weight = projection.weight if is_input_first else projection.weight.T
+        bias = weight.new_zeros(self.d_model) if projection.bias is None else projection.bias
+        centre = self.final_norm.centre
+        return NeuronWeights(centre(weight), centre(bias))
+
+    @contextmanager
     def override_mlp_input(
         self, layer: int, override: Callable[[Tensor], Tensor]
     ) -> Iterator[None]:
@@ -643,8 +778,12 @@ class LanguageModel:
     def _backbone(self) -> Any:
         return getattr(self.model, self._architecture.backbone)
 
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return getattr(self._backbone, self._architecture.blocks)
+
     def _block(self, layer: int) -> _Block:
-        block = getattr(self._backbone, self._architecture.blocks)[layer]
+        block = self._blocks[layer]
         return _Block(*(getattr(block, part) for part in self._architecture.part_names))
 
     def _norm(self, module: nn.Module) -> Norm:

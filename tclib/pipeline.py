@@ -4,6 +4,7 @@
     01_train_transcoders       one transcoder a layer, and its training log
     02_sparsity_vs_faithfulness  the sweep of λ and the table behind Figure 3
     03_circuit_tools           a prompt's attribution graph, and how far connections can be read off weights
+    06_greater_than            the circuit, its features' curves, features against neurons
     07_results                 claim, paper, ours, verdict
 
 A step that lacks an earlier one makes it first, so every notebook can be opened by itself.
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tclib import circuits, report
+from tclib import circuits, greater_than, greater_than_report, report
 from tclib.corpus import Corpus, build_corpus, check_disjoint
 from tclib.dictionary import Dictionary
 from tclib.evaluate import Evaluation, evaluate
@@ -37,7 +38,6 @@ from tclib.runs import (
     write_manifest,
 )
 from tclib.steps import ensure, write_csv
-from tclib.tasks import GreaterThan, mean_probability_difference
 from tclib.train import LOG, DictionarySpec, TrainingConfig, train
 
 DATA_STEP = "00_model_and_data"
@@ -208,6 +208,31 @@ def _evaluated(
 
 
 # ---------------------------------------------------------------------------------------------
+# 06: greater-than
+
+
+def run_greater_than(
+    preset: Preset, lm: LanguageModel, corpus: Corpus
+) -> greater_than.GreaterThanResults:
+    """Notebook 06: find the MLP and the head, train SAEs beside its transcoder, analyse."""
+    effects = greater_than.make_components(preset, lm)
+    layer = greater_than.chosen_layer(preset, effects)
+    transcoders = train_transcoders(preset, lm, corpus).dictionaries
+    saes = _task_saes(preset, lm, corpus, layer)
+    return greater_than.make_greater_than(preset, lm, effects, transcoders, saes)
+
+
+def _task_saes(
+    preset: Preset, lm: LanguageModel, corpus: Corpus, layer: int
+) -> dict[str, Dictionary]:
+    specs = preset.greater_than.sae_specs(layer, preset.transcoders)
+    if not specs:
+        return {}
+    training = preset.transcoders.training
+    return _trained(preset, greater_than.SAES_STEP, lm, corpus, specs, training).dictionaries
+
+
+# ---------------------------------------------------------------------------------------------
 # 07: results
 
 
@@ -220,11 +245,12 @@ def make_results(preset: Preset) -> pd.DataFrame:
         report.sweep_claim(title, evaluation) for title, evaluation in run_sweeps(preset).items()
     ]
     lines += [report.layer_claim(layers), report.dead_feature_claim(layers)]
-    if preset.corpus.kind == "demo":
-        difference = mean_probability_difference(lm, GreaterThan.of(lm))
-        lines.append(report.greater_than_claim(difference, preset.model))
     if "03" not in preset.skipped:
         lines += _circuit_claims(preset, lm, corpus)
+    if "06" not in preset.skipped:
+        lines += greater_than_report.greater_than_claims(
+            run_greater_than(preset, lm, corpus).summary, preset.model
+        )
     table = report.results_table(lines)
     _save_results(preset, table)
     return table

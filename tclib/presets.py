@@ -88,11 +88,39 @@ class CircuitsConfig:
 
     __pydantic_config__ = _STRICT
 
-    template: str = PAPER_TEMPLATE
-    year: int = 35  # of the prompt; the root is the mean later answer minus the mean earlier one
+    year: int = (
+        35  # in the greater-than prompt; the root is the mean later answer minus the mean earlier
+    )
     n_connection_features: int = 12  # a pair of layers
     n_connection_rows: int = 128
     n_ablations: int = 200
+
+
+@dataclass(frozen=True)
+class GreaterThanConfig:
+    """Notebook 06: the sentences, what to analyse (found where null), SAEs to compare with."""
+
+    __pydantic_config__ = _STRICT
+
+    templates: tuple[str, ...] = (PAPER_TEMPLATE,)
+    layer: int | None = None  # of the MLP; null: the one above layer 0 that costs most when ablated
+    head: tuple[int, int] | None = (
+        None  # null: the one that carries the year into that MLP's features
+    )
+    sae_l1: tuple[float, ...] = ()  # SAEs on mlp_out; the one nearest in L0 is shown
+
+    def sae_specs(self, layer: int, transcoders: TranscodersConfig) -> list[DictionarySpec]:
+        """SAEs as wide as the transcoders."""
+        return [
+            DictionarySpec(
+                kind="sae_mlp_out",
+                layer=layer,
+                expansion=transcoders.expansion,
+                l1_coefficient=l1,
+                loss=transcoders.loss,
+            )
+            for l1 in self.sae_l1
+        ]
 
 
 @dataclass(frozen=True)
@@ -108,6 +136,7 @@ class Preset:
     transcoders: TranscodersConfig
     sweep: SweepConfig
     circuits: CircuitsConfig = field(default_factory=CircuitsConfig)
+    greater_than: GreaterThanConfig = field(default_factory=GreaterThanConfig)
     skipped: Mapping[str, str] = field(
         default_factory=dict
     )  # notebook number: why not at this preset

@@ -187,7 +187,7 @@ def sweep_claim(model: str, evaluation: Evaluation) -> Line:
     published = ce_gap(paper, shared_l0(paper))
     share = (gaps["winner"] != "SAE").mean() if len(gaps) else float("nan")
     verdict = {1.0: "reproduced", 0.0: "not reproduced"}.get(share, "mixed")
-    return _line(
+    return claim_line(
         f"Fig. 3: transcoders no less faithful than SAEs at equal L0 ({model})",
         f"SAE − transcoder CE {published.min():+.4f} to {published.max():+.4f} nats "
         "(Pythia-410M L15)",
@@ -204,7 +204,7 @@ def dead_feature_claim(evaluation: Evaluation) -> Line:
         for row in paper_table("dead_features")
         if row["kind"] == "transcoder"
     ]
-    return _line(
+    return claim_line(
         "Features that never fire on the evaluation set",
         "; ".join(published),
         f"{dead.min():.1%} to {dead.max():.1%} over layers",
@@ -216,7 +216,7 @@ def layer_claim(evaluation: Evaluation) -> Line:
     """How much of each MLP its transcoder stands in for."""
     table = evaluation.table
     recovered = ", ".join(f"layer {r.layer}: {r.ce_recovered:.3f}" for r in table.itertuples())
-    return _line(
+    return claim_line(
         "A transcoder stands in for its MLP (CE recovered over mean ablation)",
         "not published per layer",
         recovered,
@@ -224,23 +224,11 @@ def layer_claim(evaluation: Evaluation) -> Line:
     )
 
 
-def greater_than_claim(value: float, model: str) -> Line:
-    """The behaviour that Section 5.2 explains: years after the given one."""
-    published = {row["quantity"]: float(row["value"]) for row in paper_table("greater_than")}
-    paper = published["probability_difference_original"]
-    return _line(
-        "Greater-than: probability difference of the unmodified model",
-        f"{paper:.3f} (GPT-2)",
-        f"{value:.3f} ({model})",
-        "present, as it was trained to be" if value >= 0.8 else "too weak (below 0.80)",
-    )
-
-
 def closure_claim(closure: pd.DataFrame) -> Line:
     """Do attributions add up (data/paper/closure.csv: the reference code's walkthrough root)?"""
     published = {row["quantity"]: float(row["value"]) for row in paper_table("closure")}
     worst = closure["residual"].abs().max()
-    return _line(
+    return claim_line(
         "Attributions add up: value of a node against the sum of its sources",
         f"node {published['node']:.2f}, sources shown {published['shown_sources']:.2f} (GPT-2)",
         f"largest relative residual {worst:.1e} over {len(closure)} nodes",
@@ -264,7 +252,7 @@ def connections_claim(connections: pd.DataFrame) -> Line:
     names = [name for name in map(str, connections) if name.startswith("overlap_")]
     ours = "/".join(f"{connections[name].mean():.0%}" for name in names)
     ks = "/".join(name.removeprefix("overlap_") for name in names)
-    return _line(
+    return claim_line(
         f"{title} {ks}",
         "; ".join(paper),
         f"{ours} over {len(connections)} pairs of a feature and a layer; "
@@ -285,7 +273,7 @@ def prediction_claim(ablations: pd.DataFrame) -> Line:
     )
     columns = ["actual_norms_frozen", "predicted_total"]
     ranks = float(ablations[columns].corr("spearman").to_numpy()[0, 1])
-    return _line(
+    return claim_line(
         "Taking a feature out of the running model moves the answer as the graph predicts",
         "not published",
         f"r = {r:.3f} over all paths ({r_direct:.3f} by direct edges); {r_frozen:.3f} (ranks "
@@ -294,7 +282,8 @@ def prediction_claim(ablations: pd.DataFrame) -> Line:
     )
 
 
-def _line(claim: str, paper: str, ours: str, verdict: str) -> Line:
+def claim_line(claim: str, paper: str, ours: str, verdict: str) -> Line:
+    """One line of the closing table."""
     return {"claim": claim, "paper": paper, "ours": ours, "verdict": verdict}
 
 

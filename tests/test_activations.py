@@ -77,5 +77,5 @@ def test_bad_input_is_named() -> None:
         Harvest(lm, random_rows(0), SITES)
     with pytest.raises(InputError, match="layer 7 is out of range"):
         Harvest(lm, random_rows(2), (Site("mlp_in", 7),))
-    with pytest.raises(InputError, match="context of 40 tokens"):
-        Harvest(lm, random_rows(2, n_ctx=40), SITES)
+    with pytest.raises(InputError, match="context of 70 tokens"):
+        Harvest(lm, random_rows(2, n_ctx=70), SITES)

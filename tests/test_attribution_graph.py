@@ -117,10 +117,11 @@ def test_changing_an_activation_moves_the_next_targets_as_predicted(
     assert n_checked > 10
 
 
-@pytest.mark.parametrize(("geometry", "kind"), itertools.product(GEOMETRIES, KINDS))
+# Without skips: a graph passes them through, the one-step list names them.
+@pytest.mark.parametrize(
+    ("geometry", "kind"), list(itertools.product(GEOMETRIES, ("relu", "topk")))
+)
 def test_with_heads_as_nodes_edges_are_the_one_step_sources(geometry: str, kind: str) -> None:
-    if kind == "skip":
-        pytest.skip("a graph passes skips through, the one-step list names them")
     frozen = freeze(geometry, kind, layers=(0, 2))
     root = frozen.feature_target(2, 3, 5, prompt=1)
     graph = attribution_graph(frozen, [root], prompt=1, heads="nodes")

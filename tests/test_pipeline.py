@@ -14,15 +14,17 @@ from tclib.presets import Preset, load_preset
 from tclib.runs import InputError, read_manifest
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Preset:
+def small_preset(runs_dir: Path) -> Preset:
     """The demo preset with a hundredth of its tokens."""
-    preset = load_preset("demo", runs_dir=tmp_path_factory.mktemp("runs"))
+    preset = load_preset("demo", runs_dir=runs_dir)
     training = replace(preset.transcoders.training, n_tokens=5_120, decay_steps=0)
     sweep = replace(preset.sweep, transcoder_l1=(1e-4, 1e-3), sae_mlp_out_l1=(1e-4, 1e-3))
     return replace(
         preset,
         companions=(),
+        greater_than=replace(
+            preset.greater_than, templates=preset.greater_than.templates[:1], sae_l1=()
+        ),
         circuits=replace(
             preset.circuits, n_connection_features=3, n_connection_rows=8, n_ablations=20
         ),
@@ -30,6 +32,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Preset:
         transcoders=replace(preset.transcoders, expansion=2, training=training),
         sweep=replace(sweep, expansion=2, training=training),
     )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Preset:
+    return small_preset(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def test_results_are_made_from_nothing_with_every_earlier_step(
     small: Preset, results: pd.DataFrame
 ) -> None:
     assert list(results.columns) == ["claim", "paper", "ours", "verdict"]
-    assert len(results) == 7
+    assert len(results) == 10
     steps = {path.name for path in small.folder.iterdir() if path.is_dir()}
     made = {pipeline.DATA_STEP, pipeline.TRANSCODERS_STEP, pipeline.SWEEP_STEP, circuits.STEP}
     assert made <= steps

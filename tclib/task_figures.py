@@ -1,0 +1,180 @@
+"""The figures of the greater-than analysis (paper Figures 4 and 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STYLE: dict[str, dict[str, Any]] = {
+    "transcoder features": {"color": "#0072B2", "linestyle": "-"},
+    "neurons": {"color": "#D55E00", "linestyle": "--"},
+    "SAE features": {"color": "#009E73", "linestyle": "-."},
+    "random directions": {"color": "#999999", "linestyle": ":"},
+    "transcoder features, without the one that hurts": {"color": "#CC79A7", "linestyle": "-"},
+}
+CURVES = {
+    "dla": ("direct logit attribution", "#0072B2", "-"),
+    "de_embedding": ("de-embedding score (rescaled)", "#D55E00", "--"),
+    "exact": ("brought by the head (rescaled)", "#009E73", ":"),
+}
+
+
+def component_figure(components: pd.DataFrame) -> Figure:
+    """What ablating each MLP and head costs, and each one's direct attribution to the root."""
+    mlps = components[components["head"] < 0].sort_values("layer")
+    heads = components[components["head"] >= 0]
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9), layout="constrained")
+    places = np.arange(len(mlps))
+    axes[0].bar(places - 0.2, mlps["mean_drop"], 0.4, color="#0072B2", label="mean ablation")
+    axes[0].bar(
+        places + 0.2,
+        mlps["zero_drop"],
+        0.4,
+        color="#E69F00",
+        hatch="//",
+        edgecolor="black",
+        linewidth=0.4,
+        label="zero ablation",
+    )
+    axes[0].set_xticks(places, [f"MLP {layer}" for layer in mlps["layer"]])
+    axes[0].axhline(0, color="black", linewidth=0.6)
+    axes[0].set_ylabel("Drop of the probability difference")
+    axes[0].legend(fontsize=8, frameon=False)
+    _head_panel(figure, axes[1], heads, "mean_drop", "Drop, mean ablation of heads")
+    _head_panel(figure, axes[2], heads, "from_subject", "Direct attribution from the year (logits)")
+    return figure
+
+
+def _head_panel(figure: Figure, axis: Axes, heads: pd.DataFrame, column: str, title: str) -> None:
+    grid = heads.pivot(index="layer", columns="head", values=column).to_numpy()
+    size = np.abs(grid).max() or 1.0
+    image = axis.imshow(grid, origin="lower", cmap="RdBu_r", vmin=-size, vmax=size, aspect="auto")
+    if grid.size <= 64:
+        for (layer, head), value in np.ndenumerate(grid):
+            colour = "white" if abs(value) > 0.6 * size else "black"
+            axis.text(
+                head, layer, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7
+            )
+    axis.set_xticks(range(grid.shape[1]))
+    axis.set_yticks(range(grid.shape[0]))
+    axis.set_xlabel("Head")
+    axis.set_ylabel("Layer")
+    axis.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=axis)
+
+
+def feature_curve_figure(curves: pd.DataFrame, n_large: int = 3, n_small: int = 7) -> Figure:
+    """Figure 4: the first features large, the next as small multiples, in the order of the ranking."""
+    features = curves.drop_duplicates("feature").sort_values("rank")["feature"].tolist()
+    large, small = features[:n_large], features[n_large : n_large + n_small]
+    figure = plt.figure(figsize=(12.5, 6.4), layout="constrained")
+    panels: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
+    top, bottom = panels
+    for axis, feature in zip(
+        top.subplots(1, max(1, len(large)), squeeze=False)[0], large, strict=True
+    ):
+        draw_feature_curves(axis, curves, feature)
+    top.axes[0].set_ylabel("Logits a unit of activation")
+    if small:
+        for axis, feature in zip(
+            bottom.subplots(1, len(small), squeeze=False)[0], small, strict=True
+        ):
+            draw_feature_curves(axis, curves, feature)
+            axis.tick_params(labelsize=6)
+            axis.set_xlabel("")
+    handles, labels = top.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_feature_curves(axis: Axes, curves: pd.DataFrame, feature: int) -> None:
+    """One feature's curves over the answers; scores are rescaled to the attribution's range."""
+    own = curves[curves["feature"] == feature].sort_values("answer")
+    low, high = own["dla"].min(), own["dla"].max()
+    for column, (label, colour, style) in CURVES.items():
+        values = own[column]
+        if values.notna().sum() < 2:
+            continue
+        if column != "dla":
+            span = values.max() - values.min()
+            values = low + (values - values.min()) / (span if span else 1.0) * (high - low)
+        marker = "o" if len(own) <= 10 else ""
+        axis.plot(
+            own["answer"],
+            values,
+            color=colour,
+            linestyle=style,
+            marker=marker,
+            markersize=3,
+            label=label,
+        )
+    axis.axhline(0, color="grey", linewidth=0.5)
+    axis.set_title(f"feature {feature}", fontsize=9)
+    axis.set_xlabel("Answer" if len(own) <= 10 else "YY", fontsize=8)
+
+
+def ablation_figure(curves: pd.DataFrame, summary: dict[str, Any]) -> Figure:
+    """Figure 5 left: keep only the first k, by variance and by attribution; remove only the first k."""
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.4), sharey=True, layout="constrained")
+    titles = {
+        "variance": "keep only the first k by variance (paper)",
+        "attribution": "keep only the first k by attribution",
+        "removed, attribution": "remove only the first k by attribution",
+    }
+    for axis, (ranking, title) in zip(axes, titles.items(), strict=True):
+        own = curves[(curves["ranking"] == ranking) & ~curves["units"].str.contains("without")]
+        draw_k_curves(axis, own)
+        _baselines(axis, summary)
+        axis.set_title(title, fontsize=9)
+    axes[0].set_ylabel("Probability difference")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_k_curves(axis: Axes, curves: pd.DataFrame) -> None:
+    """Each kind of unit's curve with its band; the axis is linear to 10, logarithmic beyond."""
+    for units, own in curves.groupby("units", sort=False):
+        own = own.sort_values("k")
+        style = STYLE[str(units)]
+        axis.plot(own["k"], own["value"], linewidth=1.4, label=str(units), **style)
+        axis.fill_between(
+            own["k"], own["low"], own["high"], color=style["color"], alpha=0.12, linewidth=0
+        )
+    axis.set_xscale("symlog", linthresh=10, linscale=1.0)
+    axis.set_xlabel("k")
+    axis.grid(alpha=0.25)
+
+
+def _baselines(axis: Axes, summary: dict[str, Any]) -> None:
+    lines = {
+        "original": (summary["original"], "black", "-"),
+        "all features": (summary["all_features"], "#0072B2", "-"),
+        "MLP removed, its bias kept": (summary["mlp_bias_only"], "#D55E00", "--"),
+        "MLP zero": (summary["mlp_removed"], "#666666", ":"),
+    }
+    for label, (value, colour, style) in lines.items():
+        axis.axhline(
+            value, color=colour, linestyle=style, linewidth=0.8, label=f"{label} ({value:.3f})"
+        )
+
+
+def harmful_figure(curves: pd.DataFrame, features: pd.DataFrame, summary: dict[str, Any]) -> Figure:
+    """Figure 5 right: the feature that hurts, and the curve with and without it."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+    draw_feature_curves(left, features, summary["harmful_feature"])
+    left.set_ylabel("Logits a unit of activation")
+    left.legend(fontsize=7, frameon=False)
+    names = ["transcoder features", "transcoder features, without the one that hurts", "neurons"]
+    own = curves[(curves["ranking"] == "variance") & curves["units"].isin(names)]
+    draw_k_curves(right, own)
+    right.axvline(summary["harmful_rank"], color="#CC79A7", linewidth=0.8, linestyle=":")
+    right.axhline(summary["original"], color="black", linewidth=0.8, label="original")
+    right.set_ylabel("Probability difference")
+    right.legend(fontsize=7, frameon=False)
+    return figure
