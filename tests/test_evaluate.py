@@ -137,8 +137,6 @@ def test_curves_that_share_no_l0_are_not_compared() -> None:
 def test_verdicts_follow_the_numbers() -> None:
     assert report.sweep_claim("x", synthetic(0.02, 0.001))["verdict"] == "reproduced"
     assert report.sweep_claim("x", synthetic(-0.02, 0.001))["verdict"] == "not reproduced"
-    assert report.greater_than_claim(0.79, "x")["verdict"] == "too weak (below 0.80)"
-    assert report.greater_than_claim(0.81, "x")["verdict"].startswith("present")
 
 
 def test_dead_shares_stand_beside_the_published_ones() -> None:

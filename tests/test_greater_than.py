@@ -161,3 +161,30 @@ def test_published_figures_are_checked_and_mismatches_shown(results: GreaterThan
     assert verdicts["probability_difference_transcoder_all_features"] == "mismatch"
     elsewhere = greater_than_report.greater_than_table(summary, results.curves, is_published=False)
     assert set(elsewhere["verdict"]) == {"other model"}
+
+
+def test_verdicts_follow_the_numbers(results: GreaterThanResults) -> None:
+    def verdicts(**changed: object) -> list[str]:
+        claims = greater_than_report.greater_than_claims({**results.summary, **changed}, "x")
+        return [line["verdict"] for line in claims]
+
+    good = verdicts(
+        original=0.9,
+        all_features=0.89,
+        features_ahead_1_to_10=list(range(1, 11)),
+        harmful_gain=0.05,
+    )
+    assert good == ["present", "reproduced", "reproduced", "reproduced"]
+    bad = verdicts(
+        original=0.7,
+        all_features=0.5,
+        features_ahead_1_to_10=[],
+        ahead_without_harmful=[],
+        harmful_gain=0.0,
+    )
+    assert bad == [
+        "too weak (below 0.80)",
+        "keeps less than 95%",
+        "not reproduced",
+        "no such feature",
+    ]
