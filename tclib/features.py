@@ -75,8 +75,26 @@ def extended_de_embedding(
     """
     if dictionary.config.layer == 0 or (head is not None and head.layer == 0):
         raise InputError("layer 0 does not read MLP 0: use de_embedding")
-    extended = lm.W_E + lm.run_mlp(0, lm.mlp_norm(0).normalise(lm.W_E))
-    return extended @ reading_direction(lm, dictionary, feature, head)
+    return lm.extended_embedding @ reading_direction(lm, dictionary, feature, head)
+
+
+@torch.no_grad()
+def lone_token_scores(
+    lm: LanguageModel, dictionary: Dictionary, tokens_per_forward: int = 4096
+) -> Float[Tensor, "d_vocab n_features"]:
+    """Pre-activations on every token of the vocabulary by itself, behind BOS.
+
+    The de-embedding with all layers below in it, and no corpus: what a token brings by itself. Takes
+    4 bytes × d_vocab × n_features.
+    """
+    site = dictionary.config.input_site
+    ids = torch.arange(lm.d_vocab)
+    prompts = torch.stack([torch.full_like(ids, lm.bos_id), ids], dim=1)
+    found = [
+        dictionary.pre_acts(lm.read(batch, {site})[site][:, 1]).cpu()
+        for batch in prompts.split(tokens_per_forward)
+    ]
+    return torch.cat(found)
 
 
 def pullback(
@@ -199,15 +217,20 @@ def ov_norms(
 
 
 def token_table(lm: LanguageModel, scores: Float[Tensor, "d_vocab"], k: int = 7) -> pd.DataFrame:
-    """The k highest and the k lowest tokens: rank, token, score (rank −1 is the lowest)."""
+    """The k highest and the k lowest tokens: rank, id, token, score, z (rank −1 is the lowest).
+
+    z is the score in standard deviations above its mean over the vocabulary.
+    """
     order = scores.argsort(descending=True)
     chosen = torch.cat([order[:k], order[-k:]])
     ranks = [*range(1, k + 1), *range(-k, 0)]
     return pd.DataFrame(
         {
             "rank": ranks,
+            "id": chosen.cpu().numpy(),
             "token": lm.token_strings(chosen.tolist()),
             "score": scores[chosen].double().cpu().numpy(),
+            "z": ((scores[chosen] - scores.mean()) / scores.std()).double().cpu().numpy(),
         }
     )
 

@@ -676,6 +676,11 @@ class LanguageModel:
             handle.remove()
         return self.final_norm.normalise(final[0][:, -1])
 
+    @cached_property
+    def extended_embedding(self) -> Float[Tensor, "d_vocab d_model"]:
+        """W_E + MLP_0(norm(W_E)): every token alone, with what MLP 0 makes of it."""
+        return self.W_E + self.run_mlp(0, self.mlp_norm(0).normalise(self.W_E))
+
     def neuron_weights(self, layer: int) -> NeuronWeights:
         """Output weights and bias of an MLP's neurons."""
         projection = getattr(

@@ -4,6 +4,8 @@
     01_train_transcoders       one transcoder a layer, and its training log
     02_sparsity_vs_faithfulness  the sweep of λ and the table behind Figure 3
     03_circuit_tools           a prompt's attribution graph, and how far connections can be read off weights
+    04_blind_case_studies      features studied without their text, and graded
+    05_interpretability_comparison  transcoder and SAE features, rated blind
     06_greater_than            the circuit, its features' curves, features against neurons
     07_results                 claim, paper, ours, verdict
 
@@ -22,7 +24,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tclib import circuits, greater_than, greater_than_report, report
+from tclib import (
+    case_studies,
+    circuits,
+    comparison,
+    greater_than,
+    greater_than_report,
+    report,
+)
 from tclib.corpus import Corpus, build_corpus, check_disjoint
 from tclib.dictionary import Dictionary
 from tclib.evaluate import Evaluation, evaluate
@@ -247,6 +256,15 @@ def make_results(preset: Preset) -> pd.DataFrame:
     lines += [report.layer_claim(layers), report.dead_feature_claim(layers)]
     if "03" not in preset.skipped:
         lines += _circuit_claims(preset, lm, corpus)
+    if "04" not in preset.skipped:
+        transcoders = train_transcoders(preset, lm, corpus).dictionaries
+        studies = case_studies.make_case_studies(preset, lm, corpus, transcoders)
+        lines.append(case_studies.claim(studies))
+    if "05" not in preset.skipped:
+        sweep = train_sweep(preset, lm, corpus).dictionaries
+        lines += comparison.claims(
+            comparison.make_comparison(preset, lm, corpus, sweep), preset.seed
+        )
     if "06" not in preset.skipped:
         lines += greater_than_report.greater_than_claims(
             run_greater_than(preset, lm, corpus).summary, preset.model

@@ -124,6 +124,35 @@ class GreaterThanConfig:
 
 
 @dataclass(frozen=True)
+class CaseStudiesConfig:
+    """Notebook 04: which features are studied blind, and on how much text."""
+
+    __pydantic_config__ = _STRICT
+
+    layer: int | None = None  # null: that of the sweep
+    features: tuple[int, ...] = ()  # empty: drawn by seed from the live ones
+    n_full: int = 2
+    n_restricted: int = 7
+    n_rows: int = 512  # of the hidden corpus, from the training split
+    min_log10_frequency: float = (
+        -4.0
+    )  # which features are drawn; on little text -4 is a handful of tokens
+    n_held_out_rows: int = 256
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """Notebook 05: how many features of each kind are drawn, from the sweep's dictionaries."""
+
+    __pydantic_config__ = _STRICT
+
+    n_features: int = 50
+    n_rows: int = 512  # of the training split: dashboards and predicates
+    n_held_out_rows: int = 256
+    min_log10_frequency: float = -4.0
+
+
+@dataclass(frozen=True)
 class Preset:
     """A whole run: model, corpus, what the notebooks make, and where it all goes."""
 
@@ -137,6 +166,8 @@ class Preset:
     sweep: SweepConfig
     circuits: CircuitsConfig = field(default_factory=CircuitsConfig)
     greater_than: GreaterThanConfig = field(default_factory=GreaterThanConfig)
+    case_studies: CaseStudiesConfig = field(default_factory=CaseStudiesConfig)
+    comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
     skipped: Mapping[str, str] = field(
         default_factory=dict
     )  # notebook number: why not at this preset

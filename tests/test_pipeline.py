@@ -25,6 +25,10 @@ def small_preset(runs_dir: Path) -> Preset:
         greater_than=replace(
             preset.greater_than, templates=preset.greater_than.templates[:1], sae_l1=()
         ),
+        case_studies=replace(
+            preset.case_studies, n_full=1, n_restricted=1, n_rows=60, n_held_out_rows=20
+        ),
+        comparison=replace(preset.comparison, n_features=4, n_rows=60, n_held_out_rows=20),
         circuits=replace(
             preset.circuits, n_connection_features=3, n_connection_rows=8, n_ablations=20
         ),
@@ -48,7 +52,7 @@ def test_results_are_made_from_nothing_with_every_earlier_step(
     small: Preset, results: pd.DataFrame
 ) -> None:
     assert list(results.columns) == ["claim", "paper", "ours", "verdict"]
-    assert len(results) == 10
+    assert len(results) == 13
     steps = {path.name for path in small.folder.iterdir() if path.is_dir()}
     made = {pipeline.DATA_STEP, pipeline.TRANSCODERS_STEP, pipeline.SWEEP_STEP, circuits.STEP}
     assert made <= steps
