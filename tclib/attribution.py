@@ -33,6 +33,7 @@ from torch.nn.functional import embedding_bag
 
 from tclib.dictionary import Dictionary
 from tclib.lm import AttentionWeights, ForwardCache, LanguageModel
+from tclib.metrics import to_numpy
 from tclib.runs import InputError
 
 SourceKind = Literal[
@@ -427,7 +428,7 @@ def _local_columns(frozen: FrozenPrompts, target: Target) -> _Columns:
         "feature": np.concatenate([local.feature[:n_mlp], none]),
         "pos": np.full(n_mlp + n_attention, target.pos),
         "activation": np.concatenate([local.activation[:n_mlp], np.ones(n_attention)]),
-        "weight": _numpy(weight),
+        "weight": to_numpy(weight),
     }
 
 
@@ -446,13 +447,9 @@ def _head_columns(
         "head": head,
         "feature": np.full(layer.size, -1),
         "pos": pos,
-        "activation": _numpy(pattern.reshape(-1)),
-        "weight": _numpy(weight.reshape(-1)),
+        "activation": to_numpy(pattern.reshape(-1)),
+        "weight": to_numpy(weight.reshape(-1)),
     }
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.double().cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -494,11 +491,11 @@ def _collect_local(frozen: FrozenPrompts, prompt: int, pos: int) -> LocalSources
     n_before.append(sum(len(group.vectors) for group in groups))
     sizes = [len(group.vectors) for group in groups]
     features = [
-        -np.ones(n) if g.feature is None else _numpy(g.feature)
+        -np.ones(n) if g.feature is None else to_numpy(g.feature)
         for g, n in zip(groups, sizes, strict=True)
     ]
     acts = [
-        np.ones(n) if g.activation is None else _numpy(g.activation)
+        np.ones(n) if g.activation is None else to_numpy(g.activation)
         for g, n in zip(groups, sizes, strict=True)
     ]
     pattern_sums = frozen.patterns[:, prompt, :, pos].sum(-1)

@@ -445,6 +445,16 @@ def load_ledger(path: Path) -> list[Entry]:
     return entries
 
 
+def ledger_summary(entries: list[Entry]) -> pd.DataFrame:
+    """What was asked, in order of first asking: question, times, first arguments, first answer (cut)."""
+    lines: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        shown = {"arguments": str(entry.arguments)[:80], "answer": str(entry.answer)[:80]}
+        line = lines.setdefault(entry.question, {"question": entry.question, "times": 0, **shown})
+        line["times"] += 1
+    return pd.DataFrame(lines.values())
+
+
 def replay(entries: list[Entry], session: BlindSession) -> pd.DataFrame:
     """Ask a new session every question of a ledger: index, question, agrees.
 

@@ -222,6 +222,58 @@ def evaluate(
     typer.echo(table.to_csv(index=False))
 
 
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A dictionary of any known format.")],
+) -> None:
+    """Say what a dictionary file or folder holds: format, layer, width, activation, basis."""
+    from tclib.formats import read_any
+
+    found = read_any(path)
+    typer.echo(f"format {found.format}, {len(found.dictionaries)} dictionaries")
+    for layer, dictionary in found.dictionaries.items():
+        c = dictionary.config
+        details = f"{c.activation}{'' if c.k is None else f' k={c.k}'}{', skip' if c.skip else ''}"
+        typer.echo(
+            f"layer {layer}: {c.kind}, {c.d_in} → {c.n_features} → {c.d_out}, {details}, {c.basis} basis"
+            f"{f', model {c.model}' if c.model else ''}"
+        )
+
+
+@app.command()
+def convert(
+    path: Annotated[Path, typer.Argument(help="A dictionary of any known format.")],
+    out: Annotated[Path, typer.Argument(help="File (tclib) or folder to write.")],
+    to: Annotated[str, typer.Option(help="tclib, saelens, circuit-tracer or sparsify.")] = "tclib",
+    model: Annotated[
+        str | None, typer.Option(help="The language model, where the basis has to change.")
+    ] = None,
+    basis: Annotated[
+        str | None, typer.Option(help="processed or raw; as it is by default.")
+    ] = None,
+) -> None:
+    """Convert a dictionary between formats, and between bases where a model is given."""
+    from tclib.formats import FORMATS, read_any, to_processed, to_raw, write_any
+    from tclib.lm import LanguageModel
+
+    if to not in FORMATS:
+        raise InputError(f"format {to!r}: expected one of {', '.join(FORMATS)}")
+    if basis not in (None, "processed", "raw"):
+        raise InputError(f"basis {basis!r}: expected processed or raw")
+    if out.exists():
+        raise InputError(f"{out} is there already: choose another place, or remove it")
+    dictionaries = read_any(path).dictionaries
+    changed = {layer: d for layer, d in dictionaries.items() if basis not in (None, d.config.basis)}
+    if changed and model is None:
+        raise InputError("a change of basis needs the model's norms: give --model")
+    if changed:
+        lm = LanguageModel.load(str(model))
+        function = to_processed if basis == "processed" else to_raw
+        dictionaries |= {layer: function(d, lm) for layer, d in changed.items()}
+    write_any(dictionaries, out, to)
+    typer.echo(f"{out}: {to}, layers {sorted(dictionaries)}")
+
+
 @app.command("demo-model")
 def demo_model(
     architecture: Annotated[str, typer.Argument(help="gpt2 or neox.")],

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tclib.dictionary import Dictionary
 from tclib.lm import LanguageModel, Site
+from tclib.metrics import to_numpy
 from tclib.runs import InputError
 
 
@@ -255,12 +256,8 @@ def spearman(one: Float[Tensor, "item"], other: Float[Tensor, "item"]) -> float:
     """Rank correlation; ties share their mean rank. NaN for fewer than three items."""
     if len(one) < 3:
         return float("nan")
-    ranks = [pd.Series(_numpy(scores)).rank().to_numpy() for scores in (one, other)]
+    ranks = [pd.Series(to_numpy(scores)).rank().to_numpy() for scores in (one, other)]
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.double().cpu().numpy()
 
 
 def _check_feature(dictionary: Dictionary, feature: int) -> None:

@@ -132,3 +132,8 @@ def interval(
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
     return low, high
+
+
+def to_numpy(values: Tensor) -> np.ndarray:
+    """A tensor as float64 on the CPU, for tables."""
+    return values.double().cpu().numpy()

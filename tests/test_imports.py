@@ -20,6 +20,7 @@ ORDER = [
     "metrics",
     "corpus",
     "dictionary",
+    "formats",
     "objective",
     "tracking",
     "activations",
