@@ -176,20 +176,28 @@ def _draw_nodes(axis: Axes, nodes: pd.DataFrame, layout: _Layout) -> None:
         mine = kinds == kind
         size = 110 if kind == "root" else 42
         axis.scatter(layout.x[mine], layout.y[mine], s=size, zorder=3, **NODE_STYLE[str(kind)])
+    root_room = 22 if (kinds == "root").sum() == 1 else 9  # characters; a lone root has space
     for x, y, (_, line) in zip(layout.x, layout.y, nodes.iterrows(), strict=True):
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.4}
         axis.text(
-            x, y - 0.09, _node_label(line), ha="center", va="top", fontsize=6, zorder=4, bbox=box
+            x,
+            y - 0.09,
+            _node_label(line, root_room),
+            ha="center",
+            va="top",
+            fontsize=6,
+            zorder=4,
+            bbox=box,
         )
 
 
-def _node_label(line: pd.Series) -> str:
+def _node_label(line: pd.Series, root_room: int) -> str:
     kind = str(line["kind"])
     if kind == "feature":
         return str(line["feature"]) if line["feature"] >= 0 else str(line["name"])[:9]
     if kind == "root":
         text = str(line["name"]).split("@")[0].removeprefix("logit ")
-        return text if len(text) <= 9 else text[:8] + "…"
+        return text if len(text) <= root_room else text[: root_room - 1] + "…"
     short = {"embedding": "embed", "error": "error", "mlp": "MLP", "position": "pos"}
     short |= {"attention_bias": "b attn", "decoder_bias": "b dec"}
     return short.get(kind, f"h{line['head']}" if kind == "head" else str(line["name"])[:9])

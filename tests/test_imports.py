@@ -25,6 +25,7 @@ ORDER = [
     "tracking",
     "activations",
     "replace",
+    "published",
     "attribution",
     "graph",
     "direct_effects",
