@@ -30,8 +30,8 @@ from tclib.lm import LanguageModel
 from tclib.presets import Preset
 from tclib.progress import progress
 from tclib.report import Line, claim_line
-from tclib.runs import InputError, paper_table, tensors_hash
-from tclib.steps import ensure, write_csv
+from tclib.runs import InputError, paper_table
+from tclib.steps import ensure, weight_hashes, write_csv
 
 STEP = "04_blind_case_studies"
 N_SHOWN = 15  # examples of each dashboard
@@ -65,7 +65,7 @@ def make_case_studies(
     """The artifacts of step 04, made once. Errors: `InputError` if the layer has no transcoder."""
     step = preset.step(STEP)
     inputs = {"model": preset.model, "corpus": corpus.content_hash}
-    inputs |= {name: tensors_hash(d.parameters()) for name, d in transcoders.items()}
+    inputs |= weight_hashes(transcoders)
     parameters = {
         **asdict(preset.case_studies),
         "layer": studied_layer(preset),

@@ -26,8 +26,8 @@ from tclib.interventions import ablation_table
 from tclib.lm import LanguageModel
 from tclib.presets import Preset
 from tclib.prune import prune
-from tclib.runs import InputError, tensors_hash
-from tclib.steps import ensure, write_csv
+from tclib.runs import InputError
+from tclib.steps import ensure, weight_hashes, write_csv
 from tclib.tasks import GreaterThan
 
 STEP = "03_circuit_tools"
@@ -74,7 +74,7 @@ def make_circuits(
     """The artifacts of step 03, made once."""
     step = preset.step(STEP)
     inputs = {"model": preset.model, "corpus": corpus.content_hash}
-    inputs |= {name: tensors_hash(d.parameters()) for name, d in transcoders.items()}
+    inputs |= weight_hashes(transcoders)
     template = preset.greater_than.templates[0]
     parameters = {**asdict(preset.circuits), "template": template, "seed": preset.seed}
 

@@ -37,11 +37,11 @@ from tclib.presets import Preset
 from tclib.progress import progress
 from tclib.ratings import Item, Rating
 from tclib.report import Line, claim_line
-from tclib.runs import InputError, Step, new_file, paper_table, tensors_hash
-from tclib.steps import ensure, write_csv
+from tclib.runs import InputError, Step, new_file, paper_table
+from tclib.steps import ensure, weight_hashes, write_csv
 
 STEP = "05_interpretability_comparison"
-INTERPRETABLE_F1, MAYBE_F1 = 0.6, 0.3
+INTERPRETABLE_F1 = 0.6
 SENSITIVITY = (0.4, 0.5, 0.6, 0.7, 0.8)
 ACTIVE = 0.25  # share of a feature's maximum that counts as active
 N_SHOWN = 20
@@ -99,7 +99,7 @@ def make_comparison(
     """The artifacts of step 05, made once."""
     step = preset.step(STEP)
     inputs = {"model": preset.model, "corpus": corpus.content_hash}
-    inputs |= {name: tensors_hash(d.parameters()) for name, d in dictionaries.items()}
+    inputs |= weight_hashes(dictionaries)
     parameters = {**asdict(preset.comparison), "seed": preset.seed}
 
     def make() -> Mapping[str, Any]:

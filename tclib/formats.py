@@ -396,6 +396,7 @@ class _Unpickler(pickle.Unpickler):
         self.archive, self.root, self.path = archive, root, path
 
     def find_class(self, module: str, name: str) -> Any:
+        """What a name in the pickle stands for. Errors: `InputError` for any name that is not known."""
         known = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuilt_tensor,

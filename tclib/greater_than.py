@@ -40,8 +40,8 @@ from tclib.features import (
 from tclib.lm import LanguageModel, LowerRun
 from tclib.metrics import bootstrap_means, interval
 from tclib.presets import Preset
-from tclib.runs import InputError, Step, new_file, tensors_hash
-from tclib.steps import ensure, write_csv
+from tclib.runs import InputError, Step, new_file
+from tclib.steps import ensure, weight_hashes, write_csv
 from tclib.tasks import GreaterThan, full_vocabulary_differences, mean_probability_difference
 from tclib.unit_ablation import (
     Curve,
@@ -137,9 +137,7 @@ def make_greater_than(
     Errors: `InputError` if the chosen layer has no transcoder.
     """
     step = preset.step(STEP)
-    inputs = {"model": preset.model}
-    for name, dictionary in {**transcoders, **saes}.items():
-        inputs[name] = tensors_hash(dictionary.parameters())
+    inputs = {"model": preset.model, **weight_hashes({**transcoders, **saes})}
     parameters = {**asdict(preset.greater_than), "seed": preset.seed}
 
     def make() -> Mapping[str, Any]:

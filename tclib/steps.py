@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from tclib.dictionary import Dictionary
 from tclib.runs import (
     MANIFEST,
     InputError,
@@ -16,6 +17,7 @@ from tclib.runs import (
     new_file,
     read_manifest,
     record_extra,
+    tensors_hash,
     write_manifest,
 )
 
@@ -43,6 +45,11 @@ def ensure(
     summary = make()
     write_manifest(step, parameters, inputs, time.perf_counter() - began, summary=summary)
     return read_manifest(step)
+
+
+def weight_hashes(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
+    """A hash of each dictionary's weights, by name: what a step made from them depends on."""
+    return {name: tensors_hash(d.parameters()) for name, d in dictionaries.items()}
 
 
 def save_table(table: pd.DataFrame, step: Step, name: str) -> pd.DataFrame:
