@@ -87,23 +87,28 @@ def ablation_effects(lm: LanguageModel, task: GreaterThan) -> pd.DataFrame:
         scored.subset([i for i, t in enumerate(scored.template_idx) if t == template])
         for template in sorted(set(scored.template_idx))
     ]
-    original = _mean_difference(lm, groups)
+    streams = [lm.streams(group.tokens, range(lm.n_layers)) for group in groups]
+    original = _mean_difference(lm, groups, streams, 0)
     lines = []
     for component in progress(all_components(lm), "ablating components", unit="component"):
         line = {"component": component.name, **component._asdict(), "original": original}
         for how in ABLATIONS:
             with ablate_component(lm, component, how):
-                line[f"{how}_ablated"] = _mean_difference(lm, groups)
+                line[f"{how}_ablated"] = _mean_difference(lm, groups, streams, component.layer)
             line[f"{how}_drop"] = original - line[f"{how}_ablated"]
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def _mean_difference(lm: LanguageModel, groups: list[GreaterThan]) -> float:
-    found = [
-        group.differences(group.answer_probabilities(lm.logits(group.tokens)[:, -1]))
-        for group in groups
-    ]
+def _mean_difference(
+    lm: LanguageModel, groups: list[GreaterThan], streams: list[dict[int, Tensor]], layer: int
+) -> float:
+    """The metric of the model as it is now, of which nothing below `layer` was changed."""
+    found = []
+    for group, by_layer in zip(groups, streams, strict=True):
+        with lm.start_at(layer, by_layer[layer]):
+            logits = lm.last_logits(group.tokens)
+        found.append(group.differences(group.answer_probabilities(logits)))
     return float(torch.cat(found).mean())
 
 

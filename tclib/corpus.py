@@ -1,4 +1,4 @@
-"""Text to rows of tokens: the demo world, text files, docstrings, Hugging Face datasets.
+"""Text to rows of tokens: the demo world, text, docstrings, Wikipedia, Hugging Face datasets.
 
 Documents are split into training and evaluation by a hash of their text, before they are packed, so
 no document (nor any copy of it) is in both. Rows are packed with BOS (`packing.pack`), shuffled by
@@ -8,14 +8,18 @@ seed, and named by a content hash.
 from __future__ import annotations
 
 import ast
+import bz2
 import hashlib
+import importlib.util
 import itertools
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -28,13 +32,14 @@ from tclib.packing import pack
 from tclib.progress import progress
 from tclib.runs import InputError
 
-CorpusKind = Literal["demo", "text", "docstrings", "huggingface"]
+CorpusKind = Literal["demo", "text", "docstrings", "wikipedia", "huggingface"]
 Split = Literal["train", "evaluation"]
 
 MIN_DOCSTRING_CHARACTERS = 200
 TEXT_DOCUMENT_CHARACTERS = 2_000
 TOKENIZER_BATCH = 1_000
 STREAM_SHUFFLE_BUFFER = 10_000
+BUNDLED_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class CorpusConfig:
     __pydantic_config__ = {"extra": "forbid"}  # a misspelt key in a preset is an error
 
     kind: CorpusKind = "demo"
-    source: str = ""  # text: a file or folder; huggingface: a dataset id
+    source: str = ""  # text: a file or folder; wikipedia: a dump; huggingface: a dataset id
     n_ctx: int = 128
     n_train_tokens: int = 1_000_000
     n_eval_tokens: int = 100_000
@@ -188,6 +193,9 @@ def _documents(config: CorpusConfig) -> Iterator[str]:
     if config.kind == "docstrings":
         root = Path(config.source or sysconfig.get_paths()["purelib"])
         return docstring_documents(root)
+    if config.kind == "wikipedia":
+        dump = Path(config.source).expanduser() if config.source else bundled_dump()
+        return (article.text for article in wikipedia_articles(dump))
     return dataset_documents(config.source, config.seed)
 
 
@@ -237,6 +245,74 @@ def _docstrings(file: Path) -> Iterator[str]:
             text = (ast.get_docstring(node) or "").strip()
             if len(text) >= MIN_DOCSTRING_CHARACTERS:
                 yield text
+
+
+class Article(NamedTuple):
+    """A Wikipedia article as plain text."""
+
+    title: str
+    text: str
+
+
+def bundled_dump() -> Path:
+    """The 106 articles of the English Wikipedia that the package gensim carries for its own tests.
+
+    Errors: `InputError` where gensim is not installed (it need not be importable).
+    """
+    found = importlib.util.find_spec("gensim")
+    if found is None or not found.submodule_search_locations:
+        raise InputError(
+            "corpus wikipedia reads the articles that the package gensim carries: install it with "
+            "`make smollm2`, or name a dump (.xml.bz2) as the corpus's source"
+        )
+    return Path(found.submodule_search_locations[0]) / "test" / "test_data" / BUNDLED_DUMP
+
+
+def wikipedia_articles(dump: Path) -> Iterator[Article]:
+    """Articles of a MediaWiki dump (.xml.bz2) without redirects, references, pictures and tables.
+
+    Errors: `InputError` for a dump that is missing, cut short or no MediaWiki XML, or without
+    mwparserfromhell.
+    """
+    try:
+        import mwparserfromhell
+    except ImportError as error:
+        raise InputError(
+            "corpus wikipedia needs the package mwparserfromhell: run `make smollm2`"
+        ) from error
+    if not dump.is_file():
+        raise InputError(f"Wikipedia dump {dump}: no such file")
+    for title, markup in _article_markup(dump):
+        plain = mwparserfromhell.parse(_UNREAD_MARKUP.sub("", markup)).strip_code()
+        if plain.strip():
+            yield Article(title, plain.strip())
+
+
+# References, comments, and links to pictures and categories: not a sentence's own text.
+_UNREAD_MARKUP = re.compile(
+    r"<ref[^>/]*/>|<ref[^>]*>.*?</ref>|<!--.*?-->"
+    r"|\[\[(?:File|Image|Category):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]",
+    re.DOTALL,
+)
+
+
+def _article_markup(dump: Path) -> Iterator[tuple[str, str]]:
+    """Title and markup of every page of the article namespace that is no redirect."""
+    try:
+        with bz2.open(dump) as file:
+            for _, element in ElementTree.iterparse(file):
+                if not element.tag.endswith("}page"):
+                    continue
+                ns = element.tag.removesuffix("page")
+                is_article = element.findtext(f"{ns}ns") == "0"
+                if is_article and element.find(f"{ns}redirect") is None:
+                    markup = element.findtext(f"{ns}revision/{ns}text") or ""
+                    yield element.findtext(f"{ns}title") or "", markup
+                element.clear()
+    except (OSError, EOFError, ElementTree.ParseError) as error:
+        raise InputError(
+            f"Wikipedia dump {dump}: {error}: expected a whole MediaWiki export, .xml.bz2"
+        ) from error
 
 
 def dataset_documents(dataset_id: str, seed: int) -> Iterator[str]:

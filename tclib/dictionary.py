@@ -1,7 +1,9 @@
 """Sparse dictionaries: transcoders and sparse autoencoders (paper Section 3.1, Eqs. 3 to 5).
 
     pre = x W_enc + b_enc               W_enc [d_in, n_features]   b_enc [n_features]
-    z   = act(pre)                      relu, or topk (the k largest of relu(pre) at each token)
+    z   = act(pre)                      relu; topk: the k largest of relu(pre) at each token;
+                                        jumprelu: pre where pre > θ [n_features], else 0;
+                                        batch_topk: as jumprelu once trained, one θ for all features
     ŷ   = z W_dec + b_dec (+ x W_skip)  W_dec [n_features, d_out]  b_dec [d_out]   W_skip [d_in, d_out]
 
 A transcoder maps mlp_in to mlp_out; a sparse autoencoder (SAE) maps mlp_out, or mlp_in, to itself.
@@ -24,7 +26,9 @@ from tclib.lm import LanguageModel, Site
 from tclib.runs import InputError, load_tensors, save_tensors
 
 Kind = Literal["transcoder", "sae_mlp_out", "sae_mlp_in"]
-Activation = Literal["relu", "topk"]
+Activation = Literal["relu", "topk", "batch_topk", "jumprelu"]
+TAKES_K: tuple[Activation, ...] = ("topk", "batch_topk")
+TAKES_THRESHOLD: tuple[Activation, ...] = ("batch_topk", "jumprelu")
 Basis = Literal["processed", "raw"]
 FILE_FORMAT = "tclib-dictionary-1"
 FEW_TOKENS = 64
@@ -40,7 +44,7 @@ class DictionaryConfig:
     d_out: int
     n_features: int
     activation: Activation = "relu"
-    k: int | None = None  # active features a token, for topk
+    k: int | None = None  # active features a token: topk; on average: batch_topk
     skip: bool = False  # linear path from input to output
     model: str = ""  # the language model that it was trained on
     basis: Basis = "processed"  # of mlp_in and mlp_out; raw: norm gain left in, output not centred
@@ -52,10 +56,13 @@ class DictionaryConfig:
         for name in ("d_in", "d_out", "n_features"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.activation == "topk" and not 1 <= (self.k or 0) <= self.n_features:
-            raise InputError(f"k {self.k}: topk expects 1 to n_features = {self.n_features}")
-        if self.activation == "relu" and self.k is not None:
-            raise InputError(f"k {self.k}: only activation 'topk' takes a k")
+        takes_k = self.activation in TAKES_K
+        if takes_k and not 1 <= (self.k or 0) <= self.n_features:
+            raise InputError(
+                f"k {self.k}: {self.activation} expects 1 to n_features = {self.n_features}"
+            )
+        if not takes_k and self.k is not None:
+            raise InputError(f"k {self.k}: only activations {' and '.join(TAKES_K)} take a k")
         if self.kind != "transcoder" and self.d_in != self.d_out:
             raise InputError(
                 f"an SAE maps a site to itself, but d_in {self.d_in} ≠ d_out {self.d_out}"
@@ -97,6 +104,7 @@ class Dictionary:
         W_dec: Float[Tensor, "n_features d_out"],
         b_dec: Float[Tensor, "d_out"],
         W_skip: Float[Tensor, "d_in d_out"] | None = None,
+        threshold: Float[Tensor, "n_features"] | None = None,
     ) -> None:
         self.config = config
         self.W_enc = W_enc.T.contiguous().T
@@ -104,6 +112,7 @@ class Dictionary:
         self.W_dec = W_dec.contiguous()
         self.b_dec = b_dec
         self.W_skip = W_skip
+        self.threshold = threshold
         self._check_shapes()
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_features"]:
@@ -119,7 +128,8 @@ class Dictionary:
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_features"]:
         """Z = act(pre), paper Eq. 3."""
-        return activate(self.pre_acts(x), self.config.k)
+        k = self.config.k if self.config.activation == "topk" else None
+        return activate(self.pre_acts(x), k, self.threshold)
 
     def decode(
         self,
@@ -151,7 +161,8 @@ class Dictionary:
     def parameters(self) -> dict[str, Tensor]:
         """The weights by name."""
         named = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
-        return named if self.W_skip is None else {**named, "W_skip": self.W_skip}
+        optional = {"W_skip": self.W_skip, "threshold": self.threshold}
+        return named | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -208,15 +219,26 @@ class Dictionary:
         }
         if c.skip:
             expected["W_skip"] = (c.d_in, c.d_out)
+        if c.activation in TAKES_THRESHOLD:
+            expected["threshold"] = (c.n_features,)
         found = {name: tuple(tensor.shape) for name, tensor in self.parameters().items()}
         if found != expected:
             raise InputError(f"weights of shapes {found}, but the configuration expects {expected}")
+        if self.threshold is not None and not bool((self.threshold >= 0).all()):
+            raise InputError(
+                f"threshold {float(self.threshold.min()):.3g}: expected 0 or more, so that activations "
+                "are never negative"
+            )
 
 
 def activate(
-    pre_acts: Float[Tensor, "*batch n_features"], k: int | None = None
+    pre_acts: Float[Tensor, "*batch n_features"],
+    k: int | None = None,
+    threshold: Float[Tensor, "n_features"] | None = None,
 ) -> Float[Tensor, "*batch n_features"]:
-    """relu(pre), keeping only the k largest entries of each token where `k` is given."""
+    """relu(pre), keeping the k largest entries of each token, or those above the threshold, if given."""
+    if threshold is not None:
+        return torch.where(pre_acts > threshold, pre_acts, 0.0)
     z = pre_acts.relu()
     if k is None:
         return z
@@ -247,7 +269,7 @@ def new_dictionary(
 
     W_enc and W_dec are Kaiming-uniform with fan n_features, decoder rows then get unit norm;
     b_dec is the mean output and b_enc = −mean_in W_enc, the folded form of subtracting the mean
-    input; W_skip is zero.
+    input; W_skip and the thresholds are zero.
     """
     bound = math.sqrt(6.0 / config.n_features)
 
@@ -265,4 +287,5 @@ def new_dictionary(
         W_dec / W_dec.norm(dim=1, keepdim=True),
         mean_out.clone(),
         torch.zeros(config.d_in, config.d_out) if config.skip else None,
+        torch.zeros(config.n_features) if config.activation in TAKES_THRESHOLD else None,
     )

@@ -6,10 +6,11 @@ and the mean- and zero-ablated MLP. Differences in cross-entropy are paired by r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,13 @@ from tclib.replace import replace_site, set_mlp_out
 from tclib.runs import InputError
 
 BOOTSTRAP_SEED = 0
-Condition = Callable[[], AbstractContextManager[None]]
+
+
+class Condition(NamedTuple):
+    """What is done to the model: nothing below `layer` changes while `change()` is active."""
+
+    layer: int
+    change: Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -74,19 +81,32 @@ def evaluate(
     return Evaluation(pd.DataFrame(lines), row_ce)
 
 
+def mean_mlp_outs(
+    lm: LanguageModel,
+    layers: Sequence[int],
+    rows: Int[Tensor, "row pos"],
+    rows_per_forward: int = 16,
+) -> dict[int, Float[Tensor, "d_model"]]:
+    """Mean output of each layer's MLP over all positions of `rows` but BOS."""
+    sites = {layer: Site("mlp_out", layer) for layer in layers}
+    totals = {
+        layer: torch.zeros(lm.d_model, dtype=torch.float64, device=lm.device) for layer in layers
+    }
+    n_tokens = 0
+    for batch in rows.split(rows_per_forward):
+        is_text = (batch != lm.bos_id).to(lm.device)
+        acts = lm.read(batch.long(), sites.values())
+        for layer, site in sites.items():
+            totals[layer] += acts[site][is_text].double().sum(0)
+        n_tokens += int(is_text.sum())
+    return {layer: (total / n_tokens).float() for layer, total in totals.items()}
+
+
 def mean_mlp_out(
     lm: LanguageModel, layer: int, rows: Int[Tensor, "row pos"], rows_per_forward: int = 16
 ) -> Float[Tensor, "d_model"]:
     """Mean MLP output over all positions of `rows` but BOS."""
-    site = Site("mlp_out", layer)
-    total = torch.zeros(lm.d_model, dtype=torch.float64, device=lm.device)
-    n_tokens = 0
-    for batch in rows.split(rows_per_forward):
-        is_text = (batch != lm.bos_id).to(lm.device)
-        acts = lm.read(batch.long(), [site])[site][is_text]
-        total += acts.double().sum(0)
-        n_tokens += len(acts)
-    return (total / n_tokens).float()
+    return mean_mlp_outs(lm, [layer], rows, rows_per_forward)[layer]
 
 
 @torch.no_grad()
@@ -112,13 +132,17 @@ def _conditions(
     lm: LanguageModel, dictionaries: dict[str, Dictionary], rows: Tensor, rows_per_forward: int
 ) -> dict[str, Condition]:
     """What is done to the model under each name: the baselines, then each dictionary."""
-    conditions: dict[str, Condition] = {"original": nullcontext}
-    for layer in sorted({d.config.layer for d in dictionaries.values()}):
-        mean = mean_mlp_out(lm, layer, rows, rows_per_forward)
-        conditions[f"mean_ablated L{layer}"] = partial(set_mlp_out, lm, layer, mean)
-        conditions[f"zero_ablated L{layer}"] = partial(set_mlp_out, lm, layer)
+    conditions = {"original": Condition(0, nullcontext)}
+    layers = sorted({d.config.layer for d in dictionaries.values()})
+    means = mean_mlp_outs(lm, layers, rows, rows_per_forward)
+    for layer, mean in means.items():
+        ablations = {"mean": partial(set_mlp_out, lm, layer, mean)}
+        ablations["zero"] = partial(set_mlp_out, lm, layer)
+        for how, change in ablations.items():
+            conditions[f"{how}_ablated L{layer}"] = Condition(layer, change)
     for name, dictionary in dictionaries.items():
-        conditions[name] = partial(replace_site, lm, dictionary)
+        change = partial(replace_site, lm, dictionary)
+        conditions[name] = Condition(dictionary.config.layer, change)
     return conditions
 
 
@@ -136,8 +160,9 @@ def _losses(
     for batch in progress(batches, "cross-entropy", unit="batch", leave=False):
         tokens = batch.long().to(lm.device)
         original = lm.logits(tokens)
-        for name, condition in conditions.items():
-            with condition():
+        streams = lm.streams(tokens, {condition.layer for condition in conditions.values()})
+        for name, (layer, change) in conditions.items():
+            with lm.start_at(layer, streams[layer]), change():
                 logits = original if name == "original" else lm.logits(tokens)
             ce[name].append(metrics.next_token_losses(logits, tokens).mean(1).cpu())
             kl = metrics.kl_divergence(original[:, :-1], logits[:, :-1])

@@ -108,10 +108,12 @@ def task_of(preset: Preset, lm: LanguageModel) -> GreaterThan:
 def make_components(preset: Preset, lm: LanguageModel) -> pd.DataFrame:
     """Every MLP and head ablated, made once (no dictionary needed)."""
     step = preset.step(COMPONENTS_STEP)
-    parameters = {"templates": list(preset.greater_than.templates)}
+    config = preset.greater_than
+    parameters = {"templates": list(config.templates), "every": config.components_every}
 
     def make() -> Mapping[str, Any]:
-        effects = ablation_effects(lm, task_of(preset, lm))
+        task = task_of(preset, lm).scored().every(config.components_every)
+        effects = ablation_effects(lm, task)
         write_csv(effects, step, "components")
         return {"n_components": len(effects)}
 

@@ -402,6 +402,11 @@ class LanguageModel:
         """Next-token logits at every position."""
         return self.model(tokens.to(self.device), use_cache=False).logits
 
+    def last_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
+        """Next-token logits at the last position; the others are not unembedded."""
+        read = self.model(tokens.to(self.device), use_cache=False, logits_to_keep=1)
+        return read.logits[:, -1]
+
     @torch.no_grad()
     def read(
         self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site]
@@ -615,7 +620,47 @@ class LanguageModel:
         finally:
             handle.remove()
 
-    # -- one MLP's output at a time -------------------------------------------------------------
+    # -- parts of the model ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def streams(
+        self, tokens: Int[Tensor, "batch pos"], layers: Iterable[int]
+    ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
+        """What enters the block of each layer, from one pass that ends at the last of them."""
+        wanted = sorted({self.check_layer(layer) for layer in layers})
+        found: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Callable[..., None]:
+            def note(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                found[layer] = inputs[0]
+                if layer == wanted[-1]:
+                    raise _StopForward
+
+            return note
+
+        handles = [self._blocks[i].register_forward_pre_hook(keep(i)) for i in wanted]
+        try:
+            with suppress(_StopForward):
+                self._backbone(tokens.to(self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    @contextmanager
+    def start_at(self, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
+        """While active, nothing below the block of `layer` is computed: `stream` enters it.
+
+        `stream` is what `streams` gave for the same tokens, so the model's results are the same.
+        """
+        backbone, name = self._backbone, self._architecture.blocks
+        blocks = self._blocks
+        below = [_Feed(stream) for _ in range(self.check_layer(layer))]
+        setattr(backbone, name, nn.ModuleList([*below, *blocks[layer:]]))
+        try:
+            yield
+        finally:
+            setattr(backbone, name, blocks)
 
     @torch.no_grad()
     def run_below(self, tokens: Int[Tensor, "batch pos"], layer: int) -> LowerRun:

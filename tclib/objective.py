@@ -6,8 +6,16 @@ With e = ŷ − y and a weight w for each token,
                                                w = 1 / (d_out ‖y‖₂)    loss "authors"
 
 The published λ are in units of the second. Writing the gradients out costs five matrix products and
-little more; with topk, only active entries are touched: `embedding_bag` sums the active decoder rows
-of each token (decode), and the tokens of each active feature (both weight gradients).
+little more; with topk and batch_topk, only active entries are touched: `embedding_bag` sums the active
+decoder rows of each token (decode), and the tokens of each active feature (both weight gradients).
+
+    topk        the k largest of relu(pre) at each token
+    batch_topk  the n k largest of the batch of n tokens; the smallest that is kept is its threshold θ,
+                whose running mean serves once training is over (Bussmann et al. 2024)
+    jumprelu    λ₀ ‖z‖₀ instead of λ ‖z‖₁, and straight-through gradients for θ, with a rectangle
+                K(u) = 1[|u| < ½] of bandwidth ε (Rajamanoharan et al. 2024):
+                ∂z/∂θ = −θ/ε K((pre − θ)/ε),   ∂‖z‖₀/∂θ = −1/ε K((pre − θ)/ε)
+
 `tests/test_objective.py` holds them against autograd.
 """
 
@@ -22,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from tclib.dictionary import Dictionary, topk_features
+from tclib.dictionary import Dictionary, TopFeatures, topk_features
 
 Loss = Literal["paper", "authors"]
 _EMBEDDING_BAG_SUM = 0
@@ -31,10 +39,12 @@ _UINT16_VALUES = 65_536
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss, λ, and the auxiliary loss for dead features (AuxK; 0 switches it off)."""
+    """Which loss, λ, λ₀, ε, and the auxiliary loss for dead features (AuxK; 0 switches it off)."""
 
     loss: Loss = "paper"
     l1_coefficient: float = 0.0
+    l0_coefficient: float = 0.0
+    bandwidth: float = 1.0
     auxk_coefficient: float = 0.0
     auxk_k: int = 64
 
@@ -42,20 +52,22 @@ class Objective:
 class StepResult(NamedTuple):
     """Gradients by parameter name, and what is free to report.
 
-    `squared_error` is Σ‖e‖², `acts` is z (of all features, or of the k kept), `fired` marks features
-    active on at least one token of the batch.
+    `squared_error` is Σ‖e‖², `acts` is z (of all features, or only the entries kept), `fired` marks
+    features active on at least one token of the batch, `threshold` is batch_topk's smallest entry.
     """
 
     gradients: dict[str, Tensor]
     loss: Float[Tensor, ""]
     squared_error: Float[Tensor, ""]
-    acts: Float[Tensor, "token n_features_or_k"]
+    acts: Float[Tensor, "*entry"]
     fired: Bool[Tensor, "n_features"]
+    n_tokens: int
+    threshold: Float[Tensor, ""] | None = None
 
     @property
     def l0(self) -> float:
         """Mean number of active features a token."""
-        return int((self.acts > 0).sum()) / len(self.acts)
+        return int((self.acts > 0).sum()) / self.n_tokens
 
 
 def token_weights(y: Float[Tensor, "token d_out"], loss: Loss) -> Float[Tensor, "token 1"]:
@@ -73,7 +85,7 @@ def step_result(
     dead: Bool[Tensor, "n_features"] | None = None,
 ) -> StepResult:
     """Loss and gradients on one batch; `dead` features feed the auxiliary loss."""
-    compute = _relu_result if dictionary.config.activation == "relu" else _topk_result
+    compute = _RESULTS[dictionary.config.activation]
     result, error = compute(dictionary, x, y, objective)
     if objective.auxk_coefficient > 0 and dead is not None and bool(dead.any()):
         result = _add_auxk(result, dictionary, x, y, error, objective, dead)
@@ -84,43 +96,111 @@ def _relu_result(
     dictionary: Dictionary, x: Tensor, y: Tensor, objective: Objective
 ) -> tuple[StepResult, Tensor]:
     """Dense gradients: ∂L/∂z = 2w/n e W_decᵀ + λ/n where z > 0."""
-    n_tokens = len(x)
-    l1 = objective.l1_coefficient
     z = torch.addmm(dictionary.b_enc, x, dictionary.W_enc).relu_()
     error, grad_out = _output_error(dictionary, torch.mm(z, dictionary.W_dec), x, y, objective)
-    grad_pre = torch.mm(grad_out.to(z.dtype), dictionary.W_dec.T).add_(l1 / n_tokens)
+    grad_z = torch.mm(grad_out.to(z.dtype), dictionary.W_dec.T)
+    grad_pre = grad_z.add_(objective.l1_coefficient / len(x))
     grad_pre = torch.ops.aten.threshold_backward(grad_pre, z, 0)
+    gradients = _dense_gradients(dictionary, x, z, grad_out, grad_pre)
+    z_sum = z.sum(0, dtype=y.dtype)
+    loss, squared_error = _loss(error, y, objective.l1_coefficient * z_sum.sum(), objective)
+    return StepResult(gradients, loss, squared_error, z, z_sum > 0, len(x)), error
+
+
+def _jumprelu_result(
+    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Objective
+) -> tuple[StepResult, Tensor]:
+    """Dense gradients behind the jump, and straight-through ones for the thresholds."""
+    assert dictionary.threshold is not None
+    n_tokens, l0 = len(x), objective.l0_coefficient
+    threshold, bandwidth = dictionary.threshold, objective.bandwidth
+    pre = torch.addmm(dictionary.b_enc, x, dictionary.W_enc)
+    z = torch.where(pre > threshold, pre, 0.0)
+    error, grad_out = _output_error(dictionary, torch.mm(z, dictionary.W_dec), x, y, objective)
+    grad_z = torch.mm(grad_out.to(z.dtype), dictionary.W_dec.T)
+    grad_z = grad_z + objective.l1_coefficient / n_tokens
+    gradients = _dense_gradients(dictionary, x, z, grad_out, grad_z * (z > 0))
+    is_near = (pre - threshold).abs() < bandwidth / 2
+    through = ((grad_z * threshold + l0 / n_tokens) * is_near).sum(0)
+    gradients["threshold"] = through / -bandwidth
+    n_active = (z > 0).sum(0)
+    penalty = objective.l1_coefficient * z.sum(dtype=y.dtype) + l0 * n_active.sum()
+    loss, squared_error = _loss(error, y, penalty, objective)
+    return StepResult(gradients, loss, squared_error, z, n_active > 0, n_tokens), error
+
+
+def _dense_gradients(
+    dictionary: Dictionary, x: Tensor, z: Tensor, grad_out: Tensor, grad_pre: Tensor
+) -> dict[str, Tensor]:
     gradients = _output_gradients(dictionary, x, grad_out)
     gradients["W_dec"] = torch.mm(z.T, grad_out.to(z.dtype))
     gradients["W_enc"] = torch.mm(grad_pre.T, x.to(z.dtype)).T
     gradients["b_enc"] = grad_pre.sum(0)
-    z_sum = z.sum(0, dtype=y.dtype)
-    loss, squared_error = _loss(error, y, z_sum.sum(), objective)
-    return StepResult(gradients, loss, squared_error, z, z_sum > 0), error
+    return gradients
 
 
 def _topk_result(
     dictionary: Dictionary, x: Tensor, y: Tensor, objective: Objective
 ) -> tuple[StepResult, Tensor]:
     """Sparse gradients: only the k active features of each token are touched after the encoder."""
-    n_tokens, n_features = len(x), dictionary.config.n_features
-    assert dictionary.config.k is not None
+    k = dictionary.config.k
+    assert k is not None
     pre = torch.addmm(dictionary.b_enc, x, dictionary.W_enc).to(x.dtype)
-    top = topk_features(pre, dictionary.config.k)
-    acts, indices = top.acts, top.indices
-    decoded = embedding_bag(indices, dictionary.W_dec, per_sample_weights=acts, mode="sum")
+    top = topk_features(pre, k)
+    token = torch.arange(len(x), device=x.device).repeat_interleave(k)
+    entries = _Entries.of(token, top.indices.flatten(), top.acts.flatten(), len(x))
+    return _sparse_result(dictionary, x, y, objective, entries)
+
+
+def _batch_topk_result(
+    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Objective
+) -> tuple[StepResult, Tensor]:
+    """As topk, but the n k largest entries of the whole batch are kept."""
+    k, n_features = dictionary.config.k, dictionary.config.n_features
+    assert k is not None
+    pre = torch.addmm(dictionary.b_enc, x, dictionary.W_enc).to(x.dtype)
+    top = _largest(pre.relu_().flatten(), k * len(x))
+    token = torch.div(top.indices, n_features, rounding_mode="floor")
+    entries = _Entries.of(token, top.indices % n_features, top.acts, len(x))
+    result, error = _sparse_result(dictionary, x, y, objective, entries)
+    return result._replace(threshold=top.acts.min()), error
+
+
+def _largest(values: Float[Tensor, "entry"], n_kept: int) -> TopFeatures:
+    """The n_kept largest values, in the order of their indices."""
+    top = values.topk(n_kept, sorted=False)
+    indices, order = top.indices.sort()
+    return TopFeatures(top.values[order], indices)
+
+
+def _sparse_result(
+    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Objective, entries: _Entries
+) -> tuple[StepResult, Tensor]:
+    """Loss and gradients from the kept entries alone."""
+    n_tokens, acts = len(x), entries.acts
+    decoded = embedding_bag(
+        entries.feature, dictionary.W_dec, entries.offsets, per_sample_weights=acts, mode="sum"
+    )
     error, grad_out = _output_error(dictionary, decoded, x, y, objective)
-    grad_acts = _sampled_products(grad_out, dictionary.W_dec, indices)
+    grad_acts = _sampled_products(grad_out, dictionary.W_dec, entries)
     grad_pre = (grad_acts + objective.l1_coefficient / n_tokens) * (acts > 0)
-    by_feature = _ByFeature.sort(indices, n_features)
+    by_feature = _ByFeature.sort(entries, dictionary.config.n_features)
     gradients = _output_gradients(dictionary, x, grad_out)
     gradients["W_dec"] = by_feature.sum_tokens(grad_out, acts)
     gradients["W_enc"] = by_feature.sum_tokens(x, grad_pre).T
-    flat, active = indices.flatten(), acts.flatten() > 0
-    gradients["b_enc"] = torch.zeros_like(dictionary.b_enc).index_add_(0, flat, grad_pre.flatten())
-    fired = torch.zeros_like(dictionary.b_enc).index_add_(0, flat, active.to(x.dtype)) > 0
-    loss, squared_error = _loss(error, y, acts.sum(), objective)
-    return StepResult(gradients, loss, squared_error, acts, fired), error
+    zero = torch.zeros_like(dictionary.b_enc)
+    gradients["b_enc"] = zero.index_add(0, entries.feature, grad_pre)
+    fired = zero.index_add(0, entries.feature, (acts > 0).to(x.dtype)) > 0
+    loss, squared_error = _loss(error, y, objective.l1_coefficient * acts.sum(), objective)
+    return StepResult(gradients, loss, squared_error, acts, fired, n_tokens), error
+
+
+_RESULTS = {
+    "relu": _relu_result,
+    "topk": _topk_result,
+    "batch_topk": _batch_topk_result,
+    "jumprelu": _jumprelu_result,
+}
 
 
 def _output_error(
@@ -140,55 +220,63 @@ def _output_gradients(dictionary: Dictionary, x: Tensor, grad_out: Tensor) -> di
     return gradients
 
 
-def _loss(error: Tensor, y: Tensor, l1: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+def _loss(error: Tensor, y: Tensor, penalty: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     squared = error.pow(2).sum(1, keepdim=True)
     weighted = (squared * token_weights(y, objective.loss)).sum()
-    return (weighted + objective.l1_coefficient * l1) / len(y), squared.sum()
+    return (weighted + penalty) / len(y), squared.sum()
 
 
 # ---------------------------------------------------------------------------------------------
 # Sparse sums
 
 
+class _Entries(NamedTuple):
+    """The kept (token, feature) pairs of a batch, in the order of tokens: one bag a token."""
+
+    token: Int[Tensor, "entry"]
+    feature: Int[Tensor, "entry"]
+    acts: Float[Tensor, "entry"]
+    offsets: Int[Tensor, "token"]
+
+    @classmethod
+    def of(cls, token: Tensor, feature: Tensor, acts: Tensor, n_tokens: int) -> _Entries:
+        counts = torch.bincount(token, minlength=n_tokens)
+        return cls(token, feature, acts, counts.cumsum(0) - counts)
+
+
 def _sampled_products(
     grad_out: Float[Tensor, "token d_out"],
     W_dec: Float[Tensor, "n_features d_out"],
-    indices: Int[Tensor, "token k"],
-) -> Float[Tensor, "token k"]:
-    """grad_out[t] · W_dec[indices[t, j]], without gathering the rows."""
-    n_tokens, k = indices.shape
-    token_of_entry = torch.arange(n_tokens, device=indices.device).repeat_interleave(k)
-    offsets = torch.arange(0, n_tokens * k, k, device=indices.device)
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_out, W_dec, indices.flatten(), offsets, token_of_entry, _EMBEDDING_BAG_SUM
+    entries: _Entries,
+) -> Float[Tensor, "entry"]:
+    """grad_out[token] · W_dec[feature] of every entry, without gathering the rows."""
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_out, W_dec, entries.feature, entries.offsets, entries.token, _EMBEDDING_BAG_SUM
     )
-    return products.view(n_tokens, k)
 
 
 class _ByFeature(NamedTuple):
-    """The (token, feature) entries of a batch in feature order: one bag of tokens a feature."""
+    """The entries of a batch in feature order: one bag of tokens a feature."""
 
     order: Int[Tensor, "entry"]
     token: Int[Tensor, "entry"]
     offsets: Int[Tensor, "n_features"]
 
     @classmethod
-    def sort(cls, indices: Int[Tensor, "token k"], n_features: int) -> _ByFeature:
-        flat = indices.flatten()
-        order = _stable_argsort(flat, n_features)
-        counts = torch.bincount(flat, minlength=n_features)
-        token = torch.div(order, indices.shape[1], rounding_mode="floor")
-        return cls(order, token, counts.cumsum(0) - counts)
+    def sort(cls, entries: _Entries, n_features: int) -> _ByFeature:
+        order = _stable_argsort(entries.feature, n_features)
+        counts = torch.bincount(entries.feature, minlength=n_features)
+        return cls(order, entries.token[order], counts.cumsum(0) - counts)
 
     def sum_tokens(
-        self, vectors: Float[Tensor, "token d"], weights: Float[Tensor, "token k"]
+        self, vectors: Float[Tensor, "token d"], weights: Float[Tensor, "entry"]
     ) -> Float[Tensor, "n_features d"]:
         """For each feature, Σ over its tokens of weight × vector."""
         return embedding_bag(
             self.token,
             vectors,
             self.offsets,
-            per_sample_weights=weights.flatten()[self.order],
+            per_sample_weights=weights[self.order],
             mode="sum",
         )
 

@@ -47,7 +47,7 @@ from tclib.runs import (
     write_manifest,
 )
 from tclib.steps import ensure, write_csv
-from tclib.train import LOG, DictionarySpec, TrainingConfig, train
+from tclib.train import CACHE, LOG, DictionarySpec, TrainingConfig, train
 
 DATA_STEP = "00_model_and_data"
 TRANSCODERS_STEP = "01_train_transcoders"
@@ -139,10 +139,13 @@ def train_sweep(preset: Preset, lm: LanguageModel, corpus: Corpus) -> Trained:
 def evaluate_sweep(
     preset: Preset, lm: LanguageModel, corpus: Corpus, trained: Trained
 ) -> Evaluation:
-    """The table behind Figure 3, with each dictionary's λ."""
+    """The table behind Figure 3, with each dictionary's family and sparsity (λ, λ₀ or k)."""
     evaluation = _evaluated(preset, f"{SWEEP_STEP}_evaluation", lm, corpus, trained)
-    l1 = {spec.name: spec.l1_coefficient for spec in preset.sweep.specs()}
-    table = evaluation.table.assign(l1_coefficient=evaluation.table["name"].map(l1))
+    specs = {spec.name: spec for spec in preset.sweep.specs()}
+    own = [specs[name] for name in evaluation.table["name"]]
+    table = evaluation.table.assign(
+        family=[spec.family for spec in own], sparsity=[spec.sparsity for spec in own]
+    )
     return Evaluation(table, evaluation.row_ce)
 
 
@@ -182,7 +185,7 @@ def _trained(
     inputs = {"model": preset.model, "corpus": corpus.content_hash}
 
     def make() -> Mapping[str, Any]:
-        train(lm, corpus.train, specs, training, step.folder)
+        train(lm, corpus.train, specs, training, step.folder, preset.folder / CACHE)
         return {"n_dictionaries": len(specs)}
 
     ensure(step, parameters, inputs, make)

@@ -21,6 +21,24 @@ KIND_STYLE: dict[str, dict[str, Any]] = {
     "sae_mlp_out": {"color": "#D55E00", "marker": "s", "label": "SAE on mlp_out"},
     "sae_mlp_in": {"color": "#009E73", "marker": "^", "label": "SAE on mlp_in"},
 }
+FAMILY_STYLE: dict[str, dict[str, Any]] = {
+    **KIND_STYLE,
+    "transcoder topk": {**KIND_STYLE["transcoder"], "label": "transcoder, top-k"},
+    "sae_mlp_out topk": {**KIND_STYLE["sae_mlp_out"], "label": "SAE on mlp_out, top-k"},
+    "transcoder skip topk": {
+        "color": "#56B4E9",
+        "marker": "D",
+        "label": "transcoder, top-k with skip",
+    },
+    "transcoder skip": {"color": "#56B4E9", "marker": "D", "label": "transcoder with skip"},
+    "transcoder batch_topk": {
+        "color": "#009E73",
+        "marker": "^",
+        "label": "transcoder, batch top-k",
+    },
+    "transcoder jumprelu": {"color": "#CC79A7", "marker": "v", "label": "transcoder, JumpReLU"},
+}
+OTHER_STYLE: dict[str, Any] = {"color": "0.4", "marker": "x"}
 SAVED_DPI = 150
 
 
@@ -41,8 +59,8 @@ def sparsity_faithfulness(
 ) -> Figure:
     """Figure 3: CE against L0, one panel a model, the paper's published points in the last.
 
-    Each table has kind, l0, ce, ce_original, ce_mean_ablated, l1_coefficient and the bounds
-    ce_increase_low and ce_increase_high of the paired interval.
+    Each table has kind or family, l0, ce, ce_original, ce_mean_ablated, sparsity (λ or k) and the
+    bounds ce_increase_low and ce_increase_high of the paired interval.
     """
     n_panels = len(tables) + (paper is not None)
     figure, axes = plt.subplots(
@@ -62,16 +80,22 @@ def sparsity_faithfulness(
 
 
 def _pareto_panel(axis: Axes, table: pd.DataFrame) -> None:
-    exponent = int(np.floor(np.log10(table["l1_coefficient"].min())))
-    for kind, points in table.groupby("kind", sort=False):
+    table = table if "family" in table else table.assign(family=table["kind"])
+    # The k of a top-k dictionary is its L0: only λ needs a label.
+    has_label = ~table["family"].str.contains("topk")
+    smallest = table.loc[has_label, "sparsity"].min()
+    exponent = int(np.floor(np.log10(smallest))) if has_label.any() else 0
+    for family, points in table.groupby("family", sort=False):
         points = points.sort_values("l0")
-        style = KIND_STYLE[str(kind)]
+        style = FAMILY_STYLE.get(str(family), {**OTHER_STYLE, "label": str(family)})
         axis.plot(points["l0"], points["ce"], markersize=5, linewidth=1.3, **style)
         if "ce_increase_low" in points:
             _error_bars(axis, points, style["color"])
-        others = table[table["kind"] != kind].sort_values("l0")
-        _label_l1(axis, points, others, exponent, style["color"])
-    axis.set_xlabel(f"L0 (mean active features a token); labels: λ / 10$^{{{exponent}}}$")
+        if has_label[points.index].all():
+            others = table[table["family"] != family].sort_values("l0")
+            _label_sparsities(axis, points, others, exponent, style["color"])
+    labels = f"; labels: λ / 10$^{{{exponent}}}$" if has_label.any() else ""
+    axis.set_xlabel(f"L0 (mean active features a token){labels}")
     axis.set_ylabel("CE with the MLP replaced (nats a token)")
     axis.grid(alpha=0.25)
 
@@ -84,14 +108,14 @@ def _error_bars(axis: Axes, points: pd.DataFrame, colour: str) -> None:
     )
 
 
-def _label_l1(
+def _label_sparsities(
     axis: Axes, points: pd.DataFrame, others: pd.DataFrame, exponent: int, colour: str
 ) -> None:
-    """Each point's λ, on the side that faces away from the other kind's curve."""
-    for l0, ce, l1 in points[["l0", "ce", "l1_coefficient"]].to_numpy():
+    """Each point's λ, on the side that faces away from the other curves."""
+    for l0, ce, value in points[["l0", "ce", "sparsity"]].to_numpy():
         is_above = ce >= np.interp(l0, others["l0"], others["ce"])
         axis.annotate(
-            f"{l1 / 10.0**exponent:.3g}",
+            f"{value / 10.0**exponent:.3g}",
             (l0, ce),
             textcoords="offset points",
             xytext=(5, 5) if is_above else (-5, -5),

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tclib.corpus import CorpusConfig
-from tclib.dictionary import Activation
+from tclib.dictionary import TAKES_K, Activation, Kind
 from tclib.lm import LanguageModel
 from tclib.objective import Loss
 from tclib.runs import DATA, REPOSITORY, InputError, Step
@@ -32,7 +32,10 @@ class TranscodersConfig:
     activation: Activation = "relu"
     expansion: int = 32
     l1_coefficient: float = 0.0
+    l0_coefficient: float = 0.0
     k: int | None = None
+    skip: bool = False
+    initial_norm: float = 0.0
     loss: Loss = "authors"
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -46,7 +49,10 @@ class TranscodersConfig:
                 activation=self.activation,
                 expansion=self.expansion,
                 l1_coefficient=self.l1_coefficient,
+                l0_coefficient=self.l0_coefficient,
                 k=self.k,
+                skip=self.skip,
+                initial_norm=self.initial_norm,
                 loss=self.loss,
             )
             for layer in layers
@@ -54,32 +60,66 @@ class TranscodersConfig:
 
 
 @dataclass(frozen=True)
+class DictionaryFamily:
+    """Dictionaries that differ only in sparsity: λ for relu, λ₀ for jumprelu, k for the others."""
+
+    __pydantic_config__ = _STRICT
+
+    kind: Kind
+    sparsities: tuple[float, ...]
+    activation: Activation = "relu"
+    skip: bool = False
+    bandwidth: float = 1.0  # of jumprelu
+    initial_norm: float = 0.0
+
+    def specs(self, layer: int, expansion: int, loss: Loss) -> list[DictionarySpec]:
+        """One dictionary a sparsity."""
+        return [
+            DictionarySpec(
+                kind=self.kind,
+                layer=layer,
+                activation=self.activation,
+                expansion=expansion,
+                l1_coefficient=value if self.activation == "relu" else 0.0,
+                l0_coefficient=value if self.activation == "jumprelu" else 0.0,
+                bandwidth=self.bandwidth,
+                k=int(value) if self.activation in TAKES_K else None,
+                loss=loss,
+                skip=self.skip,
+                initial_norm=self.initial_norm,
+            )
+            for value in self.sparsities
+        ]
+
+
+@dataclass(frozen=True)
 class SweepConfig:
-    """Notebook 02: transcoders and SAEs of one layer over several λ (paper Figure 3)."""
+    """Notebook 02: dictionaries of one layer at several sparsities (paper Figure 3).
+
+    The first family of transcoders and the first of SAEs are compared with each other; relu ones are
+    given by their λ alone, other kinds as `families`.
+    """
 
     __pydantic_config__ = _STRICT
 
     layer: int
-    transcoder_l1: tuple[float, ...]
-    sae_mlp_out_l1: tuple[float, ...]
+    transcoder_l1: tuple[float, ...] = ()
+    sae_mlp_out_l1: tuple[float, ...] = ()
+    families: tuple[DictionaryFamily, ...] = ()
     expansion: int = 32
     loss: Loss = "authors"
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def specs(self) -> list[DictionarySpec]:
         """The dictionaries to train, transcoders first."""
-        pairs = [("transcoder", l1) for l1 in self.transcoder_l1]
-        pairs += [("sae_mlp_out", l1) for l1 in self.sae_mlp_out_l1]
-        return [
-            DictionarySpec(
-                kind=kind,  # type: ignore[arg-type]
-                layer=self.layer,
-                expansion=self.expansion,
-                l1_coefficient=l1,
-                loss=self.loss,
-            )
-            for kind, l1 in pairs
-        ]
+        relu = (
+            DictionaryFamily("transcoder", self.transcoder_l1),
+            DictionaryFamily("sae_mlp_out", self.sae_mlp_out_l1),
+        )
+        found: list[DictionarySpec] = []
+        for family in (*relu, *self.families):
+            found += family.specs(self.layer, self.expansion, self.loss)
+        return found
 
 
 @dataclass(frozen=True)
@@ -108,19 +148,21 @@ class GreaterThanConfig:
         None  # null: the one that carries the year into that MLP's features
     )
     sae_l1: tuple[float, ...] = ()  # SAEs on mlp_out; the one nearest in L0 is shown
+    sae_k: tuple[int, ...] = ()  # as many topk ones
+    components_every: int = 1  # ablate components on every how manieth prompt; 1: on all
 
     def sae_specs(self, layer: int, transcoders: TranscodersConfig) -> list[DictionarySpec]:
         """SAEs as wide as the transcoders."""
-        return [
-            DictionarySpec(
-                kind="sae_mlp_out",
-                layer=layer,
-                expansion=transcoders.expansion,
-                l1_coefficient=l1,
-                loss=transcoders.loss,
-            )
-            for l1 in self.sae_l1
-        ]
+        families = (
+            DictionaryFamily("sae_mlp_out", self.sae_l1),
+            DictionaryFamily(
+                "sae_mlp_out", self.sae_k, "topk", initial_norm=transcoders.initial_norm
+            ),
+        )
+        found: list[DictionarySpec] = []
+        for family in families:
+            found += family.specs(layer, transcoders.expansion, transcoders.loss)
+        return found
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,16 @@ _CLAUSES = {"transcoder": "transcoders better", "SAE": "SAEs better", "tie": "no
 def paper_sweep() -> pd.DataFrame:
     """The published points of Figure 3, Pythia-410M layer 15 (data/paper/fig3_pythia410m.csv)."""
     table = pd.DataFrame(paper_table("fig3_pythia410m"))
-    return table.astype({"l1_coefficient": float, "l0": float, "ce": float})
+    table = table.rename(columns={"l1_coefficient": "sparsity"})
+    return table.astype({"sparsity": float, "l0": float, "ce": float})
+
+
+def compared_families(table: pd.DataFrame) -> pd.DataFrame:
+    """The lines of a sweep's first family of transcoders and its first of SAEs."""
+    if "family" not in table:
+        return table
+    first = table.groupby("kind", sort=False)["family"].first()
+    return table[table["family"].isin(first)].reset_index(drop=True)
 
 
 def shared_l0(table: pd.DataFrame, n_points: int = N_GAP_POINTS) -> Float[np.ndarray, "point"]:
@@ -49,7 +58,7 @@ def ce_gap_table(evaluation: Evaluation) -> pd.DataFrame:
 
     Columns: l0, ce_gap, low, high, winner (`transcoder`, `SAE`, or `tie` where 0 is inside).
     """
-    table = evaluation.table
+    table = compared_families(evaluation.table)
     at_l0 = shared_l0(table)
     if len(at_l0) == 0:
         return pd.DataFrame(columns=["l0", "ce_gap", "low", "high", "winner"])

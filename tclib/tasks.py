@@ -109,6 +109,10 @@ class GreaterThan:
             self.left_out,
         )
 
+    def every(self, step: int) -> GreaterThan:
+        """The task on every `step`-th of its prompts."""
+        return self.subset(range(0, len(self.numbers), step))
+
     def prompt_index(self, number: int, template_idx: int = 0) -> int:
         """Which prompt asks about `number`. Errors: `InputError` if it was left out."""
         for i, found in enumerate(zip(self.numbers, self.template_idx, strict=True)):
@@ -272,12 +276,12 @@ def _misfit(
 def mean_probability_difference(lm: LanguageModel, task: GreaterThan) -> float:
     """The paper's metric of a model: the mean difference over the prompts that count."""
     scored = task.scored()
-    probabilities = scored.answer_probabilities(lm.logits(scored.tokens)[:, -1])
+    probabilities = scored.answer_probabilities(lm.last_logits(scored.tokens))
     return float(scored.differences(probabilities).mean())
 
 
 @torch.no_grad()
 def full_vocabulary_differences(lm: LanguageModel, task: GreaterThan) -> Float[Tensor, "prompt"]:
     """Hanna et al.'s metric of each prompt: the same difference, p from the whole vocabulary."""
-    probabilities = lm.logits(task.tokens)[:, -1].float().softmax(-1)
+    probabilities = lm.last_logits(task.tokens).float().softmax(-1)
     return task.differences(probabilities[:, task.answer_ids])

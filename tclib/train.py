@@ -22,8 +22,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tclib.activations import Block, Harvest, needed_sites
-from tclib.dictionary import Activation, Dictionary, DictionaryConfig, Kind, new_dictionary
+from tclib.activations import ActivationCache, Block, Harvest, needed_sites
+from tclib.dictionary import (
+    TAKES_K,
+    Activation,
+    Dictionary,
+    DictionaryConfig,
+    Kind,
+    activate,
+    new_dictionary,
+)
 from tclib.lm import LanguageModel
 from tclib.objective import Loss, Objective, StepResult, step_result
 from tclib.progress import progress
@@ -32,6 +40,8 @@ from tclib.tracking import Tracker, open_tracker
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "training_log.csv"
+CACHE = "activations"
+THRESHOLD_RATE = 0.01  # a batch's share in batch_topk's running threshold
 LOG_COLUMNS = (
     "step",
     "n_tokens",
@@ -53,14 +63,17 @@ class DictionarySpec:
     activation: Activation = "relu"
     expansion: int = 32  # n_features over d_model
     l1_coefficient: float = 0.0  # λ, in the units of `loss`
-    k: int | None = None  # active features a token, for topk
+    l0_coefficient: float = 0.0  # λ₀, the price of an active feature, for jumprelu
+    bandwidth: float = 1.0  # ε of jumprelu's straight-through gradient, in units of pre-activations
+    k: int | None = None  # active features a token, for topk; on average, for batch_topk
     loss: Loss = "paper"
     skip: bool = False
+    initial_norm: float = 0.0  # first reconstruction's over the output's; 0: as the paper starts
     auxk_coefficient: float = 0.0  # 0: no auxiliary loss for dead features, as in the paper
     auxk_k: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("l1_coefficient", "auxk_coefficient"):
+        for name in ("l1_coefficient", "l0_coefficient", "initial_norm", "auxk_coefficient"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} {value}: expected a finite number, 0 or more")
@@ -68,17 +81,49 @@ class DictionarySpec:
             raise InputError(f"loss {self.loss!r}: expected 'paper' or 'authors'")
         if self.activation == "relu" and self.l1_coefficient == 0:
             raise InputError("l1_coefficient 0: a relu dictionary needs λ > 0 to be sparse")
+        if (self.activation == "jumprelu") != (self.l0_coefficient > 0):
+            raise InputError(
+                f"l0_coefficient {self.l0_coefficient} for {self.activation}: jumprelu needs one above "
+                "0 to be sparse, the others take none"
+            )
+        if not (math.isfinite(self.bandwidth) and self.bandwidth > 0):
+            raise InputError(f"bandwidth {self.bandwidth}: expected a finite number above 0")
 
     @property
     def name(self) -> str:
         """A file name that tells the dictionaries of one run apart."""
-        sparsity = f"topk-{self.k}" if self.activation == "topk" else f"l1-{self.l1_coefficient:g}"
+        sparsity = {
+            "relu": f"l1-{self.l1_coefficient:g}",
+            "topk": f"topk-{self.k}",
+            "batch_topk": f"batch_topk-{self.k}",
+            "jumprelu": f"l0-{self.l0_coefficient:g}",
+        }[self.activation]
         skip = "-skip" if self.skip else ""
         return f"{self.kind}-L{self.layer}-x{self.expansion}-{sparsity}{skip}"
 
+    @property
+    def sparsity(self) -> float:
+        """What makes it sparse: λ of relu, λ₀ of jumprelu, k of the others."""
+        given = {"relu": self.l1_coefficient, "jumprelu": self.l0_coefficient}
+        return float(given.get(self.activation, self.k or 0))
+
+    @property
+    def family(self) -> str:
+        """What dictionaries that differ only in sparsity share: one curve of Figure 3."""
+        words = [self.kind, "skip" if self.skip else ""]
+        words.append(self.activation if self.activation != "relu" else "")
+        return " ".join(word for word in words if word)
+
     def objective(self) -> Objective:
         """What the dictionary minimises."""
-        return Objective(self.loss, self.l1_coefficient, self.auxk_coefficient, self.auxk_k)
+        return Objective(
+            self.loss,
+            self.l1_coefficient,
+            self.l0_coefficient,
+            self.bandwidth,
+            self.auxk_coefficient,
+            self.auxk_k,
+        )
 
     def dictionary_config(self, lm: LanguageModel) -> DictionaryConfig:
         """The dictionary's configuration on this model."""
@@ -114,6 +159,7 @@ class TrainingConfig:
     dead_after_tokens: int = 1_000_000  # a feature silent for so long counts as dead
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False  # torch.compile of the training step
+    cache_activations: bool = False  # keep them on disk, float16: later passes need no forward
     track: Literal["none", "wandb", "tensorboard"] = "none"
 
     def __post_init__(self) -> None:
@@ -181,11 +227,13 @@ class DictionaryTrainer:
         with self._autocast():
             result = self._step_result(self.dictionary, x, y, self._objective, dead)
         self._remove_parallel_component(result.gradients)
-        for name, parameter in self._stored.items():
-            parameter.grad = _contiguous(result.gradients[name]).to(parameter.dtype)
+        for name, gradient in result.gradients.items():
+            parameter = self._stored[name]
+            parameter.grad = _contiguous(gradient).to(parameter.dtype)
         self._adam.param_groups[0]["lr"] = learning_rate
         self._adam.step()
         self._normalise_decoder()
+        self._keep_threshold(result)
         self.tokens_since_fired += len(x)
         self.tokens_since_fired[result.fired] = 0
         return result
@@ -239,6 +287,15 @@ class DictionaryTrainer:
         along = torch.linalg.vecdot(gradient, W_dec.to(gradient.dtype)).unsqueeze(1)
         gradient.addcmul_(W_dec.to(gradient.dtype), along, value=-1.0)
 
+    def _keep_threshold(self, result: StepResult) -> None:
+        """jumprelu's thresholds stay at 0 or above; batch_topk's is a running mean of the batches'."""
+        threshold = self.dictionary.threshold
+        if result.threshold is not None and threshold is not None:
+            is_first = not bool(threshold.any())
+            threshold.lerp_(result.threshold, 1.0 if is_first else THRESHOLD_RATE)
+        elif threshold is not None:
+            threshold.clamp_(min=0.0)
+
     def _normalise_decoder(self) -> None:
         W_dec = self._stored["W_dec"]
         W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12))
@@ -259,16 +316,18 @@ def train(
     specs: Sequence[DictionarySpec],
     config: TrainingConfig,
     folder: Path,
+    cache_folder: Path | None = None,
 ) -> list[Dictionary]:
     """Train every spec on the activations of `rows`; write to `folder` and return them.
 
     Writes one `<spec.name>.safetensors` a dictionary and `training_log.csv`. A folder that holds an
     unfinished run of the same parameters resumes; one that holds the finished run just loads it.
+    Cached activations lie in `cache_folder`, by default in `folder`, and stay there for other runs.
 
     Errors: `InputError` for a layer out of range, a context longer than the model's, two equal
     specs, a folder in use or made with other parameters, a non-finite loss.
     """
-    run = _Run(lm, rows, tuple(specs), config, folder)
+    run = _Run(lm, rows, tuple(specs), config, folder, cache_folder or folder / CACHE)
     with exclusive(folder):
         finished = run.load_finished()
         return finished if finished is not None else run.carry_out()
@@ -281,6 +340,7 @@ class _Run:
     specs: tuple[DictionarySpec, ...]
     config: TrainingConfig
     folder: Path
+    cache_folder: Path
     trainers: list[DictionaryTrainer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -300,8 +360,14 @@ class _Run:
             max(smallest, min(self.config.block_rows, needed)),
             self.config.rows_per_forward,
             self.config.seed,
+            self._cache(),
         )
         self.steps_per_block = self.harvest.block_tokens // self.config.batch_size
+
+    def _cache(self) -> ActivationCache | None:
+        if not self.config.cache_activations:
+            return None
+        return ActivationCache.of(self.cache_folder, self.lm, self.rows)
 
     @property
     def fingerprint(self) -> str:
@@ -342,6 +408,8 @@ class _Run:
         if resumed is not None:
             self._check_fingerprint(checkpoint, resumed[1])
         tracker = open_tracker(self.config.track, self.folder, asdict(self.config))
+        if self.harvest.cache is not None:
+            self.harvest.cache.fill(self.lm, self.rows, self.harvest.sites)
         try:
             first_block = self.harvest.block(0) if resumed is None else None
             self._make_trainers(first_block)
@@ -367,6 +435,8 @@ class _Run:
             if first_block is not None:
                 means = [first_block[s].mean(0) for s in (config.input_site, config.output_site)]
             dictionary = new_dictionary(config, _init_generator(self.config.seed, config), *means)
+            if first_block is not None and spec.initial_norm > 0:
+                dictionary = _scaled(dictionary, spec, first_block, self.config.batch_size)
             self.trainers.append(
                 DictionaryTrainer(spec, dictionary.to(self.lm.device), self.config)
             )
@@ -495,6 +565,26 @@ class _Meter:
             self._first_tokens, self._began = n_tokens, now
             return math.nan
         return (n_tokens - self._first_tokens) / max(now - self._began, 1e-9)
+
+
+def _scaled(
+    dictionary: Dictionary, spec: DictionarySpec, block: Block, n_tokens: int
+) -> Dictionary:
+    """The encoder times what gives the first reconstruction `initial_norm` times the output's norm.
+
+    With outputs of norm 100 and the paper's start, features that are late to grow never win a place
+    among the k largest: over half of them die.
+    """
+    config = dictionary.config
+    x = block[config.input_site][:n_tokens].cpu()
+    y = block[config.output_site][:n_tokens].cpu() - dictionary.b_dec
+    pre = dictionary.pre_acts(x)
+    z = activate(pre, config.k if config.activation in TAKES_K else None)
+    wanted = spec.initial_norm * y.norm(dim=1).median()
+    scale = float(wanted / (z @ dictionary.W_dec).norm(dim=1).median().clamp_min(1e-12))
+    tensors = dictionary.parameters()
+    scaled = {name: tensors[name] * scale for name in ("W_enc", "b_enc")}
+    return Dictionary(config, **{**tensors, **scaled})
 
 
 def _init_generator(seed: int, config: DictionaryConfig) -> torch.Generator:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import random_rows, tiny_lm
 
-from tclib.activations import Harvest, needed_sites
+from tclib.activations import ActivationCache, Harvest, needed_sites
 from tclib.lm import LanguageModel, Site
 from tclib.runs import InputError
 
@@ -64,6 +68,65 @@ def test_the_model_runs_once_whatever_the_number_of_sites(gpt2_lm: LanguageModel
     harvest(gpt2_lm).block(0)
     handle.remove()
     assert len(n_calls) == 2  # four rows, three a forward pass
+
+
+def cached(lm: LanguageModel, folder: Path) -> Harvest:
+    """The same harvest, from a cache that has been filled."""
+    plain = harvest(lm)
+    cache = ActivationCache.of(folder, lm, plain.rows)
+    cache.fill(lm, plain.rows, SITES)
+    return replace(plain, cache=cache)
+
+
+def test_cached_activations_are_the_models_in_float16(lm: LanguageModel, tmp_path: Path) -> None:
+    plain, from_disk = harvest(lm), cached(lm, tmp_path)
+    for block_idx in (0, 2, 4):  # the last of the first pass, and one of the second
+        expected, found = plain.block(block_idx), from_disk.block(block_idx)
+        for site in SITES:
+            assert torch.equal(found[site], expected[site].half().float())
+
+
+def test_a_filled_cache_needs_no_forward_pass(
+    gpt2_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_disk = cached(gpt2_lm, tmp_path)
+    monkeypatch.setattr(LanguageModel, "read", None)
+    from_disk.block(0)
+    assert from_disk.cache is not None
+    from_disk.cache.fill(gpt2_lm, from_disk.rows, SITES[:2])
+    with pytest.raises(TypeError):  # a site that is not there yet
+        from_disk.cache.fill(gpt2_lm, from_disk.rows, [Site("mlp_in", 1)])
+
+
+def test_other_rows_and_models_have_other_caches(tmp_path: Path) -> None:
+    rows = random_rows(4)
+    one = ActivationCache.of(tmp_path, tiny_lm("gpt2"), rows)
+    assert one != ActivationCache.of(tmp_path, tiny_lm("gpt2"), rows.flip(0))
+    assert one != ActivationCache.of(tmp_path, tiny_lm("neox"), rows)
+
+
+def test_values_beyond_float16_leave_nothing_behind(
+    gpt2_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LanguageModel.read
+
+    def huge(self: LanguageModel, tokens: torch.Tensor, sites: object) -> dict:
+        return {site: a * 1e6 for site, a in original(self, tokens, sites).items()}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LanguageModel, "read", huge)
+    with pytest.raises(InputError, match="more than float16 holds: set cache_activations to false"):
+        cached(gpt2_lm, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_is_named_before_anything_is_read(
+    gpt2_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    monkeypatch.setattr(LanguageModel, "read", None)
+    with pytest.raises(InputError, match="needs 0.0 GB and .* has 0.0 GB"):
+        cached(gpt2_lm, tmp_path)
 
 
 def test_needed_sites_are_distinct_and_in_order() -> None:

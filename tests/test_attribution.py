@@ -11,12 +11,12 @@ from conftest import D_MODEL, D_VOCAB, GEOMETRIES, N_CTX, N_LAYERS, random_rows,
 from torch import Tensor
 
 from tclib.attribution import FrozenPrompts, Sources, Target, sources
-from tclib.dictionary import Dictionary, DictionaryConfig
+from tclib.dictionary import TAKES_K, TAKES_THRESHOLD, Dictionary, DictionaryConfig
 from tclib.lm import LanguageModel
 from tclib.runs import InputError
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-KINDS = ("relu", "topk", "skip")
+KINDS = ("relu", "topk", "skip", "batch_topk", "jumprelu")
 N_FEATURES = 40
 
 
@@ -32,8 +32,8 @@ def random_transcoder(layer: int, kind: str, dtype: torch.dtype = torch.float64)
         D_MODEL,
         D_MODEL,
         N_FEATURES,
-        "topk" if kind == "topk" else "relu",
-        5 if kind == "topk" else None,
+        "relu" if kind == "skip" else kind,  # type: ignore[arg-type]
+        5 if kind in TAKES_K else None,
         skip=kind == "skip",
     )
     return Dictionary(
@@ -43,6 +43,7 @@ def random_transcoder(layer: int, kind: str, dtype: torch.dtype = torch.float64)
         normal(N_FEATURES, D_MODEL),
         normal(D_MODEL),
         normal(D_MODEL, D_MODEL) if kind == "skip" else None,
+        normal(N_FEATURES).abs() if kind in TAKES_THRESHOLD else None,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import itertools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +83,56 @@ def test_installed_docstrings_are_plenty() -> None:
 
     root = Path(package.__file__).parent / "nn"
     assert sum(map(len, module.docstring_documents(root))) > 300_000
+
+
+PAGES = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
+  <page><title>War</title><ns>0</ns><revision><text>The '''war''' lasted
+from [[1732]] to [[1745|45]].&lt;ref&gt;A source.&lt;/ref&gt; [[File:a.png|thumb|The [[war]] in colour]]
+{{Infobox|x=1}}It was long.</text></revision></page>
+  <page><title>Wars</title><ns>0</ns><redirect title="War"/><revision><text>#REDIRECT [[War]]</text></revision></page>
+  <page><title>Talk:War</title><ns>1</ns><revision><text>Was it?</text></revision></page>
+  <page><title>Dog</title><ns>0</ns><revision><text>The dog sleeps.&lt;!-- or not --&gt;</text></revision></page>
+</mediawiki>"""
+
+
+def write_dump(path: Path, pages: str = PAGES) -> Path:
+    path.write_bytes(bz2.compress(pages.encode()))
+    return path
+
+
+def test_wikipedia_articles_are_plain_text_without_redirects_and_talk(tmp_path: Path) -> None:
+    pytest.importorskip("mwparserfromhell", reason="comes with `make smollm2`")
+    articles = list(module.wikipedia_articles(write_dump(tmp_path / "dump.xml.bz2")))
+    assert [article.title for article in articles] == ["War", "Dog"]
+    words = " ".join(articles[0].text.split())
+    assert words == "The war lasted from 1732 to 45. It was long."
+    assert articles[1].text == "The dog sleeps."
+
+
+def test_a_dump_that_is_missing_cut_short_or_no_xml_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("mwparserfromhell", reason="comes with `make smollm2`")
+    with pytest.raises(InputError, match="none.bz2: no such file"):
+        list(module.wikipedia_articles(tmp_path / "none.bz2"))
+    whole = write_dump(tmp_path / "whole.bz2").read_bytes()
+    (tmp_path / "cut.bz2").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cut.bz2: .*expected a whole MediaWiki export"):
+        list(module.wikipedia_articles(tmp_path / "cut.bz2"))
+    with pytest.raises(InputError, match="text.bz2: .*expected a whole MediaWiki export"):
+        list(module.wikipedia_articles(write_dump(tmp_path / "text.bz2", "no XML")))
+    (tmp_path / "plain.bz2").write_text(PAGES)
+    with pytest.raises(InputError, match="plain.bz2: .*expected a whole MediaWiki export"):
+        list(module.wikipedia_articles(tmp_path / "plain.bz2"))
+
+
+def test_without_its_packages_the_wikipedia_corpus_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match="install it with `make smollm2`"):
+        module.bundled_dump()
+    monkeypatch.setitem(sys.modules, "mwparserfromhell", None)
+    with pytest.raises(InputError, match="needs the package mwparserfromhell"):
+        list(module.wikipedia_articles(tmp_path / "dump.xml.bz2"))
 
 
 def test_a_local_dataset_is_streamed(tmp_path: Path, demo_lm: LanguageModel) -> None:

@@ -112,7 +112,7 @@ def test_saving_and_loading_is_exact(tmp_path: Path, skip: bool) -> None:
         ({"activation": "gelu"}, "activation 'gelu'"),
         ({"activation": "topk"}, "k None: topk expects 1 to n_features = 4"),
         ({"activation": "topk", "k": 5}, "k 5"),
-        ({"k": 2}, "only activation 'topk' takes a k"),
+        ({"k": 2}, "only activations topk and batch_topk take a k"),
         ({"n_features": 0}, "n_features 0"),
         ({"kind": "sae_mlp_out"}, "maps a site to itself"),
     ],
@@ -120,6 +120,30 @@ def test_saving_and_loading_is_exact(tmp_path: Path, skip: bool) -> None:
 def test_configurations_out_of_range_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(CONFIG, **changes)
+
+
+def test_a_negative_threshold_is_refused() -> None:
+    config = replace(CONFIG, activation="jumprelu")
+    weights = by_hand().parameters()
+    with pytest.raises(InputError, match="threshold -0.5: expected 0 or more"):
+        Dictionary(config, **weights, threshold=torch.tensor([0.0, -0.5, 1.0, 0.0]))
+    with pytest.raises(InputError, match="the configuration expects .*threshold"):
+        Dictionary(config, **weights)
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "batch_topk"])
+def test_a_feature_is_active_above_its_threshold_with_its_whole_pre_activation(
+    activation: str,
+) -> None:
+    k = 2 if activation == "batch_topk" else None
+    config = replace(CONFIG, activation=activation, k=k)
+    one = by_hand()
+    x = torch.tensor([[1.0, 2.0]])
+    pre = one.pre_acts(x)[0]
+    threshold = torch.tensor([float(pre[0]) + 1, 0.0, 0.0, max(0.0, float(pre[3]))])
+    found = Dictionary(config, **one.parameters(), threshold=threshold).encode(x)[0]
+    expected = [float(p) if p > t else 0.0 for p, t in zip(pre, threshold, strict=True)]
+    assert found.tolist() == expected and found[0] == 0
 
 
 def test_a_dictionary_of_another_width_is_named() -> None:

@@ -87,6 +87,25 @@ def test_overrides_act_and_are_removed_even_after_an_error(lm: LanguageModel, wh
     torch.testing.assert_close(lm.logits(tokens), before, rtol=0, atol=0)
 
 
+def test_starting_at_a_layer_changes_nothing_and_is_undone(lm: LanguageModel) -> None:
+    tokens = random_rows(3).long()
+    with torch.no_grad():
+        whole = lm.logits(tokens)
+        torch.testing.assert_close(lm.last_logits(tokens), whole[:, -1])
+        streams = lm.streams(tokens, range(N_LAYERS))
+        for layer, stream in streams.items():
+            with lm.start_at(layer, stream):
+                torch.testing.assert_close(lm.logits(tokens), whole, rtol=1e-5, atol=1e-6)
+            # An override above acts all the same; what is below is not run.
+            with lm.override_mlp(layer, lambda _x, y: 0 * y):
+                expected = lm.logits(tokens)
+                with lm.start_at(layer, stream):
+                    torch.testing.assert_close(lm.logits(tokens), expected, rtol=1e-5, atol=1e-6)
+        with pytest.raises(RuntimeError), lm.start_at(1, streams[1]):
+            raise RuntimeError
+        torch.testing.assert_close(lm.logits(tokens), whole)
+
+
 def test_bundled_models_load_by_name() -> None:
     for name, parallel in (("demo", False), ("demo-neox", True)):
         lm = LanguageModel.load(name, device="cpu")

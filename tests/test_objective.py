@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from tclib.dictionary import Dictionary, DictionaryConfig, activate
+from tclib.dictionary import (
+    TAKES_K,
+    TAKES_THRESHOLD,
+    Activation,
+    Dictionary,
+    DictionaryConfig,
+    activate,
+)
 from tclib.objective import Objective, _stable_argsort, step_result
 
 N_TOKENS, D_IN, D_OUT, N_FEATURES = 40, 6, 5, 24
@@ -27,7 +35,7 @@ def random_dictionary(activation: str, skip: bool) -> Dictionary:
         D_OUT,
         N_FEATURES,
         activation,
-        4 if activation == "topk" else None,
+        4 if activation in TAKES_K else None,
         skip,
     )  # type: ignore[arg-type]
     weights = (
@@ -36,7 +44,8 @@ def random_dictionary(activation: str, skip: bool) -> Dictionary:
         normal(N_FEATURES, D_OUT),
         normal(D_OUT),
     )
-    return Dictionary(config, *weights, normal(D_IN, D_OUT) if skip else None)
+    threshold = normal(N_FEATURES).abs() if activation in TAKES_THRESHOLD else None
+    return Dictionary(config, *weights, normal(D_IN, D_OUT) if skip else None, threshold)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -49,7 +58,16 @@ def batch() -> tuple[Tensor, Tensor]:
 def loss_by_definition(
     p: dict[str, Tensor], d: Dictionary, x: Tensor, y: Tensor, o: Objective
 ) -> Tensor:
-    z = activate(x @ p["W_enc"] + p["b_enc"], d.config.k)
+    pre = x @ p["W_enc"] + p["b_enc"]
+    penalty = 0.0
+    if d.config.activation == "batch_topk":
+        kept = pre.relu().flatten().topk(d.config.k * len(x)).values.min()  # type: ignore[operator]
+        z = torch.where(pre >= kept, pre, 0.0)
+    elif d.config.activation == "jumprelu":
+        z = _Jump.apply(pre, p["threshold"], o.bandwidth)
+        penalty = o.l0_coefficient * _Step.apply(pre, p["threshold"], o.bandwidth).sum(1)
+    else:
+        z = activate(pre, d.config.k)
     error = z @ p["W_dec"] + p["b_dec"] - y
     if "W_skip" in p:
         error = error + x @ p["W_skip"]
@@ -57,27 +75,62 @@ def loss_by_definition(
         fit = error.pow(2).sum(1)
     else:
         fit = (error.pow(2) / y.norm(dim=1, keepdim=True)).mean(1)
-    return (fit + o.l1_coefficient * z.abs().sum(1)).mean()
+    return (fit + o.l1_coefficient * z.sum(1) + penalty).mean()
+
+
+class _Jump(torch.autograd.Function):
+    """JumpReLU with the straight-through gradient of Rajamanoharan et al. (2024), Eq. 11."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        pre, threshold = ctx.saved_tensors
+        kernel = (((pre - threshold) / ctx.bandwidth).abs() < 0.5).to(pre) / ctx.bandwidth
+        return grad * (pre > threshold), (-threshold * kernel * grad).sum(0), None
+
+
+class _Step(torch.autograd.Function):
+    """The Heaviside step of pre − θ, with the straight-through gradient of Eq. 12."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        pre, threshold = ctx.saved_tensors
+        kernel = (((pre - threshold) / ctx.bandwidth).abs() < 0.5).to(pre) / ctx.bandwidth
+        return None, (-kernel * grad).sum(0), None
 
 
 @pytest.mark.parametrize(
     ("activation", "skip", "loss"),
-    list(itertools.product(("relu", "topk"), (False, True), ("paper", "authors"))),
+    list(itertools.product(get_args(Activation), (False, True), ("paper", "authors"))),
 )
 def test_loss_and_gradients_equal_autograd(activation: str, skip: bool, loss: str) -> None:
     dictionary, (x, y) = random_dictionary(activation, skip), batch()
-    objective = Objective(loss, l1_coefficient=0.03)  # type: ignore[arg-type]
+    objective = Objective(loss, 0.03, l0_coefficient=0.2, bandwidth=0.7)  # type: ignore[arg-type]
     result = step_result(dictionary, x, y, objective)
     leaves = {n: t.detach().clone().requires_grad_() for n, t in dictionary.parameters().items()}
     expected = loss_by_definition(leaves, dictionary, x, y, objective)
     expected.backward()
     torch.testing.assert_close(result.loss, expected.detach(), rtol=1e-10, atol=1e-12)
-    assert set(result.gradients) == set(leaves)
-    for name, leaf in leaves.items():
+    # batch_topk's threshold is measured, not learned.
+    learned = {name: leaf for name, leaf in leaves.items() if leaf.grad is not None}
+    assert set(result.gradients) == set(learned)
+    assert ("threshold" in learned) == (activation == "jumprelu")
+    for name, leaf in learned.items():
         torch.testing.assert_close(result.gradients[name], leaf.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])
 def test_l0_error_and_fired_are_those_of_the_forward_pass(activation: str) -> None:
     dictionary, (x, y) = random_dictionary(activation, skip=False), batch()
     result = step_result(dictionary, x, y, Objective(l1_coefficient=0.1))
@@ -86,6 +139,18 @@ def test_l0_error_and_fired_are_those_of_the_forward_pass(activation: str) -> No
     assert torch.equal(result.fired, (output.feature_acts > 0).any(0))
     squared = (output.reconstruction - y).pow(2).sum().item()
     assert result.squared_error.item() == pytest.approx(squared, rel=1e-5)
+
+
+def test_batch_topk_keeps_k_a_token_on_average_and_gives_its_threshold() -> None:
+    dictionary, (x, y) = random_dictionary("batch_topk", skip=False), batch()
+    result = step_result(dictionary, x, y, Objective())
+    z = dictionary.pre_acts(x).relu()
+    largest = z.flatten().sort(descending=True).values[: 4 * N_TOKENS]
+    assert result.l0 == 4.0
+    assert result.threshold is not None and result.threshold == largest[-1]
+    torch.testing.assert_close(result.acts.sort(descending=True).values, largest)
+    per_token = (z >= largest[-1]).sum(1)
+    assert per_token.min() < 4 < per_token.max()  # not k for every token
 
 
 def test_auxk_gradients_equal_autograd_and_touch_dead_features_only() -> None:

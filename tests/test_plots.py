@@ -19,7 +19,7 @@ def sweep_table() -> pd.DataFrame:
             "kind": ["transcoder"] * 2 + ["sae_mlp_out"] * 2,
             "l0": [20.0, 10.0, 25.0, 12.0],
             "ce": [1.1, 1.2, 1.15, 1.25],
-            "l1_coefficient": [1e-4, 2e-4, 1e-4, 2e-4],
+            "sparsity": [1e-4, 2e-4, 1e-4, 2e-4],
             "ce_original": 1.0,
             "ce_mean_ablated": 3.0,
             "ce_increase_low": [0.09, 0.19, 0.14, 0.24],

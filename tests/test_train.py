@@ -15,8 +15,8 @@ from filelock import FileLock
 
 from tclib import runs
 from tclib import train as module
-from tclib.dictionary import Dictionary
-from tclib.lm import LanguageModel
+from tclib.dictionary import Dictionary, activate, new_dictionary
+from tclib.lm import LanguageModel, Site
 from tclib.metrics import fvu
 from tclib.runs import InputError
 from tclib.tracking import open_tracker
@@ -27,6 +27,8 @@ SPECS = (
     DictionarySpec("sae_mlp_out", 1, expansion=4, l1_coefficient=0.01, loss="authors"),
     DictionarySpec("sae_mlp_in", 0, "topk", expansion=4, k=3),
     DictionarySpec("transcoder", 2, "topk", expansion=4, k=3, skip=True, auxk_coefficient=0.1),
+    DictionarySpec("transcoder", 0, "batch_topk", expansion=4, k=3, initial_norm=1.0),
+    DictionarySpec("transcoder", 1, "jumprelu", expansion=4, l0_coefficient=0.1, bandwidth=0.5),
 )
 CONFIG = TrainingConfig(
     n_tokens=64 * 60,
@@ -157,6 +159,54 @@ def test_auxk_revives_dead_features(tmp_path: Path) -> None:
     assert shares[1] < 0.95 * shares[0]
 
 
+def test_the_trained_thresholds_give_the_l0_that_was_asked_for(tmp_path: Path) -> None:
+    lm, config = tiny_lm(), replace(CONFIG, n_tokens=64 * 400)
+    batch, cheap, dear = (
+        DictionarySpec("transcoder", 1, "batch_topk", expansion=4, k=3),
+        DictionarySpec("transcoder", 1, "jumprelu", expansion=4, l0_coefficient=0.02),
+        DictionarySpec("transcoder", 1, "jumprelu", expansion=4, l0_coefficient=1.0),
+    )
+    trained = train(lm, ROWS, (batch, cheap, dear), config, tmp_path / "run")
+    x = lm.read(ROWS.long(), [Site("mlp_in", 1)])[Site("mlp_in", 1)].flatten(0, 1)
+    l0 = [float((d.encode(x) > 0).sum(1).double().mean()) for d in trained]
+    assert l0[0] == pytest.approx(3, rel=0.1)
+    assert trained[0].threshold is not None and len(trained[0].threshold.unique()) == 1
+    assert l0[2] < 0.7 * l0[1]
+    assert trained[2].threshold is not None and trained[2].threshold.min() >= 0
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk"])
+def test_the_first_reconstruction_has_the_norm_that_was_asked_for(
+    activation: Any, share: float
+) -> None:
+    k = None if activation == "relu" else 3
+    spec = DictionarySpec("transcoder", 1, activation, 4, 0.01, k=k, initial_norm=share)
+    lm = tiny_lm()
+    config = spec.dictionary_config(lm)
+    acts = lm.read(ROWS.long(), [config.input_site, config.output_site])
+    block = {site: a.flatten(0, 1) for site, a in acts.items()}
+    x, y = block[config.input_site], block[config.output_site]
+    first = new_dictionary(config, torch.Generator().manual_seed(0), x.mean(0), y.mean(0))
+    scaled = module._scaled(first, spec, block, len(x))
+    z = activate(scaled.pre_acts(x), k)
+    found = (z @ scaled.W_dec).norm(dim=1).median() / (y - y.mean(0)).norm(dim=1).median()
+    assert float(found) == pytest.approx(share, rel=1e-4)
+
+
+def test_a_run_from_cached_activations_is_nearly_the_same_and_the_cache_serves_the_next(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, cache_activations=True)
+    lm = tiny_lm()
+    (cached,) = train(lm, ROWS, SPECS[:1], config, tmp_path / "one", tmp_path / "cache")
+    plain = Dictionary.load(uninterrupted / f"{SPECS[0].name}.safetensors")
+    torch.testing.assert_close(cached.W_dec, plain.W_dec, rtol=0, atol=0.05)
+    monkeypatch.setattr(LanguageModel, "read", None)
+    (again,) = train(lm, ROWS, SPECS[:1], config, tmp_path / "two", tmp_path / "cache")
+    assert torch.equal(again.W_dec, cached.W_dec)
+
+
 def test_the_learning_rate_warms_up_and_decays() -> None:
     config = replace(CONFIG, learning_rate=1.0)
     rates = [config.learning_rate_at(step) for step in range(config.n_steps)]
@@ -195,6 +245,14 @@ def test_a_negative_or_nan_l1_is_refused(value: float) -> None:
 def test_specs_and_configs_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match="needs λ > 0"):
         DictionarySpec("transcoder", 0)
+    with pytest.raises(InputError, match="l0_coefficient 0.0 for jumprelu: jumprelu needs one"):
+        DictionarySpec("transcoder", 0, "jumprelu")
+    with pytest.raises(InputError, match="l0_coefficient 0.5 for topk"):
+        DictionarySpec("transcoder", 0, "topk", k=3, l0_coefficient=0.5)
+    with pytest.raises(InputError, match="bandwidth 0.0"):
+        DictionarySpec("transcoder", 0, "jumprelu", l0_coefficient=0.5, bandwidth=0.0)
+    with pytest.raises(InputError, match="initial_norm -1.0"):
+        replace(SPECS[0], initial_norm=-1.0)
     with pytest.raises(InputError, match="loss 'mse'"):
         replace(SPECS[0], loss="mse")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="learning_rate nan"):
