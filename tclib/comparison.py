@@ -65,16 +65,19 @@ class Comparison:
 
 
 def choose_pair(
-    lm: LanguageModel, dictionaries: Mapping[str, Dictionary], rows: Int[Tensor, "row pos"]
+    lm: LanguageModel,
+    dictionaries: Mapping[str, Dictionary],
+    rows: Int[Tensor, "row pos"],
+    near_l0: float | None = None,
 ) -> dict[str, Dictionary]:
     """A transcoder and an SAE of one layer whose L0 are nearest to each other, by name of kind.
 
-    Errors: `InputError` unless there is one of each.
+    With `near_l0`, nearest to each other and to it. Errors: `InputError` unless there is one of each.
     """
-    l0 = {name: _l0(lm, dictionary, rows) for name, dictionary in dictionaries.items()}
+    l0 = _l0s(lm, dictionaries, rows)
     kinds = {name: dictionary.config.kind for name, dictionary in dictionaries.items()}
     pairs = [
-        (abs(np.log(l0[one] / l0[other])), one, other)
+        (abs(np.log(l0[one] / l0[other])) + _distance(l0[one], near_l0), one, other)
         for one in dictionaries
         for other in dictionaries
         if kinds[one] == "transcoder" and kinds[other] != "transcoder" and l0[one] and l0[other]
@@ -87,10 +90,20 @@ def choose_pair(
     return {kinds[name]: dictionaries[name] for name in (one, other)}
 
 
-def _l0(lm: LanguageModel, dictionary: Dictionary, rows: Int[Tensor, "row pos"]) -> float:
-    site = dictionary.config.input_site
-    acts = dictionary.encode(lm.read(rows[:16].long(), {site})[site])
-    return float((acts[:, 1:] > 0).sum(-1).double().mean())
+def _distance(l0: float, wanted: float | None) -> float:
+    return 0.0 if wanted is None else abs(float(np.log(l0 / wanted)))
+
+
+def _l0s(
+    lm: LanguageModel, dictionaries: Mapping[str, Dictionary], rows: Int[Tensor, "row pos"]
+) -> dict[str, float]:
+    """L0 of each dictionary over the first rows, BOS left out."""
+    sites = {dictionary.config.input_site for dictionary in dictionaries.values()}
+    acts = lm.read(rows[:16].long(), sites)
+    return {
+        name: float((d.encode(acts[d.config.input_site][:, 1:]) > 0).sum(-1).double().mean())
+        for name, d in dictionaries.items()
+    }
 
 
 def make_comparison(
@@ -103,7 +116,7 @@ def make_comparison(
     parameters = {**asdict(preset.comparison), "seed": preset.seed}
 
     def make() -> Mapping[str, Any]:
-        pair = choose_pair(lm, dictionaries, corpus.evaluation)
+        pair = choose_pair(lm, dictionaries, corpus.evaluation, preset.comparison.near_l0)
         return _compare(preset, lm, corpus, pair, step)
 
     ensure(step, parameters, inputs, make)
@@ -156,7 +169,7 @@ def _compare(
     write_csv(_latents(preset, lm, pair), step, "latents")
     with new_file(folder / "origin.json") as path:
         path.write_text(json.dumps(origin))
-    l0 = {kind: _l0(lm, d, corpus.evaluation) for kind, d in pair.items()}
+    l0 = _l0s(lm, pair, corpus.evaluation)
     return {"n_items": len(lines), "l0": l0, "layer": next(iter(pair.values())).config.layer}
 
 

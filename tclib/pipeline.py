@@ -30,6 +30,8 @@ from tclib import (
     comparison,
     greater_than,
     greater_than_report,
+    published,
+    published_checks,
     report,
 )
 from tclib.corpus import Corpus, build_corpus, check_disjoint
@@ -39,6 +41,7 @@ from tclib.lm import BUNDLED, LanguageModel, check_hub_reachable, locate
 from tclib.presets import Preset, load_preset
 from tclib.runs import (
     MANIFEST,
+    InputError,
     Step,
     exclusive,
     file_hash,
@@ -46,12 +49,13 @@ from tclib.runs import (
     read_manifest,
     write_manifest,
 )
-from tclib.steps import ensure, write_csv
-from tclib.train import CACHE, LOG, DictionarySpec, TrainingConfig, train
+from tclib.steps import ensure, weight_hashes, write_csv
+from tclib.train import CACHE, LOG, LOG_COLUMNS, DictionarySpec, TrainingConfig, train
 
 DATA_STEP = "00_model_and_data"
 TRANSCODERS_STEP = "01_train_transcoders"
 SWEEP_STEP = "02_sparsity_vs_faithfulness"
+CHECKS_STEP = "07_published_checks"
 RESULTS_STEP = "07_results"
 
 
@@ -72,6 +76,13 @@ def load_model(preset: Preset) -> LanguageModel:
 def check_ready(preset: Preset) -> None:
     """Raise `InputError`, before anything is written, if the model or the corpus cannot be had."""
     locate(preset.model)
+    if (
+        preset.transcoders.published
+        and not (preset.step(TRANSCODERS_STEP).folder / MANIFEST).is_file()
+    ):
+        published.locate_published(
+            preset.transcoders.published, preset.transcoders.layers or range(12)
+        )
     corpus_here = (preset.step(DATA_STEP).folder / MANIFEST).is_file()
     source = preset.corpus.source
     if preset.corpus.kind == "huggingface" and not corpus_here and not Path(source).exists():
@@ -114,9 +125,35 @@ def demo_world_card(preset: Preset) -> dict[str, Any]:
 
 
 def train_transcoders(preset: Preset, lm: LanguageModel, corpus: Corpus) -> Trained:
-    """Notebook 01: transcoders of all layers of the preset, from one harvest."""
+    """Notebook 01: transcoders of all layers of the preset, from one harvest, or the released ones."""
     config = preset.transcoders
+    if config.published:
+        return _released(preset, lm)
     return _trained(preset, TRANSCODERS_STEP, lm, corpus, config.specs(lm), config.training)
+
+
+def _released(preset: Preset, lm: LanguageModel) -> Trained:
+    """The paper's transcoders, checked against the model and kept in the step's folder."""
+    step = preset.step(TRANSCODERS_STEP)
+    source = preset.transcoders.published
+    layers = preset.transcoders.layers or range(lm.n_layers)
+    names = {layer: f"transcoder-L{layer}-published" for layer in layers}
+
+    def make() -> Mapping[str, Any]:
+        folder = None if source == "hub" else Path(source).expanduser()
+        found = published.load_published(layers, folder)
+        for dictionary in found.values():
+            dictionary.check_model(lm)
+        for layer, dictionary in found.items():
+            dictionary.save(step.folder / f"{names[layer]}.safetensors")
+        return {"n_dictionaries": len(found)}
+
+    ensure(step, {"published": source, "layers": list(layers)}, {"model": preset.model}, make)
+    dictionaries = {
+        name: Dictionary.load(step.folder / f"{name}.safetensors", step.remedy).to(lm.device)
+        for name in names.values()
+    }
+    return Trained(dictionaries, pd.DataFrame(columns=list(LOG_COLUMNS)), step)
 
 
 def evaluate_transcoders(
@@ -206,14 +243,16 @@ def _evaluated(
     inputs = {"corpus": corpus.content_hash, **manifest["outputs"]}
     inputs.pop(LOG, None)
 
+    rows = corpus.evaluation[: preset.n_evaluation_rows]
+
     def make() -> Mapping[str, Any]:
         with exclusive(step.folder):
-            evaluation = evaluate(lm, trained.dictionaries, corpus.evaluation, corpus.train)
+            evaluation = evaluate(lm, trained.dictionaries, rows, corpus.train)
         for name, frame in (("table", evaluation.table), ("row_ce", evaluation.row_ce)):
             write_csv(frame, step, name)
         return {"n_dictionaries": len(trained.dictionaries)}
 
-    ensure(step, {"n_eval_rows": len(corpus.evaluation)}, inputs, make)
+    ensure(step, {"n_eval_rows": len(rows)}, inputs, make)
     return Evaluation(
         pd.read_csv(step.folder / "table.csv"), pd.read_csv(step.folder / "row_ce.csv")
     )
@@ -253,9 +292,9 @@ def make_results(preset: Preset) -> pd.DataFrame:
     lm = load_model(preset)
     corpus = prepare_corpus(preset, lm)
     layers = evaluate_transcoders(preset, lm, corpus, train_transcoders(preset, lm, corpus))
-    lines = [
-        report.sweep_claim(title, evaluation) for title, evaluation in run_sweeps(preset).items()
-    ]
+    lines: list[report.Line] = []
+    if "02" not in preset.skipped:
+        lines += [report.sweep_claim(title, one) for title, one in run_sweeps(preset).items()]
     lines += [report.layer_claim(layers), report.dead_feature_claim(layers)]
     if "03" not in preset.skipped:
         lines += _circuit_claims(preset, lm, corpus)
@@ -277,6 +316,34 @@ def make_results(preset: Preset) -> pd.DataFrame:
     return table
 
 
+def make_published_checks(preset: Preset) -> pd.DataFrame:
+    """Notebook 07 at `gpt2-published`: every figure of data/paper that needs no training, with verdicts.
+
+    Errors: `InputError` at a preset of other transcoders.
+    """
+    if not preset.transcoders.published:
+        raise InputError(f"preset {preset.name} trains its own transcoders: nothing to check")
+    lm = load_model(preset)
+    corpus = prepare_corpus(preset, lm)
+    transcoders = train_transcoders(preset, lm, corpus).dictionaries
+    found = run_greater_than(preset, lm, corpus)
+    step = preset.step(CHECKS_STEP)
+    inputs = {"model": preset.model, "corpus": corpus.content_hash} | weight_hashes(transcoders)
+
+    def make() -> Mapping[str, Any]:
+        compared = greater_than_report.greater_than_table(found.summary, found.curves, True)
+        by_layer = {d.config.layer: d for d in transcoders.values()}
+        table = published_checks.published_table(lm, by_layer, corpus.evaluation, compared)
+        write_csv(table, step, "checks")
+        return {
+            "n_checks": len(table),
+            "n_reproduced": int((table["verdict"] == "reproduced").sum()),
+        }
+
+    ensure(step, {"n_eval_rows": len(corpus.evaluation)}, inputs, make)
+    return pd.read_csv(step.folder / "checks.csv")
+
+
 def _circuit_claims(preset: Preset, lm: LanguageModel, corpus: Corpus) -> list[report.Line]:
     transcoders = train_transcoders(preset, lm, corpus).dictionaries
     found = circuits.make_circuits(preset, lm, corpus, transcoders)
@@ -292,10 +359,11 @@ def _save_results(preset: Preset, table: pd.DataFrame) -> None:
     write_csv(table, step, "results")
     with new_file(step.folder / "results.md") as path:
         path.write_text(markdown(table))
-    sources = {
-        name: file_hash(preset.step(name).folder / "table.csv")
+    tables = {
+        name: preset.step(name).folder / "table.csv"
         for name in (f"{TRANSCODERS_STEP}_evaluation", f"{SWEEP_STEP}_evaluation")
     }
+    sources = {name: file_hash(path) for name, path in tables.items() if path.is_file()}
     write_manifest(step, {"n_claims": len(table)}, sources, 0.0)
 
 

@@ -204,17 +204,31 @@ def layer_faithfulness(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def probability_heatmap(probabilities: np.ndarray, title: str) -> Figure:
-    """p(second year | first year): rows are the prompt's YY, columns the predicted YY."""
+def probability_heatmap(
+    probabilities: np.ndarray,
+    title: str,
+    numbers: Sequence[int] = range(100),
+    answers: Sequence[int] = range(100),
+) -> Figure:
+    """p(answer | first year): rows are the prompt's YY, columns the predicted YY, or its tens digit."""
     figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
+    is_digits = len(answers) <= 10
     # A square-root-like scale: late first years leave few answers, which share all the mass.
     scale = PowerNorm(0.4, vmin=0)
-    image = axis.imshow(probabilities, origin="lower", cmap="viridis", norm=scale, aspect="auto")
-    axis.plot([0, 99], [0, 99], color="white", linewidth=0.8, linestyle="--")
-    axis.set_xlabel("Predicted second year YY")
+    extent = (answers[0] - 0.5, answers[-1] + 0.5, numbers[0] - 0.5, numbers[-1] + 0.5)
+    image = axis.imshow(
+        probabilities, origin="lower", cmap="viridis", norm=scale, aspect="auto", extent=extent
+    )
+    edge = [number / 10 - 0.5 if is_digits else number for number in numbers]
+    axis.plot(edge, list(numbers), color="white", linewidth=0.8, linestyle="--")
+    axis.set_xlim(extent[:2])
+    axis.set_xlabel(
+        "Predicted tens digit of the second year" if is_digits else "Predicted second year YY"
+    )
     axis.set_ylabel("First year YY in the prompt")
     axis.set_title(title)
-    figure.colorbar(image, ax=axis, label="Probability among the 100 YY tokens")
+    kind = "10 digits" if is_digits else f"{len(answers)} YY tokens"
+    figure.colorbar(image, ax=axis, label=f"Probability among the {kind}")
     return figure
 
 

@@ -29,6 +29,7 @@ class TranscodersConfig:
     __pydantic_config__ = _STRICT
 
     layers: tuple[int, ...] | None = None  # None: all
+    published: str = ""  # hub, or a folder: the paper's released transcoders instead of training
     activation: Activation = "relu"
     expansion: int = 32
     l1_coefficient: float = 0.0
@@ -189,6 +190,7 @@ class ComparisonConfig:
     __pydantic_config__ = _STRICT
 
     n_features: int = 50
+    near_l0: float | None = None  # of the pair that is compared; null: the pair nearest in L0
     n_rows: int = 512  # of the training split: dashboards and predicates
     n_held_out_rows: int = 256
     min_log10_frequency: float = -4.0
@@ -205,7 +207,7 @@ class Preset:
     model: str
     corpus: CorpusConfig
     transcoders: TranscodersConfig
-    sweep: SweepConfig
+    sweep: SweepConfig = field(default_factory=lambda: SweepConfig(layer=0))
     circuits: CircuitsConfig = field(default_factory=CircuitsConfig)
     greater_than: GreaterThanConfig = field(default_factory=GreaterThanConfig)
     case_studies: CaseStudiesConfig = field(default_factory=CaseStudiesConfig)
@@ -213,6 +215,7 @@ class Preset:
     skipped: Mapping[str, str] = field(
         default_factory=dict
     )  # notebook number: why not at this preset
+    n_evaluation_rows: int | None = None  # over which losses are measured; null: all held-out rows
     companions: tuple[str, ...] = ()  # presets whose sweep notebook 02 draws beside this one's
     seed: int = 42
     runs_dir: Path = DATA / "runs"

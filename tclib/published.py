@@ -32,18 +32,30 @@ def load_published(
 
     Errors: `InputError` naming the file that is missing and how to get it; nothing is half loaded.
     """
+    paths = locate_published("hub" if folder is None else str(folder), layers)
     found = {}
-    for layer in layers:
-        name = FILE_NAME.format(layer=layer)
-        path = _from_hub(name) if folder is None else folder / name
-        if not path.is_file():
-            raise InputError(
-                f"{path} is missing: download {name} of {REPOSITORY_ID} into {path.parent}"
-            )
+    for layer, path in paths.items():
         one = read_authors(path)
         if one.config.layer != layer:
             raise InputError(f"{path} holds layer {one.config.layer}, its name says {layer}")
         found[layer] = one
+    return found
+
+
+def locate_published(source: str, layers: Iterable[int] = range(12)) -> dict[int, Path]:
+    """The files of the released transcoders by layer; `source` is "hub" (or its cache) or a folder.
+
+    Errors: `InputError` naming the file that is missing and how to get it, or the unreachable hub.
+    """
+    found = {}
+    for layer in layers:
+        name = FILE_NAME.format(layer=layer)
+        path = _from_hub(name) if source == "hub" else Path(source).expanduser() / name
+        if not path.is_file():
+            raise InputError(
+                f"{path} is missing: download {name} of {REPOSITORY_ID} into {path.parent}"
+            )
+        found[layer] = path
     return found
 
 
@@ -104,7 +116,7 @@ def prompt_activation_table(
             row["prompt"],
             row["at_token"],
             row["prepend_bos"] == "true",
-            _layer_range(row["transcoder_layers_replaced"]),
+            layer_range(row["transcoder_layers_replaced"]),
         )
         difference = ours - float(row["activation"])
         verdict = "reproduced" if abs(difference) <= TOLERANCE else "mismatch"
@@ -116,7 +128,7 @@ def prompt_activation_table(
     return pd.DataFrame(lines)
 
 
-def _layer_range(text: str) -> range:
+def layer_range(text: str) -> range:
     """none → no layers, 0-7 → 0 to 7."""
     if text == "none":
         return range(0)

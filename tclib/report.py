@@ -75,6 +75,26 @@ def ce_gap_table(evaluation: Evaluation) -> pd.DataFrame:
     )
 
 
+def family_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The dictionaries of a sweep's other families beside its transcoders at equal L0.
+
+    Columns: family, sparsity, l0, ce, transcoder_ce (of the compared transcoders, interpolated in log
+    L0; NaN outside their range), difference (negative: better than they). Empty without others.
+    """
+    base = compared_families(table)
+    own = base[base["kind"] == "transcoder"].sort_values("l0")
+    others = table[~table["name"].isin(base["name"])] if "family" in table else table.iloc[:0]
+    at = np.interp(
+        np.log(others["l0"].to_numpy(float)),
+        np.log(own["l0"].to_numpy(float)),
+        own["ce"].to_numpy(float),
+        left=np.nan,
+        right=np.nan,
+    )
+    found = others[["family", "sparsity", "l0", "ce"]] if len(others) else pd.DataFrame()
+    return found.assign(transcoder_ce=at, difference=others["ce"].to_numpy() - at)
+
+
 def who_wins(gaps: pd.DataFrame) -> str:
     """One clause on a `ce_gap_table`: who is better where."""
     if gaps.empty:
@@ -98,21 +118,23 @@ def sweep_caption(sweeps: dict[str, Evaluation]) -> str:
     published = ce_gap(paper, shared_l0(paper))
     ours = "; ".join(f"**{title}**: {who_wins(ce_gap_table(e))}" for title, e in sweeps.items())
     table = next(iter(sweeps.values())).table
+    has_lambda = any((~e.table["activation"].str.contains("topk")).any() for e in sweeps.values())
+    labels = "labels are λ (a power of ten is in the axis label), " if has_lambda else ""
     worth = " and ".join(
         f"{(e.table['ce_mean_ablated'] - e.table['ce_original']).iloc[0]:.3f}"
         for e in sweeps.values()
     )
     return (
-        "**Figure 3.** Cross-entropy with one MLP replaced, against L0; labels are λ in the authors' "
-        "units (a power of ten is in the axis label), bars 95 % intervals paired by row of the corpus. "
+        f"**Figure 3.** Cross-entropy with one MLP replaced, against L0; {labels}bars 95 % intervals "
+        "paired by row of the corpus. "
         "*Paper:* transcoders equal or better everywhere; at equal L0 the published Pythia-410M "
         f"points give SAE − transcoder {published.min():+.4f} to {published.max():+.4f} nats. "
         f"*Ours:* {ours}. "
         "The gap is to be read against what the MLP is worth "
         f"({worth} nats of mean ablation). "
         f"*Differs, probably, because* these dictionaries have {int(table['n_features'].iloc[0]):,} "
-        "features on a model with far less to say than Pythia-410M, where the paper itself finds the "
-        "gap growing with size; an SAE sees the very vector that it must reproduce, a transcoder has "
+        "features, trained on fewer tokens, on a smaller model than Pythia-410M, and the paper itself "
+        "finds the gap growing with size; an SAE sees the very vector that it must reproduce, a transcoder has "
         f"to compute it. L0 is over {int(table['n_tokens'].iloc[0]):,} tokens, BOS left out; one seed. "
         "In the paper's panel one published SAE point (L0 505, CE 3.337) lies outside the axes, as in "
         "the paper, and the gap above L0 110 is interpolated towards it."

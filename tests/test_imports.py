@@ -37,6 +37,7 @@ ORDER = [
     "interventions",
     "features",
     "connections",
+    "published_checks",
     "examples",
     "dashboard",
     "html",
