@@ -12,6 +12,9 @@ LayerNorm models). With γ, β the gain and bias of the norm in front of the MLP
     raw output                     W_dec ← W_dec P      b_dec ← b_dec P       (what P takes out nobody reads)
     authors    input bias b        b_enc ← b_enc − b W_enc
 
+A JumpReLU's thresholds are of pre-activations, which no change of basis moves. A trained batch top-k
+dictionary is a JumpReLU one, and is written as such.
+
 Nothing is ever unpickled with code in it: a .pt is read by an unpickler that knows tensors and plain values only.
 """
 
@@ -33,13 +36,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tclib.dictionary import Dictionary, DictionaryConfig
+from tclib.dictionary import Activation, Dictionary, DictionaryConfig
 from tclib.lm import LanguageModel
 from tclib.runs import InputError, new_folder
 
 Format = Literal["tclib", "saelens", "circuit-tracer", "sparsify", "authors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SAELENS_VERSION = "6.49.2"  # below 6 it rewrites the configuration as an old one
+SAELENS_ARCHITECTURES: dict[str, tuple[Activation, bool]] = {  # activation, skip
+    "transcoder": ("relu", False),
+    "skip_transcoder": ("relu", True),
+    "jumprelu_transcoder": ("jumprelu", False),
+    "jumprelu_skip_transcoder": ("jumprelu", True),
+}
+TRACER_THRESHOLD = "activation_function.threshold"
 HOOK_IN, HOOK_OUT = "blocks.{layer}.ln2.hook_normalized", "blocks.{layer}.hook_mlp_out"
 
 
@@ -67,6 +77,7 @@ def to_processed(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
         centre(dictionary.W_dec),
         centre(b_dec),
         W_skip,
+        dictionary.threshold,
     )
 
 
@@ -89,7 +100,7 @@ def to_raw(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
         b_enc = b_enc - norm.bias @ W_enc
         b_dec = b_dec if W_skip is None else b_dec - norm.bias @ W_skip
     config = replace(dictionary.config, basis="raw")
-    return Dictionary(config, W_enc, b_enc, dictionary.W_dec, b_dec, W_skip)
+    return Dictionary(config, W_enc, b_enc, dictionary.W_dec, b_dec, W_skip, dictionary.threshold)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -104,9 +115,9 @@ def read_saelens(folder: Path) -> Dictionary:
     """
     config = _json(folder / "cfg.json")
     architecture = config.get("architecture")
-    if architecture not in ("transcoder", "skip_transcoder"):
+    if architecture not in SAELENS_ARCHITECTURES:
         raise InputError(
-            f"{folder}: architecture {architecture!r}; expected transcoder or skip_transcoder"
+            f"{folder}: architecture {architecture!r}; expected {', '.join(SAELENS_ARCHITECTURES)}"
         )
     for name, expected in (("apply_b_dec_to_input", False), ("normalize_activations", "none")):
         if config.get(name, expected) != expected:
@@ -114,7 +125,7 @@ def read_saelens(folder: Path) -> Dictionary:
     metadata = config.get("metadata", {})
     layer = _layer_of(str(metadata.get("hook_name", "")), folder)
     tensors = _tensors(folder / "sae_weights.safetensors")
-    skip = architecture == "skip_transcoder"
+    activation, skip = SAELENS_ARCHITECTURES[architecture]
     sizes = {name: int(config[name]) for name in ("d_in", "d_out", "d_sae")}
     shapes = {
         "W_enc": (sizes["d_in"], sizes["d_sae"]),
@@ -123,15 +134,20 @@ def read_saelens(folder: Path) -> Dictionary:
         "b_dec": (sizes["d_out"],),
     }
     shapes |= {"W_skip": (sizes["d_out"], sizes["d_in"])} if skip else {}
+    shapes |= {"threshold": (sizes["d_sae"],)} if activation == "jumprelu" else {}
     _check_tensors(folder, tensors, shapes)
     if skip:
         tensors["W_skip"] = tensors["W_skip"].T.contiguous()
+    if activation == "jumprelu":
+        # There a relu stands before the jump, so that a threshold below 0 does what 0 does.
+        tensors["threshold"] = tensors["threshold"].clamp_min(0.0)
     own = DictionaryConfig(
         "transcoder",
         layer,
         sizes["d_in"],
         sizes["d_out"],
         sizes["d_sae"],
+        activation,
         skip=skip,
         model=str(metadata.get("model_name", "")),
         basis=_basis_of(str(metadata["hook_name"])),
@@ -141,14 +157,16 @@ def read_saelens(folder: Path) -> Dictionary:
 
 def write_saelens(dictionary: Dictionary, folder: Path) -> None:
     """A SAELens transcoder folder. Errors: `InputError` for a top-k or a non-transcoder dictionary."""
-    _check_exportable(dictionary, "SAELens", ("relu",))
+    _check_exportable(dictionary, "SAELens", ("relu", "jumprelu", "batch_topk"))
     config = dictionary.config
+    kept = ("relu" if dictionary.threshold is None else "jumprelu", config.skip)
+    architecture = next(name for name, held in SAELENS_ARCHITECTURES.items() if held == kept)
     tensors = {**dictionary.parameters()}
     if dictionary.W_skip is not None:
         tensors["W_skip"] = dictionary.W_skip.T
     hook = HOOK_IN if config.basis == "processed" else "blocks.{layer}.hook_mlp_in"
     document = {
-        "architecture": "skip_transcoder" if config.skip else "transcoder",
+        "architecture": architecture,
         "d_in": config.d_in,
         "d_out": config.d_out,
         "d_sae": config.n_features,
@@ -176,8 +194,8 @@ def write_saelens(dictionary: Dictionary, folder: Path) -> None:
 def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     """A circuit-tracer transcoder set, by layer.
 
-    Errors: `InputError` for a cross-layer set, thresholds, layers that are not contiguous from 0, or
-    tensors that do not fit.
+    Errors: `InputError` for a cross-layer set, negative thresholds, layers that are not contiguous
+    from 0, or tensors that do not fit.
     """
     config = _yaml(folder / "config.yaml")
     kind = config.get("model_kind")
@@ -194,7 +212,6 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     found = {}
     for layer, path in enumerate(files):
         tensors = _tensors(path)
-        _refuse_thresholds(path, tensors)
         if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
             raise InputError(f"{path}: no matrix W_enc in it, only {sorted(tensors)}")
         n_features, d_model = tensors["W_enc"].shape
@@ -204,7 +221,11 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
         }
         shapes |= {"b_enc": (n_features,), "b_dec": (d_model,)}
         shapes |= {"W_skip": (d_model, d_model)} if "W_skip" in tensors else {}
+        has_threshold = TRACER_THRESHOLD in tensors
+        shapes |= {TRACER_THRESHOLD: (n_features,)} if has_threshold else {}
         _check_tensors(path, tensors, shapes)
+        if has_threshold:
+            tensors["threshold"] = tensors.pop(TRACER_THRESHOLD)
         tensors["W_enc"] = tensors["W_enc"].T
         if "W_skip" in tensors:
             tensors["W_skip"] = tensors["W_skip"].T.contiguous()
@@ -214,8 +235,8 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
             d_model,
             d_model,
             n_features,
-            activation,
-            k,
+            "jumprelu" if has_threshold else activation,
+            None if has_threshold else k,
             "W_skip" in tensors,
             str(config.get("model_name", "")),
             basis,
@@ -225,7 +246,7 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
 
 
 def write_circuit_tracer(dictionaries: Mapping[int, Dictionary], folder: Path) -> None:
-    """A circuit-tracer transcoder set of relu transcoders for layers 0 upwards.
+    """A circuit-tracer transcoder set of relu and JumpReLU transcoders for layers 0 upwards.
 
     Errors: `InputError` for gaps, or dictionaries that the format cannot hold: top-k ones come back as
     ReLU from a local folder there.
@@ -233,7 +254,7 @@ def write_circuit_tracer(dictionaries: Mapping[int, Dictionary], folder: Path) -
     if sorted(dictionaries) != list(range(len(dictionaries))) or not dictionaries:
         raise InputError(f"layers {sorted(dictionaries)}: the format needs 0 upwards without a gap")
     for dictionary in dictionaries.values():
-        _check_exportable(dictionary, "circuit-tracer", ("relu",))
+        _check_exportable(dictionary, "circuit-tracer", ("relu", "jumprelu", "batch_topk"))
     bases = {dictionary.config.basis for dictionary in dictionaries.values()}
     if len(bases) > 1:
         raise InputError("processed and raw dictionaries in one set: convert them to one basis")
@@ -250,6 +271,8 @@ def write_circuit_tracer(dictionaries: Mapping[int, Dictionary], folder: Path) -
             tensors = {**dictionary.parameters(), "W_enc": dictionary.W_enc.T}
             if dictionary.W_skip is not None:
                 tensors["W_skip"] = dictionary.W_skip.T
+            if dictionary.threshold is not None:
+                tensors[TRACER_THRESHOLD] = tensors.pop("threshold")
             save_file(_contiguous(tensors), temporary / f"layer_{layer}.safetensors")
         (temporary / "config.yaml").write_text(yaml.safe_dump(document))
 
@@ -565,14 +588,6 @@ def _check_tensors(
             raise InputError(f"{where}: {name} has shape {found}{hint}, expected {shape}")
         if not tensors[name].is_floating_point():
             raise InputError(f"{where}: {name} is {tensors[name].dtype}, expected floating point")
-
-
-def _refuse_thresholds(where: Path, tensors: Mapping[str, Tensor]) -> None:
-    thresholds = sorted(name for name in tensors if "threshold" in name)
-    if thresholds:
-        raise InputError(
-            f"{where}: {thresholds}, a JumpReLU transcoder; only relu and topk can be read"
-        )
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

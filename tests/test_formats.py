@@ -38,7 +38,7 @@ def assert_same(one: Dictionary, other: Dictionary) -> None:
         assert torch.equal(weight, theirs[name]), name
 
 
-@pytest.mark.parametrize("kind", ["relu", "skip"])
+@pytest.mark.parametrize("kind", ["relu", "skip", "jumprelu"])
 @pytest.mark.parametrize("basis", ["processed", "raw"])
 def test_saelens_and_back_is_bit_exact(tmp_path: Path, kind: str, basis: str) -> None:
     one = transcoder(1, kind, basis)
@@ -52,7 +52,7 @@ def test_saelens_and_back_is_bit_exact(tmp_path: Path, kind: str, basis: str) ->
         torch.testing.assert_close(W_skip.T, one.W_skip)
 
 
-@pytest.mark.parametrize("kind", ["relu", "skip"])
+@pytest.mark.parametrize("kind", ["relu", "skip", "jumprelu"])
 def test_circuit_tracer_and_back_is_bit_exact(tmp_path: Path, kind: str) -> None:
     several = {layer: transcoder(layer, kind) for layer in range(3)}
     formats.write_circuit_tracer(several, tmp_path / "set")
@@ -61,6 +61,42 @@ def test_circuit_tracer_and_back_is_bit_exact(tmp_path: Path, kind: str) -> None
         assert_same(one, found[layer])
     shape = load_file(tmp_path / "set" / "layer_0.safetensors")["W_enc"].shape
     assert shape == (40, D_MODEL)  # features first, as there
+
+
+def test_a_trained_batch_topk_dictionary_is_written_as_the_jumprelu_one_that_it_is(
+    tmp_path: Path,
+) -> None:
+    one = transcoder(0, "batch_topk")
+    x = torch.randn(9, D_MODEL, generator=torch.Generator().manual_seed(0))
+    formats.write_saelens(one, tmp_path / "lens")
+    formats.write_circuit_tracer({0: one}, tmp_path / "set")
+    for found in (
+        formats.read_saelens(tmp_path / "lens"),
+        formats.read_circuit_tracer(tmp_path / "set")[0],
+    ):
+        assert (found.config.activation, found.config.k) == ("jumprelu", None)
+        for name, weight in one.parameters().items():
+            assert torch.equal(found.parameters()[name], weight)
+        torch.testing.assert_close(found.encode(x), one.encode(x))
+
+
+def test_thresholds_below_zero_are_cut_where_a_relu_stands_before_them_and_else_refused(
+    tmp_path: Path,
+) -> None:
+    one = transcoder(0, "jumprelu")
+    formats.write_saelens(one, tmp_path / "lens")
+    formats.write_circuit_tracer({0: one}, tmp_path / "set")
+    for path, name in (
+        (tmp_path / "lens" / "sae_weights.safetensors", "threshold"),
+        (tmp_path / "set" / "layer_0.safetensors", formats.TRACER_THRESHOLD),
+    ):
+        tensors = load_file(path)
+        tensors[name][3] = -1.0
+        save_file(tensors, path)
+    threshold = formats.read_saelens(tmp_path / "lens").threshold
+    assert threshold is not None and threshold[3] == 0
+    with pytest.raises(InputError, match="threshold -1: expected 0 or more"):
+        formats.read_circuit_tracer(tmp_path / "set")
 
 
 def test_sparsify_and_back_is_bit_exact(tmp_path: Path) -> None:
@@ -72,7 +108,7 @@ def test_sparsify_and_back_is_bit_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("kind", ["relu", "topk", "skip"])
+@pytest.mark.parametrize("kind", ["relu", "topk", "skip", "batch_topk", "jumprelu"])
 def test_raw_and_processed_do_the_same_to_the_model(geometry: str, kind: str) -> None:
     """A raw transcoder, applied by hand to the MLP's own input, and its processed form in replace_mlp."""
     lm, raw = tiny_lm(geometry), transcoder(1, kind, "raw")
@@ -229,7 +265,8 @@ def edit_json(path: Path, **changed: object) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"architecture": "jumprelu_transcoder"}, "architecture 'jumprelu_transcoder'"),
+        ({"architecture": "gated_transcoder"}, "architecture 'gated_transcoder'"),
+        ({"architecture": "jumprelu_transcoder"}, r"missing \['threshold'\]"),
         ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input is True"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
         ({"d_sae": 41}, r"W_enc has shape \(16, 40\), expected \(16, 41\)"),
@@ -257,9 +294,9 @@ def test_circuit_tracer_folders_that_do_not_fit_are_named(tmp_path: Path) -> Non
             formats.read_circuit_tracer(folder)
 
     save_file(
-        {**tensors, "activation_function.threshold": torch.ones(40)}, folder / "layer_1.safetensors"
+        {**tensors, "activation_function.threshold": torch.ones(41)}, folder / "layer_1.safetensors"
     )
-    refused("a JumpReLU transcoder")
+    refused(r"threshold has shape \(41,\), expected \(40,\)")
     save_file({**tensors, "W_enc": tensors["W_enc"].T.contiguous()}, folder / "layer_1.safetensors")
     refused(r"layer_1.safetensors: ")
     save_file({"b_enc": tensors["b_enc"]}, folder / "layer_1.safetensors")
