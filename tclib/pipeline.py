@@ -34,7 +34,7 @@ from tclib import (
     published_checks,
     report,
 )
-from tclib.corpus import Corpus, build_corpus, check_disjoint
+from tclib.corpus import Corpus, build_corpus, bundled_dump, check_disjoint
 from tclib.dictionary import Dictionary
 from tclib.evaluate import Evaluation, evaluate
 from tclib.lm import BUNDLED, LanguageModel, check_hub_reachable, locate
@@ -85,6 +85,8 @@ def check_ready(preset: Preset) -> None:
         )
     corpus_here = (preset.step(DATA_STEP).folder / MANIFEST).is_file()
     source = preset.corpus.source
+    if preset.corpus.kind == "wikipedia" and not corpus_here and not source:
+        bundled_dump()
     if preset.corpus.kind == "huggingface" and not corpus_here and not Path(source).exists():
         check_hub_reachable(f"dataset {source!r} is streamed from the Hugging Face hub")
 

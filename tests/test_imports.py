@@ -52,6 +52,7 @@ ORDER = [
     "evaluate",
     "report",
     "presets",
+    "reference",
     "plots",
     "task_figures",
     "steps",
