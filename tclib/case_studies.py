@@ -194,6 +194,8 @@ def caption(studies: CaseStudies) -> str:
     failed = table[table["grade"] == "failure"]
     said_too_much = int((failed["precision"] < failed["recall"]).sum())
     narrow = int((failed["n_active"] < 50).sum())
+    world = "; and because many features of the demo world follow the sentence's kind and place rather than a token"
+    last = world if "true_latent" in table else ""
     return (
         "**Blind case studies.** *Paper:* nine studies of GPT-2 layer-8 features by hand: 5 success, 2 mostly, "
         f"2 failure. *Ours:* {len(table)} studies of layer {int(table['layer'].iloc[0])} by an automatic "
@@ -201,6 +203,5 @@ def caption(studies: CaseStudies) -> str:
         f"Of the failures {said_too_much} say too much (precision below recall), and {narrow} are of features "
         "with fewer than 50 active tokens in the held-out text. *Differs because* the investigator knows only sets "
         "of tokens, one at the position and one before it, where a person weighs a whole circuit; because its grade "
-        "is an F1 on held-out text, where the authors judged whether the meaning was right; and because many "
-        "features of the demo world follow the sentence's kind and place rather than a token."
+        f"is an F1 on held-out text, where the authors judged whether the meaning was right{last}."
     )

@@ -106,10 +106,8 @@ def connection_table(
     rows = corpus.evaluation[: config.n_connection_rows]
     by_layer = sorted(transcoders.values(), key=lambda d: d.config.layer)
     generator = torch.Generator().manual_seed(preset.seed)
-    drawn = {
-        d.config.layer: live_features(lm, d, rows, config.n_connection_features, generator)
-        for d in by_layer[1:]
-    }
+    n, least = config.n_connection_features, config.min_log10_frequency
+    drawn = {d.config.layer: live_features(lm, d, rows, n, generator, least) for d in by_layer[1:]}
     tables = [
         compare_connections(lm, later, drawn[later.config.layer], earlier, rows)
         for earlier, later in combinations(by_layer, 2)

@@ -40,6 +40,8 @@ from tclib.features import (
 from tclib.lm import LanguageModel, LowerRun
 from tclib.metrics import bootstrap_means, interval
 from tclib.presets import Preset
+from tclib.progress import progress
+from tclib.replace import replace_mlp
 from tclib.runs import InputError, Step, new_file
 from tclib.steps import ensure, weight_hashes, write_csv
 from tclib.tasks import GreaterThan, full_vocabulary_differences, mean_probability_difference
@@ -62,6 +64,7 @@ from tclib.unit_ablation import (
 STEP = "06_greater_than"
 COMPONENTS_STEP = f"{STEP}_components"
 SAES_STEP = f"{STEP}_saes"
+REPLACEMENTS_STEP = f"{STEP}_replacements"
 FEATURES, NEURONS, CONTROL = "transcoder features", "neurons", "random directions"
 WITHOUT = "transcoder features, without the one that hurts"
 N_CURVE_FEATURES = 10
@@ -119,6 +122,33 @@ def make_components(preset: Preset, lm: LanguageModel) -> pd.DataFrame:
 
     ensure(step, parameters, {"model": preset.model}, make)
     return pd.read_csv(step.folder / "components.csv")
+
+
+def make_replacements(
+    preset: Preset, lm: LanguageModel, transcoders: Mapping[str, Dictionary]
+) -> pd.DataFrame:
+    """The metric with each transcoder in its MLP's place, one at a time, made once.
+
+    Columns: layer, original, replaced, kept (their ratio), over all prompts that count.
+    """
+    step = preset.step(REPLACEMENTS_STEP)
+    parameters = {"templates": list(preset.greater_than.templates)}
+    inputs = {"model": preset.model, **weight_hashes(transcoders)}
+
+    def make() -> Mapping[str, Any]:
+        task = task_of(preset, lm)
+        original = mean_probability_difference(lm, task)
+        lines = []
+        for one in progress(transcoders.values(), "replacing MLPs", unit="layer"):
+            with replace_mlp(lm, one):
+                replaced = mean_probability_difference(lm, task)
+            line = {"layer": one.config.layer, "original": original, "replaced": replaced}
+            lines.append({**line, "kept": replaced / original})
+        write_csv(pd.DataFrame(lines), step, "replacements")
+        return {"n_layers": len(lines)}
+
+    ensure(step, parameters, inputs, make)
+    return pd.read_csv(step.folder / "replacements.csv")
 
 
 def chosen_layer(preset: Preset, effects: pd.DataFrame) -> int:

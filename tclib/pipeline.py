@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,9 @@ def _task_saes(
     if not specs:
         return {}
     training = preset.transcoders.training
+    rate = preset.greater_than.sae_learning_rate
+    if rate is not None:
+        training = replace(training, learning_rate=rate)
     return _trained(preset, greater_than.SAES_STEP, lm, corpus, specs, training).dictionaries
 
 

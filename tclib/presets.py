@@ -129,11 +129,10 @@ class CircuitsConfig:
 
     __pydantic_config__ = _STRICT
 
-    year: int = (
-        35  # in the greater-than prompt; the root is the mean later answer minus the mean earlier
-    )
+    year: int = 35  # in the prompt; the root is the mean later answer minus the mean earlier
     n_connection_features: int = 12  # a pair of layers
     n_connection_rows: int = 128
+    min_log10_frequency: float = -4.0  # of the features drawn; higher where there are few rows
     n_ablations: int = 200
 
 
@@ -145,11 +144,10 @@ class GreaterThanConfig:
 
     templates: tuple[str, ...] = (PAPER_TEMPLATE,)
     layer: int | None = None  # of the MLP; null: the one above layer 0 that costs most when ablated
-    head: tuple[int, int] | None = (
-        None  # null: the one that carries the year into that MLP's features
-    )
+    head: tuple[int, int] | None = None  # null: the one that brings the year to its features
     sae_l1: tuple[float, ...] = ()  # SAEs on mlp_out; the one nearest in L0 is shown
     sae_k: tuple[int, ...] = ()  # as many topk ones
+    sae_learning_rate: float | None = None  # null: the transcoders'; mlp_out may be far larger
     components_every: int = 1  # ablate components on every how manieth prompt; 1: on all
 
     def sae_specs(self, layer: int, transcoders: TranscodersConfig) -> list[DictionarySpec]:
@@ -177,9 +175,7 @@ class CaseStudiesConfig:
     n_full: int = 2
     n_restricted: int = 7
     n_rows: int = 512  # of the hidden corpus, from the training split
-    min_log10_frequency: float = (
-        -4.0
-    )  # which features are drawn; on little text -4 is a handful of tokens
+    min_log10_frequency: float = -4.0  # of what is drawn; on little text a handful of tokens
     n_held_out_rows: int = 256
 
 
@@ -212,9 +208,7 @@ class Preset:
     greater_than: GreaterThanConfig = field(default_factory=GreaterThanConfig)
     case_studies: CaseStudiesConfig = field(default_factory=CaseStudiesConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
-    skipped: Mapping[str, str] = field(
-        default_factory=dict
-    )  # notebook number: why not at this preset
+    skipped: Mapping[str, str] = field(default_factory=dict)  # notebook number: why
     n_evaluation_rows: int | None = None  # over which losses are measured; null: all held-out rows
     companions: tuple[str, ...] = ()  # presets whose sweep notebook 02 draws beside this one's
     seed: int = 42

@@ -239,7 +239,7 @@ def dead_feature_claim(evaluation: Evaluation) -> Line:
         "Features that never fire on the evaluation set",
         "; ".join(published),
         f"{dead.min():.1%} to {dead.max():.1%} over layers",
-        "differs: small dictionaries on a small world" if dead.max() < 0.05 else "similar",
+        "differs: few features of ours never fire" if dead.max() < 0.05 else "similar",
     )
 
 

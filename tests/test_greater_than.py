@@ -69,6 +69,19 @@ def test_curves_begin_and_end_where_they_must(results: GreaterThanResults) -> No
     assert summary["n_prompts"] == 98
 
 
+def test_replacing_one_mlp_after_the_other_agrees_with_the_curves_ends(
+    preset: Preset, lm: LanguageModel, results: GreaterThanResults
+) -> None:
+    corpus = pipeline.prepare_corpus(preset, lm)
+    transcoders = pipeline.train_transcoders(preset, lm, corpus).dictionaries
+    table = greater_than.make_replacements(preset, lm, transcoders).set_index("layer")
+    assert list(table.index) == list(range(lm.n_layers))
+    own = table.loc[results.summary["layer"]]
+    assert own["replaced"] == pytest.approx(results.summary["all_features"], abs=1e-4)
+    assert own["original"] == pytest.approx(results.summary["original"], abs=1e-5)
+    assert own["kept"] == pytest.approx(own["replaced"] / own["original"])
+
+
 def test_the_authors_score_is_a_brute_force_loop(lm: LanguageModel) -> None:
     """Σ over the ten strongest layer-0 features through the head: weight × W_E[YY] · f_enc."""
     task = GreaterThan.of(lm)
