@@ -83,6 +83,28 @@ def prune(
     return _subgraph(kept, *_without_loose_ends(kept, edges, always[nodes]))
 
 
+def prune_to_size(
+    graph: AttributionGraph,
+    max_nodes: int,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
+    counted: frozenset[str] = INPUT_KINDS,
+) -> AttributionGraph:
+    """`prune`, with the node threshold lowered in steps of 0.1 until at most `max_nodes` are left.
+
+    Errors: `InputError` if not even the tokens and roots, which always stay, are so few.
+    """
+    while True:
+        small = prune(graph, max(node_threshold, 0.0), edge_threshold, counted)
+        if len(small.nodes) <= max_nodes:
+            return small
+        if node_threshold <= 0:
+            raise InputError(
+                f"max_nodes {max_nodes}: {len(small.nodes)} tokens, roots and strongest nodes always stay"
+            )
+        node_threshold -= 0.1
+
+
 def _without_loose_ends(
     graph: AttributionGraph,
     edges: Bool[np.ndarray, "target node"],

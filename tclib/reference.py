@@ -11,14 +11,14 @@ from tclib.presets import Preset
 from tclib.runs import InputError, new_folder
 
 KEPT = (".png", ".csv", ".json", ".jsonl", ".md", ".ipynb")
-MAX_BYTES = 8_000_000
+MAX_BYTES = 2_000_000
 NOT_KEPT_FOLDERS = ("activations", "viewer")
 
 
 def collect(preset: Preset, out: Path) -> list[Path]:
     """Copy what a run made, folder by folder, into `out`; return the files there.
 
-    Weights, activations and files over 8 MB stay behind; notebooks lose the paths of the machine that
+    Weights, activations and files over 2 MB stay behind; notebooks lose the paths of the machine that
     ran them. Errors: `InputError` for a run that is not there.
     """
     if not preset.folder.is_dir():

@@ -24,6 +24,9 @@ CURVES = {
 }
 
 
+MANY_LAYERS = 12  # above this, every third is named on an axis
+
+
 def component_figure(components: pd.DataFrame) -> Figure:
     """What ablating each MLP and head costs, and each one's direct attribution to the root."""
     mlps = components[components["head"] < 0].sort_values("layer")
@@ -41,7 +44,11 @@ def component_figure(components: pd.DataFrame) -> Figure:
         linewidth=0.4,
         label="zero ablation",
     )
-    axes[0].set_xticks(places, [f"MLP {layer}" for layer in mlps["layer"]])
+    if len(mlps) <= MANY_LAYERS:
+        axes[0].set_xticks(places, [f"MLP {layer}" for layer in mlps["layer"]])
+    else:
+        axes[0].set_xticks(places[::3], mlps["layer"].iloc[::3].tolist())
+        axes[0].set_xlabel("MLP of layer")
     axes[0].axhline(0, color="black", linewidth=0.6)
     axes[0].set_ylabel("Drop of the probability difference")
     axes[0].legend(fontsize=8, frameon=False)
@@ -61,7 +68,7 @@ def _head_panel(figure: Figure, axis: Axes, heads: pd.DataFrame, column: str, ti
                 head, layer, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7
             )
     axis.set_xticks(range(grid.shape[1]))
-    axis.set_yticks(range(grid.shape[0]))
+    axis.set_yticks(range(0, grid.shape[0], 1 if grid.shape[0] <= MANY_LAYERS else 3))
     axis.set_xlabel("Head")
     axis.set_ylabel("Layer")
     axis.set_title(title, fontsize=9)

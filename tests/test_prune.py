@@ -17,7 +17,7 @@ from tclib.attribution_graph import (
     with_influence,
 )
 from tclib.influence import edge_influence, node_influence, threshold_for
-from tclib.prune import graph_scores, prune, sum_over_tokens, supernodes
+from tclib.prune import graph_scores, prune, prune_to_size, sum_over_tokens, supernodes
 from tclib.runs import InputError
 
 
@@ -155,3 +155,15 @@ def test_summing_over_tokens_keeps_sums(geometry: str) -> None:
     assert merged.closure()["residual"].abs().max() < 1e-9
     assert float(merged.edges.sum()) == pytest.approx(float(graph.edges.sum()))
     assert merged.nodes["influence"].sum() == pytest.approx(graph.nodes["influence"].sum())
+
+
+def test_pruning_to_a_size_keeps_the_first_threshold_that_is_small_enough() -> None:
+    graph = attribution_graph(freeze("gpt2", n_prompts=1))
+    large, small = prune(graph, 0.8, 0.9), prune(graph, 0.4, 0.9)
+    assert len(small.nodes) < len(large.nodes)
+    found = prune_to_size(graph, len(large.nodes) - 1, 0.8, 0.9)
+    assert 0 < len(found.nodes) < len(large.nodes)
+    same = prune_to_size(graph, len(large.nodes), 0.8, 0.9)
+    assert len(same.nodes) == len(large.nodes)
+    with pytest.raises(InputError, match="max_nodes 1: .* always stay"):
+        prune_to_size(graph, 1)
