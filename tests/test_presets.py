@@ -41,7 +41,7 @@ def test_the_pythia_sweep_has_the_published_l1_coefficients() -> None:
     table = paper_sweep()
     sweep = load_preset("pythia-410m").sweep
     for kind, ours in (("transcoder", sweep.transcoder_l1), ("sae_mlp_out", sweep.sae_mlp_out_l1)):
-        assert sorted(ours) == sorted(table[table["kind"] == kind]["l1_coefficient"])
+        assert sorted(ours) == sorted(table[table["kind"] == kind]["sparsity"])
 
 
 def test_the_demo_sweeps_six_l1_of_each_kind_on_both_models() -> None:
