@@ -639,13 +639,17 @@ class LanguageModel:
             return note
 
         handles = [self._blocks[i].register_forward_pre_hook(keep(i)) for i in wanted]
+        self._run_hooked(tokens, handles)
+        return found
+
+    def _run_hooked(self, tokens: Int[Tensor, "batch pos"], handles: Iterable[Any]) -> None:
+        """Run the blocks until a hook raises `_StopForward`, then take the hooks off."""
         try:
             with suppress(_StopForward):
                 self._backbone(tokens.to(self.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return found
 
     @contextmanager
     def start_at(self, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
@@ -686,12 +690,7 @@ class LanguageModel:
             ),
             block.register_forward_hook(keep_output),
         ]
-        try:
-            with suppress(_StopForward):
-                self._backbone(tokens.to(self.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._run_hooked(tokens, handles)
         return LowerRun(
             layer,
             held["above"] - held["raw"],
