@@ -31,11 +31,11 @@ from tclib.dictionary import Dictionary
 from tclib.examples import feature_activations, sample_in_bands
 from tclib.features import (
     Head,
+    LoneTokens,
     de_embedding,
     direct_logit_attribution,
     extended_de_embedding,
     feature_table,
-    lone_token_scores,
     ov_norms,
     pullback,
     token_table,
@@ -85,7 +85,7 @@ class _Secret:
     rows: Int[Tensor, "row pos"]
     acts: Float[Tensor, "row pos"]
     frozen: dict[Position, FrozenPrompts]
-    lone: dict[int, Float[Tensor, "d_vocab n_features"]]
+    lone: LoneTokens
 
 
 # Kept apart from the sessions, so that nothing that walks over a session's attributes finds it.
@@ -101,8 +101,11 @@ class BlindSession:
         rows: the corpus, which stays hidden.
         layer, feature: what is studied.
         restricted: refuse input-dependent facts about layer 0's features.
+        acts, lone: the feature's activations on `rows`, and lone tokens of these transcoders; whoever
+            studies several features computes them once and shares them.
 
-    Errors: `InputError` for a layer without a transcoder, or a feature that never fires here.
+    Errors: `InputError` for a layer without a transcoder, activations of another shape than the rows, or
+    a feature that never fires here.
     """
 
     __slots__ = (
@@ -123,11 +126,21 @@ class BlindSession:
         layer: int,
         feature: int,
         restricted: bool = False,
+        *,
+        acts: Float[Tensor, "row pos"] | None = None,
+        lone: LoneTokens | None = None,
     ) -> None:
         by_layer = {d.config.layer: d for d in transcoders.values()}
         if layer not in by_layer:
             raise InputError(f"no transcoder at layer {layer}: there is one at {sorted(by_layer)}")
-        acts = feature_activations(lm, by_layer[layer], [feature], rows)[0]
+        if acts is None:
+            acts = feature_activations(lm, by_layer[layer], [feature], rows)[0]
+        if acts.shape != rows.shape:
+            raise InputError(
+                f"activations of shape {tuple(acts.shape)} for rows of shape {tuple(rows.shape)}: "
+                "give one activation a token, or leave them out"
+            )
+        lone = LoneTokens(lm, transcoders.values()) if lone is None else lone
         if not bool((acts > 0).any()):
             raise InputError(
                 f"feature {feature} of layer {layer} never fires on this corpus: draw a live one"
@@ -135,7 +148,7 @@ class BlindSession:
         self.layer, self.feature, self.restricted = layer, feature, restricted
         self._is_blind, self._has_hypothesis = True, False
         self._ledger: list[Entry] = []
-        _SECRETS[self] = _Secret(lm, by_layer, rows, acts, {}, {})
+        _SECRETS[self] = _Secret(lm, by_layer, rows, acts, {}, lone)
         corpus = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
         subject = {"layer": layer, "feature": feature, "restricted": restricted, "corpus": corpus}
         self._record("begin", "begin", subject, None)
@@ -268,10 +281,7 @@ class BlindSession:
         The model runs on single tokens, not on the corpus: no input of the study is in it.
         """
         lm, dictionary, feature = self._subject(layer, feature)
-        lone = _SECRETS[self].lone
-        if dictionary.config.layer not in lone:
-            lone[dictionary.config.layer] = lone_token_scores(lm, dictionary)
-        answer = token_table(lm, lone[dictionary.config.layer][:, feature], k)
+        answer = token_table(lm, _SECRETS[self].lone.scores(dictionary, feature), k)
         arguments = {"layer": dictionary.config.layer, "feature": feature, "k": k}
         return self._answer("lone_token", arguments, answer)
 

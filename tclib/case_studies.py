@@ -23,6 +23,7 @@ from tclib.connections import live_features
 from tclib.corpus import Corpus
 from tclib.dictionary import Dictionary
 from tclib.examples import feature_activations
+from tclib.features import LoneTokens
 from tclib.html import dashboard_html, save_page
 from tclib.investigator import Hypothesis, active_positions, grade_predicate, investigate
 from tclib.latents import LabelledRows, label_scores, labelled_rows
@@ -95,18 +96,22 @@ def _study_all(
     rows = corpus.train[: config.n_rows]
     features = list(config.features) or _drawn(preset, lm, by_layer[layer], rows)
     held_out = _held_out(preset, lm, corpus)
-    acts = feature_activations(lm, by_layer[layer], features, held_out.rows)
+    acts = feature_activations(lm, by_layer[layer], features, rows)
+    held_out_acts = feature_activations(lm, by_layer[layer], features, held_out.rows)
+    lone = LoneTokens(lm, transcoders.values())
     lines, pages = [], []
     for i, feature in enumerate(progress(features, "blind studies", unit="feature")):
         restricted = i >= config.n_full
-        session = BlindSession(lm, transcoders, rows, layer, feature, restricted)
+        session = BlindSession(
+            lm, transcoders, rows, layer, feature, restricted, acts=acts[i], lone=lone
+        )
         hypothesis = investigate(session)
         dashboard = session.unblind(N_SHOWN)
         session.save_ledger(folder / f"ledger_{feature}.jsonl")
         pages.append(dashboard_html(dashboard))
         save_page(folder / f"dashboard_{feature}.html", pages[-1:], dashboard.title)
         line = {"layer": layer, "feature": feature, "kind": "restricted" if restricted else "full"}
-        lines.append({**line, **_graded(lm, hypothesis, session, held_out, acts[i])})
+        lines.append({**line, **_graded(lm, hypothesis, session, held_out, held_out_acts[i])})
     save_page(folder / "dashboards.html", pages, f"Blind case studies, layer {layer}")
     return pd.DataFrame(lines)
 

@@ -17,7 +17,7 @@ pullback multiplies by activations z, on one input or averaged over a corpus.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from torch import Tensor
 from tclib.dictionary import Dictionary
 from tclib.lm import LanguageModel, Site
 from tclib.metrics import to_numpy
+from tclib.progress import progress
 from tclib.runs import InputError
 
 
@@ -79,23 +80,44 @@ def extended_de_embedding(
     return lm.extended_embedding @ reading_direction(lm, dictionary, feature, head)
 
 
-@torch.no_grad()
-def lone_token_scores(
-    lm: LanguageModel, dictionary: Dictionary, tokens_per_forward: int = 4096
-) -> Float[Tensor, "d_vocab n_features"]:
-    """Pre-activations on every token of the vocabulary by itself, behind BOS.
+class LoneTokens:
+    """Every token of the vocabulary by itself, behind BOS, as dictionaries read it.
 
-    The de-embedding with all layers below in it, and no corpus: what a token brings by itself. Takes
-    4 bytes × d_vocab × n_features.
+    The de-embedding with all layers below in it, and no corpus: what a token brings by itself. The model
+    runs over the vocabulary once for all layers up to the one asked for. Takes 4 bytes × d_vocab ×
+    d_model a layer.
+
+    Args:
+        lm: the model.
+        dictionaries: whose inputs are read.
     """
-    site = dictionary.config.input_site
-    ids = torch.arange(lm.d_vocab)
-    prompts = torch.stack([torch.full_like(ids, lm.bos_id), ids], dim=1)
-    found = [
-        dictionary.pre_acts(lm.read(batch, {site})[site][:, 1]).cpu()
-        for batch in prompts.split(tokens_per_forward)
-    ]
-    return torch.cat(found)
+
+    def __init__(self, lm: LanguageModel, dictionaries: Iterable[Dictionary]) -> None:
+        self._lm = lm
+        self._sites = {dictionary.config.input_site for dictionary in dictionaries}
+        self._inputs: dict[Site, Float[Tensor, "d_vocab d_model"]] = {}
+
+    def scores(self, dictionary: Dictionary, feature: int) -> Float[Tensor, "d_vocab"]:
+        """Pre-activations of one feature. Errors: `InputError` for a feature that does not exist."""
+        _check_feature(dictionary, feature)
+        site = dictionary.config.input_site
+        if site not in self._inputs:
+            self._read({s for s in self._sites | {site} if s.layer <= site.layer})
+        direction = dictionary.encoder_direction(feature).cpu()
+        return self._inputs[site] @ direction + dictionary.b_enc[feature].cpu()
+
+    @torch.no_grad()
+    def _read(self, sites: set[Site], tokens_per_forward: int = 4096) -> None:
+        ids = torch.arange(self._lm.d_vocab)
+        prompts = torch.stack([torch.full_like(ids, self._lm.bos_id), ids], dim=1)
+        shape = (self._lm.d_vocab, self._lm.d_model)
+        found = {site: torch.empty(shape, dtype=self._lm.dtype) for site in sites}
+        bar = progress(prompts.split(tokens_per_forward), "lone tokens", unit="batch", leave=False)
+        for i, batch in enumerate(bar):
+            rows = slice(i * tokens_per_forward, i * tokens_per_forward + len(batch))
+            for site, acts in self._lm.read(batch, sites).items():
+                found[site][rows] = acts[:, 1].cpu()
+        self._inputs |= found
 
 
 def pullback(

@@ -16,6 +16,8 @@ from conftest import random_rows, tiny_lm
 from test_attribution import random_transcoder
 
 from tclib.blind import BlindnessError, BlindSession, Position, load_ledger, replay
+from tclib.examples import feature_activations
+from tclib.features import LoneTokens
 from tclib.investigator import grade_predicate, investigate
 from tclib.lm import LanguageModel
 from tclib.predicates import Predicate
@@ -218,6 +220,18 @@ def test_dead_features_and_missing_layers_are_named() -> None:
         BlindSession(tiny_lm(), transcoders, ROWS, 2, 5)
     with pytest.raises(InputError, match="no transcoder at layer 1"):
         BlindSession(tiny_lm(), transcoders, ROWS, 1, 5)
+
+
+def test_a_session_with_shared_activations_answers_the_same() -> None:
+    transcoders = {f"t{i}": random_transcoder(i, "relu", torch.float32) for i in range(3)}
+    lm = tiny_lm()
+    acts = feature_activations(lm, transcoders["t2"], [4, 5], ROWS)
+    lone = LoneTokens(lm, transcoders.values())
+    shared = BlindSession(lm, transcoders, ROWS, 2, 5, acts=acts[1], lone=lone)
+    ask_everything(shared)
+    assert replay(list(shared.ledger), make_session())["agrees"].all()
+    with pytest.raises(InputError, match=r"shape \(40, 15\) for rows of shape \(40, 16\)"):
+        BlindSession(lm, transcoders, ROWS, 2, 5, acts=acts[1][:, 1:])
 
 
 @pytest.mark.parametrize("restricted", [False, True])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from conftest import D_VOCAB, GEOMETRIES, N_LAYERS, random_rows
 from test_attribution import N_FEATURES, freeze, make_lm, random_transcoder
 
 from tclib import features
-from tclib.attribution import sources
-from tclib.features import Head
+from tclib.attribution import FrozenPrompts, sources
+from tclib.features import Head, LoneTokens
+from tclib.lm import Site
 from tclib.runs import InputError
 
 
@@ -45,6 +48,39 @@ def test_run_mlp_is_the_models(geometry: str) -> None:
     for layer in range(N_LAYERS):
         found = frozen.lm.run_mlp(layer, frozen.cache.mlp_in[layer])
         torch.testing.assert_close(found, frozen.cache.mlp_out[layer], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_lone_tokens_are_features_on_prompts_of_one_token(geometry: str) -> None:
+    lm = make_lm(geometry)
+    transcoders = [random_transcoder(layer, "relu") for layer in range(N_LAYERS)]
+    lone = LoneTokens(lm, transcoders)
+    later, earlier = lone.scores(transcoders[2], 3), lone.scores(transcoders[0], 4)
+    for token in range(0, D_VOCAB, 17):
+        frozen = FrozenPrompts(lm, torch.tensor([[lm.bos_id, token]]), transcoders)
+        for found, (layer, feature) in ((later, (2, 3)), (earlier, (0, 4))):
+            expected = frozen.value(frozen.feature_target(layer, feature, 1))
+            # The frozen run computes attention patterns in float32, the plain one does not.
+            assert float(found[token]) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    with pytest.raises(InputError, match="feature 99999 is out of range"):
+        lone.scores(transcoders[1], 99999)
+
+
+def test_lone_tokens_run_the_vocabulary_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_lm("gpt2")
+    read = lm.read
+    n_runs = []
+
+    def counted(tokens: torch.Tensor, sites: Iterable[Site]) -> dict[Site, torch.Tensor]:
+        n_runs.append(len(tokens))
+        return read(tokens, sites)
+
+    monkeypatch.setattr(lm, "read", counted)
+    transcoders = [random_transcoder(layer, "relu") for layer in range(N_LAYERS)]
+    lone = LoneTokens(lm, transcoders)
+    for layer in (2, 0, 1, 2):
+        lone.scores(transcoders[layer], 0)
+    assert sum(n_runs) == D_VOCAB
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
