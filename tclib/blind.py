@@ -209,10 +209,13 @@ class BlindSession:
         n_sources: int = 20,
         layer: int | None = None,
         feature: int | None = None,
+        rest: bool = False,
     ) -> pd.DataFrame:
         """The strongest sources of a feature at a position, with shares of the sum of sizes.
 
-        Of the feature under study by default, or of one that feeds it.
+        Of the feature under study by default, or of one that feeds it. With `rest`, lines with head and
+        feature −1 sum up the sources that are not listed, so that all lines add up to the pre-activation
+        (restricted: less what layer 0's features bring).
         """
         layer = self.layer if layer is None else layer
         feature = self.feature if feature is None else feature
@@ -224,9 +227,13 @@ class BlindSession:
         )
         if self.restricted:
             table = table[~((table["kind"] == "feature") & (table["layer"] == 0))]
-        strongest = table.sort_values("contribution", key=abs, ascending=False).head(n_sources)
+        by_size = table.sort_values("contribution", key=abs, ascending=False)
+        answer = by_size.head(n_sources)
+        if rest:
+            answer = pd.concat([answer, _summed(by_size.iloc[n_sources:])])
         arguments = {**vars(position), "n_sources": n_sources, "layer": layer, "feature": feature}
-        return self._answer("sources", arguments, strongest.reset_index(drop=True))
+        arguments |= {"rest": rest}
+        return self._answer("sources", arguments, answer.reset_index(drop=True))
 
     def paths(
         self, position: Position, n_iterations: int = 3, n_branches: int = 10
@@ -407,6 +414,15 @@ class BlindSession:
         index = len(self._ledger)
         body = Entry(index, kind, self._is_blind, question, arguments, answer, "").body()
         self._ledger.append(Entry(**body, digest=_digest(before, body)))
+
+
+def _summed(sources: pd.DataFrame) -> pd.DataFrame:
+    """A line a kind, layer and position; the heads of all layers that read one token are one line."""
+    layer = sources["layer"].where(sources["kind"] != "head", -1)
+    groups = sources.groupby([sources["kind"], layer, sources["pos"]], sort=False)
+    sums = groups[["contribution", "share"]].sum().reset_index()
+    lines = sums.assign(head=-1, feature=-1, activation=1.0, weight=sums["contribution"])
+    return lines[list(sources.columns)]
 
 
 def _plain(answer: Any) -> Any:

@@ -27,7 +27,7 @@ N_POSITIONS = 6
 MIN_SHARE = 0.5  # of the maximum: which activations are looked at, as the paper's thresholds
 N_MIDDLE_FEATURES = 3
 N_HEADS = 3
-ALL_SOURCES = 10_000
+N_SOURCES = 1_000  # listed one by one; the rest are summed
 N_TOKENS = 40  # of each de-embedding that is read
 MIN_Z, KEPT_SCORE = 2.0, 0.5  # tokens far above the vocabulary's mean, and near the best of them
 ACTIVE = 0.25  # share of an activation that still counts as active; also when grading
@@ -101,7 +101,7 @@ def _look_at(
 
     A middle feature that would be silent without earlier tokens counts as theirs as a whole.
     """
-    table = session.sources(position, ALL_SOURCES, layer, feature)
+    table = session.sources(position, N_SOURCES, layer, feature, rest=True)
     value = max(session.activation(position, layer, feature), 1e-9)
     effect, kind = table["contribution"], table["kind"]
     is_earlier = (kind == "head") & table["pos"].between(1, position.pos - 1)
@@ -113,7 +113,8 @@ def _look_at(
     current = hidden + float(effect[at_token | own_head].sum())
     _read_tokens(session, position, table[is_earlier], evidence, layer, feature, weight)
     middle = table[(kind == "feature") & (table["layer"] > 0)]
-    strongest = middle[middle["contribution"] > 0].nlargest(N_MIDDLE_FEATURES, "contribution")
+    listed = middle[(middle["feature"] >= 0) & (middle["contribution"] > 0)]
+    strongest = listed.nlargest(N_MIDDLE_FEATURES, "contribution")
     followed = strongest if follow else strongest.iloc[:0]
     current += float(middle["contribution"].drop(followed.index).sum())
     for line in followed.to_dict("records"):
@@ -141,7 +142,7 @@ def _read_tokens(
     direct = session.de_embedding(layer, feature, extended=layer > 0, k=N_TOKENS)
     evidence.read(evidence.current, direct, weight / 2)
     evidence.read(evidence.current, session.lone_token(layer, feature, N_TOKENS), weight / 2)
-    positive = earlier[earlier["contribution"] > 0]
+    positive = earlier[(earlier["head"] >= 0) & (earlier["contribution"] > 0)]
     total = float(positive["contribution"].sum()) or 1.0
     for line in positive.nlargest(N_HEADS, "contribution").to_dict("records"):
         strength = weight * float(line["contribution"]) / total

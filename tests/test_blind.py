@@ -38,6 +38,7 @@ def ask_everything(session: BlindSession) -> list[Any]:
         session.activation(POSITION),
         session.activation(POSITION, 1, 4),
         session.sources(POSITION),
+        session.sources(POSITION, 3, rest=True),
         session.paths(POSITION),
         session.de_embedding(),
         session.de_embedding(1, 3, head=(0, 2)),
@@ -50,7 +51,7 @@ def ask_everything(session: BlindSession) -> list[Any]:
     ]
 
 
-INPUT_DEPENDENT = 5  # the first answers; what follows is about the vocabulary alone
+INPUT_DEPENDENT = 6  # the first answers; what follows is about the vocabulary alone
 
 
 def leaves(value: Any, depth: int = 0) -> list[Any]:
@@ -176,7 +177,7 @@ def saved(tmp_path: Path) -> Path:
 def test_a_ledger_can_be_replayed(tmp_path: Path) -> None:
     entries = load_ledger(saved(tmp_path))
     table = replay(entries, make_session())
-    assert len(table) == 14 and table["agrees"].all()
+    assert len(table) == 15 and table["agrees"].all()
     with pytest.raises(InputError, match="the ledger is about"):
         replay(entries, make_session(restricted=True))
     other = make_session()
@@ -220,6 +221,23 @@ def test_dead_features_and_missing_layers_are_named() -> None:
         BlindSession(tiny_lm(), transcoders, ROWS, 2, 5)
     with pytest.raises(InputError, match="no transcoder at layer 1"):
         BlindSession(tiny_lm(), transcoders, ROWS, 1, 5)
+
+
+@pytest.mark.parametrize("n_sources", [0, 7, 10_000])
+def test_listed_sources_and_the_rest_add_up_to_the_pre_activation(n_sources: int) -> None:
+    full, restricted = make_session(), make_session(restricted=True)
+    place = full.examples(5).iloc[0]
+    position = Position(int(place["example"]), int(place["pos"]))
+    value = full.activation(position)
+    table = full.sources(position, n_sources, rest=True)
+    everything = full.sources(position, 10_000)
+    assert table["contribution"].sum() == pytest.approx(value, rel=1e-4)
+    assert table["share"].sum() == pytest.approx(1.0)
+    by_kind = [t.groupby(["kind", "pos"])["contribution"].sum() for t in (table, everything)]
+    pd.testing.assert_series_equal(*by_kind, rtol=1e-4)
+    of_layer_0 = everything[(everything["kind"] == "feature") & (everything["layer"] == 0)]
+    shown = restricted.sources(position, n_sources, rest=True)["contribution"].sum()
+    assert value - shown == pytest.approx(of_layer_0["contribution"].sum(), abs=1e-4 * value)
 
 
 def test_a_session_with_shared_activations_answers_the_same() -> None:
