@@ -19,10 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tclib.blind import BlindSession
-from tclib.connections import live_features
 from tclib.corpus import Corpus
 from tclib.dictionary import Dictionary
-from tclib.examples import feature_activations
+from tclib.examples import feature_activations, live_features
 from tclib.features import LoneTokens
 from tclib.html import dashboard_html, save_page
 from tclib.investigator import Hypothesis, active_positions, grade_predicate, investigate

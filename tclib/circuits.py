@@ -18,9 +18,10 @@ import torch
 
 from tclib.attribution import FrozenPrompts, Target
 from tclib.attribution_graph import BIAS_KINDS, INPUT_KINDS, AttributionGraph, attribution_graph
-from tclib.connections import compare_connections, live_features
+from tclib.connections import compare_connections
 from tclib.corpus import Corpus
 from tclib.dictionary import Dictionary
+from tclib.examples import live_features
 from tclib.graph_files import load_parquet, save_for_viewer, save_json, save_parquet
 from tclib.interventions import ablation_table
 from tclib.lm import LanguageModel

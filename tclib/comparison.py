@@ -23,16 +23,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.connections import live_features
 from tclib.corpus import Corpus
 from tclib.dashboard import build_dashboard
 from tclib.dictionary import Dictionary
-from tclib.examples import feature_activations
+from tclib.examples import feature_activations, live_features
 from tclib.html import dashboard_html, save_page
 from tclib.latents import LabelledRows, label_scores, labelled_rows, recovered_latents
 from tclib.lm import LanguageModel
 from tclib.metrics import bootstrap_means, interval
-from tclib.predicates import fit_predicate, score
+from tclib.predicates import ACTIVE_SHARE, fit_predicate, score
 from tclib.presets import Preset
 from tclib.progress import progress
 from tclib.ratings import Item, Rating
@@ -43,7 +42,6 @@ from tclib.steps import ensure, weight_hashes, write_csv
 STEP = "05_interpretability_comparison"
 INTERPRETABLE_F1 = 0.6
 SENSITIVITY = (0.4, 0.5, 0.6, 0.7, 0.8)
-ACTIVE = 0.25  # share of a feature's maximum that counts as active
 N_SHOWN = 20
 
 
@@ -189,7 +187,7 @@ def proxy_rating(
     Active means above a quarter of the maximum on the first text. A feature that is never active on the
     second has no score and counts as `not`.
     """
-    threshold = ACTIVE * float(acts.max())
+    threshold = ACTIVE_SHARE * float(acts.max())
     predicate = fit_predicate(rows, acts, bos_id, threshold)
     line: dict[str, Any] = {"predicate": json.dumps(predicate.as_dict())}
     line["context_free"] = predicate.is_context_free
@@ -277,7 +275,7 @@ def _all_feature_scores(
         features = range(start, min(start + at_once, dictionary.config.n_features))
         acts = feature_activations(lm, dictionary, features, labelled.rows)
         largest = acts.amax((1, 2), keepdim=True)
-        found.append(label_scores((acts > ACTIVE * largest) & (largest > 0), labelled))
+        found.append(label_scores((acts > ACTIVE_SHARE * largest) & (largest > 0), labelled))
     return np.concatenate(found)
 
 

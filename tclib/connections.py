@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from tclib.features import (
     top_k_overlap,
 )
 from tclib.lm import LanguageModel
-from tclib.runs import InputError
 
 OVERLAP_KS = (10, 20, 50)  # as in the paper's walkthrough
 MIN_QUANTILE = 0.2  # tokens count where a feature exceeds this quantile of its positive activations
@@ -66,32 +64,3 @@ def compare_connections(
             }
         )
     return pd.DataFrame(lines)
-
-
-def live_features(
-    lm: LanguageModel,
-    dictionary: Dictionary,
-    rows: Int[Tensor, "row pos"],
-    n_features: int,
-    generator: torch.Generator,
-    min_log10_frequency: float = -4.0,
-) -> list[int]:
-    """Features drawn at random from those that fire on more than 10^min of the tokens, BOS left out.
-
-    Errors: `InputError` if fewer than `n_features` are live.
-    """
-    site = dictionary.config.input_site
-    n_fired = torch.zeros(dictionary.config.n_features, dtype=torch.float64, device=lm.device)
-    n_tokens = 0
-    for batch in rows.split(16):
-        acts = lm.read(batch.long(), {site})[site][(batch != lm.bos_id).to(lm.device)]
-        n_fired += (dictionary.encode(acts) > 0).sum(0)
-        n_tokens += len(acts)
-    live = (n_fired / n_tokens > 10.0**min_log10_frequency).nonzero()[:, 0].cpu()
-    if len(live) < n_features:
-        raise InputError(
-            f"{n_features} live features asked for, but layer {dictionary.config.layer} has {len(live)}: "
-            "ask for fewer, or give more rows"
-        )
-    chosen = torch.randperm(len(live), generator=generator)[:n_features]
-    return sorted(live[chosen].tolist())

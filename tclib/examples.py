@@ -66,6 +66,40 @@ def _encoded(
 # Every feature in one pass
 
 
+@torch.no_grad()
+def firing_frequency(
+    lm: LanguageModel, dictionary: Dictionary, rows: Int[Tensor, "row pos"]
+) -> Float[Tensor, "n_features"]:
+    """Share of tokens, BOS left out, on which each feature fires."""
+    n_fired = torch.zeros(dictionary.config.n_features, dtype=torch.float64, device=lm.device)
+    for _, acts in _encoded(lm, dictionary, rows):
+        n_fired += (acts > 0).sum((0, 1))
+    return n_fired.cpu() / int((rows != lm.bos_id).sum())
+
+
+def live_features(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    rows: Int[Tensor, "row pos"],
+    n_features: int,
+    generator: torch.Generator,
+    min_log10_frequency: float = -4.0,
+) -> list[int]:
+    """Features drawn at random from those that fire on more than 10^min of the tokens, BOS left out.
+
+    Errors: `InputError` if fewer than `n_features` are live.
+    """
+    frequency = firing_frequency(lm, dictionary, rows)
+    live = (frequency > 10.0**min_log10_frequency).nonzero()[:, 0]
+    if len(live) < n_features:
+        raise InputError(
+            f"{n_features} live features asked for, but layer {dictionary.config.layer} has {len(live)}: "
+            "ask for fewer, or give more rows"
+        )
+    chosen = torch.randperm(len(live), generator=generator)[:n_features]
+    return sorted(live[chosen].tolist())
+
+
 @dataclass(frozen=True)
 class TopExamples:
     """The strongest examples of every feature, its frequency and a histogram of its activations.

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.dictionary import Dictionary
+from tclib.examples import feature_activations
 from tclib.lm import LanguageModel, Site
 from tclib.metrics import to_numpy
 from tclib.progress import progress
@@ -188,26 +189,17 @@ def mean_pullbacks(
     return (total / n_tokens[:, None]).to(weights.dtype) * weights
 
 
-@torch.no_grad()
 def activation_quantiles(
     lm: LanguageModel,
     dictionary: Dictionary,
     features: Sequence[int],
     rows: Int[Tensor, "row pos"],
     quantile: float,
-    rows_per_forward: int = 16,
 ) -> list[float]:
     """The quantile of each feature's positive activations, BOS left out; 0 for one that never fires."""
-    site = dictionary.config.input_site
-    found = []
-    for batch in rows.split(rows_per_forward):
-        acts = dictionary.encode(lm.read(batch.long(), {site})[site])[..., list(features)]
-        found.append(acts[(batch != lm.bos_id).to(lm.device)])
-    columns = torch.cat(found).double().T
-    return [
-        float(column[column > 0].quantile(quantile)) if bool((column > 0).any()) else 0.0
-        for column in columns
-    ]
+    found = feature_activations(lm, dictionary, features, rows).double()
+    positive = [acts[acts > 0] for acts in found]
+    return [float(acts.quantile(quantile)) if len(acts) else 0.0 for acts in positive]
 
 
 def direct_logit_attribution(

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.blind import BlindSession, Position
-from tclib.predicates import Predicate, Score, score
+from tclib.predicates import ACTIVE_SHARE, Predicate, Score, score
 
 Grade = Literal["success", "mostly", "failure"]
 
@@ -30,7 +30,6 @@ N_HEADS = 3
 N_SOURCES = 1_000  # listed one by one; the rest are summed
 N_TOKENS = 40  # of each de-embedding that is read
 MIN_Z, KEPT_SCORE = 2.0, 0.5  # tokens far above the vocabulary's mean, and near the best of them
-ACTIVE = 0.25  # share of an activation that still counts as active; also when grading
 SUCCESS_F1, MOSTLY_F1, MOSTLY_AUROC = 0.6, 0.3, 0.9
 
 
@@ -158,8 +157,8 @@ def _conclude(evidence: _Evidence) -> Hypothesis:
     without_current = float(np.median(evidence.left_without_current))
     without_attended = float(np.median(evidence.left_without_attended))
     current, attended = _strong(evidence.current), _strong(evidence.attended)
-    needs_current = bool(current) and without_current < ACTIVE
-    needs_attended = bool(attended) and without_attended < ACTIVE
+    needs_current = bool(current) and without_current < ACTIVE_SHARE
+    needs_attended = bool(attended) and without_attended < ACTIVE_SHARE
     if not (needs_current or needs_attended):
         needs_current = bool(current) and (without_current <= without_attended or not attended)
         needs_attended = bool(attended) and not needs_current
@@ -226,7 +225,7 @@ def grade_predicate(
     Active means above a quarter of the maximum there. Success: F1 at least 0.6. Mostly: F1 at least
     0.3, or AUROC at least 0.9. Else failure. Errors: `InputError` if the feature never fires there.
     """
-    threshold = ACTIVE * float(acts.max())
+    threshold = ACTIVE_SHARE * float(acts.max())
     found = score(predicate.holds(rows, bos_id), acts, rows != bos_id, threshold)
     if found.f1 >= SUCCESS_F1:
         grade: Grade = "success"
@@ -239,4 +238,4 @@ def grade_predicate(
 
 def active_positions(acts: Float[Tensor, "row pos"]) -> Tensor:
     """Where a feature counts as active when grading."""
-    return acts > ACTIVE * acts.max()
+    return acts > ACTIVE_SHARE * acts.max()

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from tclib.runs import InputError
 
+ACTIVE_SHARE = 0.25  # of a feature's maximum: above it a feature counts as active
+
 
 @dataclass(frozen=True)
 class Predicate:

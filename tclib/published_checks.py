@@ -27,8 +27,9 @@ from tclib import metrics
 from tclib.attribution import FrozenPrompts, Target, sources
 from tclib.connections import compare_connections
 from tclib.dictionary import Dictionary
+from tclib.examples import firing_frequency
 from tclib.graph import Node, step_back
-from tclib.lm import LanguageModel, Site
+from tclib.lm import LanguageModel
 from tclib.progress import progress
 from tclib.published import layer_range, prompt_activation_table
 from tclib.replace import replace_mlp, set_mlp_out
@@ -280,7 +281,6 @@ def overlap_table(
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
-@torch.no_grad()
 def dead_feature_table(
     lm: LanguageModel, transcoders: Mapping[int, Dictionary], rows: Int[Tensor, "row pos"]
 ) -> pd.DataFrame:
@@ -290,12 +290,7 @@ def dead_feature_table(
         if row["model"] != "gpt2":
             continue
         dictionary, paper = transcoders[int(row["layer"])], float(row["n_dead"])
-        site = Site("mlp_in", dictionary.config.layer)
-        has_fired = torch.zeros(dictionary.config.n_features, dtype=torch.bool, device=lm.device)
-        for batch in rows.split(ROWS_PER_FORWARD):
-            acts = lm.read(batch.long(), [site])[site][(batch != lm.bos_id).to(lm.device)]
-            has_fired |= (dictionary.encode(acts) > 0).any(0)
-        ours = float((~has_fired).sum())
+        ours = float((firing_frequency(lm, dictionary, rows) == 0).sum())
         quantity = f"dead features of layer {row['layer']}"
         lines.append(check_line("dead_features", quantity, paper, ours, DEAD_TOLERANCE * paper))
     return pd.DataFrame(lines, columns=list(COLUMNS))

@@ -133,7 +133,7 @@ def test_activation_quantiles_are_of_positive_activations_without_bos() -> None:
     rows = random_rows(5)
     site = dictionary.config.input_site
     z = dictionary.encode(lm.read(rows.long(), {site})[site])[:, 1:, 4].flatten()
-    (found,) = features.activation_quantiles(lm, dictionary, [4], rows, 0.2, rows_per_forward=2)
+    (found,) = features.activation_quantiles(lm, dictionary, [4], rows, 0.2)
     assert found == pytest.approx(float(z[z > 0].quantile(0.2)))
     dictionary.b_enc[4] = -1e6
     assert features.activation_quantiles(lm, dictionary, [4], rows, 0.2) == [0.0]

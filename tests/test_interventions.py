@@ -10,7 +10,8 @@ from test_attribution import KINDS, freeze, frozen_forward, make_lm, measured_ac
 
 from tclib.attribution import FrozenPrompts
 from tclib.attribution_graph import attribution_graph, total_effects
-from tclib.connections import compare_connections, live_features
+from tclib.connections import compare_connections
+from tclib.examples import live_features
 from tclib.features import mean_pullback, pullback, spearman, top_k_overlap
 from tclib.interventions import ablated_values, ablation_table
 from tclib.runs import InputError
