@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tclib.dictionary import Dictionary
-from tclib.lm import AttentionWeights, ForwardCache, LanguageModel
+from tclib.geometry import AttentionWeights
+from tclib.lm import ForwardCache, LanguageModel
 from tclib.metrics import to_numpy
 from tclib.runs import InputError
 

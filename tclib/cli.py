@@ -313,7 +313,8 @@ def demo_model(
 @app.command()
 def smollm2() -> None:
     """Load SmolLM2-135M and show that it compares years, one digit at a time."""
-    from tclib.lm import LanguageModel, next_digit_mass
+    from tclib.lm import LanguageModel
+    from tclib.tasks import next_digit_mass
 
     lm = LanguageModel.load("smollm2")
     typer.echo("Next-digit probability after 'The war lasted from the year 17d0 to the year 17':")

@@ -27,7 +27,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tclib import demo
-from tclib.lm import LanguageModel, check_hub_reachable
+from tclib.lm import LanguageModel
+from tclib.model_files import check_hub_reachable
 from tclib.packing import pack
 from tclib.progress import progress
 from tclib.runs import InputError

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.attribution import FrozenPrompts, ReadSite, SourceKind
-from tclib.lm import AttentionWeights
+from tclib.geometry import AttentionWeights
 
 Heads = Literal["summed", "nodes"]
 Written = Literal["mlp", "attention", "embedding"]

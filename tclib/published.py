@@ -16,7 +16,8 @@ import torch
 
 from tclib.dictionary import Dictionary
 from tclib.formats import read_authors
-from tclib.lm import LanguageModel, check_hub_reachable
+from tclib.lm import LanguageModel
+from tclib.model_files import check_hub_reachable
 from tclib.replace import replace_mlp
 from tclib.runs import InputError, paper_table
 

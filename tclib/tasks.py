@@ -285,3 +285,17 @@ def full_vocabulary_differences(lm: LanguageModel, task: GreaterThan) -> Float[T
     """Hanna et al.'s metric of each prompt: the same difference, p from the whole vocabulary."""
     probabilities = lm.last_logits(task.tokens).float().softmax(-1)
     return task.differences(probabilities[:, task.answer_ids])
+
+
+@torch.no_grad()
+def next_digit_mass(lm: LanguageModel, digit: int, century: int = 17) -> tuple[float, float]:
+    """Probability that a model with one token a digit gives to years that are late enough.
+
+    After "The war lasted from the year 17d0 to the year 17", the next digit's mass on digits from
+    `digit` up and below `digit`. Returns (at or above, below).
+    """
+    tokens = lm.tokenize(f"The war lasted from the year {century}{digit}0 to the year {century}")
+    probabilities = lm.logits(tokens)[0, -1].float().softmax(-1)
+    digit_ids = [lm.tokenizer.convert_tokens_to_ids(str(d)) for d in range(10)]
+    mass = probabilities[torch.tensor(digit_ids, device=probabilities.device)]
+    return float(mass[digit:].sum()), float(mass[:digit].sum())

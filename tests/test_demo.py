@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tclib import demo
-from tclib.lm import BUNDLED, LanguageModel
+from tclib.lm import LanguageModel
+from tclib.model_files import BUNDLED
 from tclib.runs import InputError
 from tclib.tasks import GreaterThan, mean_probability_difference
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import GEOMETRIES, N_LAYERS, random_rows, tiny_hf_model, tiny_lm, tiny_tokenizer
 
-from tclib.lm import LanguageModel, Norm, Site, locate
+from tclib.geometry import Norm
+from tclib.lm import LanguageModel, Site
+from tclib.model_files import _dequantise, locate
 from tclib.runs import InputError
 
 
@@ -189,11 +191,9 @@ def test_layers_contexts_and_words_out_of_range_are_named(gpt2_lm: LanguageModel
 def test_a_failed_conversion_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tclib import lm as module
-
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"not a gguf")
     with pytest.raises((OSError, ValueError)):
-        module._dequantise(broken, tmp_path / "cache" / "smollm2")
+        _dequantise(broken, tmp_path / "cache" / "smollm2")
     assert not (tmp_path / "cache" / "smollm2").exists()
     shutil.rmtree(tmp_path / "cache")
