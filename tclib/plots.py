@@ -318,27 +318,34 @@ def predicted_against_actual(table: pd.DataFrame, unit: str) -> Figure:
     return figure
 
 
+OF_ALL: dict[str, Any] = {"marker": "o"}
+OF_ACTIVE: dict[str, Any] = {"marker": "o", "mfc": "white", "linestyle": "-."}
+MANY_PAIRS, FAINT = 6, {"alpha": 0.25, "linewidth": 1, "markersize": 0}
+
+
+def _overlap_curves(axis: Axes, lines: pd.DataFrame, ks: Sequence[int], **style: Any) -> None:
+    """Mean overlap at each k, over all features and over those that are active together."""
+    axis.plot(ks, lines[[f"overlap_{k}" for k in ks]].mean(), **OF_ALL, **style)
+    axis.plot(ks, lines[[f"active_overlap_{k}" for k in ks]].mean(), **OF_ACTIVE, **style)
+
+
 def connection_agreement(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     """Top-k overlap of pullback and mean pullback: ours by pair of layers, the paper's two features.
 
     `table` is that of `connections.compare_connections`; `paper` has feature, earlier_layer, k, overlap.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.8), layout="constrained")
-    overlap_columns = [name for name in map(str, table) if name.startswith("overlap_")]
-    ks = [int(name.removeprefix("overlap_")) for name in overlap_columns]
+    ks = [int(str(c).removeprefix("overlap_")) for c in table if str(c).startswith("overlap_")]
     pairs = list(table.groupby(["layer", "earlier_layer"]))
+    are_many = len(pairs) > MANY_PAIRS
     colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.85, len(pairs)))
-    names = []
-    for i, ((pair, lines), colour) in enumerate(zip(pairs, colours, strict=True)):
-        names.append(f"{pair[0]} ← {pair[1]}")
-        left.plot(ks, lines[overlap_columns].mean(), marker="o", color=colour)
-        among_active = [f"active_{name}" for name in overlap_columns]
-        left.plot(
-            ks, lines[among_active].mean(), marker="o", mfc="white", linestyle="-.", color=colour
-        )
+    for i, ((_, lines), colour) in enumerate(zip(pairs, colours, strict=True)):
+        _overlap_curves(left, lines, ks, color=colour, **(FAINT if are_many else {}))
         spread = np.linspace(-0.15, 0.15, len(lines)) if len(lines) > 1 else np.zeros(1)
         right.scatter(i + spread, lines["spearman"], s=16, color=colour)
         right.hlines(lines["spearman"].mean(), i - 0.3, i + 0.3, color="black", linewidth=1)
+    if are_many:
+        _overlap_curves(left, table, ks, color="black", linewidth=2.5)
     for style, (name, lines) in zip(("--", ":"), paper.groupby("name", sort=False), strict=False):
         left.plot(
             lines["k"],
@@ -353,18 +360,14 @@ def connection_agreement(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     left.set_ylim(0, 1)
     left.yaxis.set_major_formatter(PercentFormatter(1.0))
     left.set_ylabel("Overlap of the top k (mean over features)")
-    left.plot([], [], color="black", marker="o", label="ours, of all features")
-    left.plot(
-        [],
-        [],
-        color="black",
-        marker="o",
-        mfc="white",
-        linestyle="-.",
-        label="ours, of co-active features",
-    )
+    which = f" (bold: mean of {len(pairs)} pairs)" if are_many else ""
+    left.plot([], [], color="black", label=f"ours, of all features{which}", **OF_ALL)
+    left.plot([], [], color="black", label=f"ours, of co-active features{which}", **OF_ACTIVE)
     left.legend(fontsize=7, frameon=False)
+    names = [f"{layer} ← {earlier}" for (layer, earlier), _ in pairs]
     right.set_xticks(range(len(names)), names)
+    if are_many:
+        right.tick_params(axis="x", rotation=90, labelsize=7)
     right.set_xlabel("Layers of the feature ← of its sources")
     right.set_ylabel("Spearman (a dot a feature, bar: mean)")
     right.axhline(0, color="grey", linewidth=0.6)
