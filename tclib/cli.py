@@ -55,7 +55,8 @@ def run(
     with exclusive(chosen.folder):
         if fresh:
             _delete_runs(chosen)
-        notebooks = _selected(from_ or _failed_at(chosen), only)
+        first = from_ if from_ or only else _failed_at(chosen)
+        notebooks = _selected(first, only)
         # The seed is always passed: the notebooks' own default need not be the preset's.
         parameters = {"preset": preset, "seed": chosen.seed, "runs_dir": str(chosen.runs_dir)}
         _execute_all(chosen, notebooks, parameters)

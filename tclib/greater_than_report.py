@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,9 +118,13 @@ def feature_curves_caption(results: GreaterThanResults) -> str:
         "score and what the head really brings from the year's token (mean over prompts), both rescaled to the "
         "attribution's range. *Paper:* features that are excited by a range of years promote the years after "
         "it. *Ours:* the ten features whose activation varies most; median correlation of attribution and "
-        f"de-embedding {median}. *Differs because* the model, its world and its transcoders are others; the "
+        f"de-embedding {median}. *Differs because* the model, its text and its transcoders are others; the "
         "exact curve has the layers' norms and attention in it, which the score leaves out."
     )
+
+
+def _listed(ks: Sequence[int]) -> str:
+    return f"{len(ks)} ({', '.join(map(str, ks))})" if ks else "none"
 
 
 def ablation_caption(results: GreaterThanResults) -> str:
@@ -132,10 +136,10 @@ def ablation_caption(results: GreaterThanResults) -> str:
         reading = "At equal k the features do better for every k from 1 to 10."
     else:
         reading = (
-            f"At equal k the features do better at {len(ahead)} of the k from 1 to 10 ({ahead}): this MLP adds "
+            f"At equal k the features do better at {_listed(ahead)} of the k from 1 to 10: this MLP adds "
             f"only {worth:.3f} to the metric, and its transcoder's output bias alone gives another start than "
             "the MLP's own bias, so the first features mostly repair that. The paper's claim is not borne out as "
-            f"it stands; without the one feature that hurts (below) features are ahead at {len(better)}: {better}."
+            f"it stands; without the one feature that hurts (below) features are ahead at {_listed(better)}."
         )
     crossing = summary["crossing"]
     return (

@@ -39,7 +39,7 @@ def ensure(
             return read_manifest(step)
         raise InputError(
             f"{step.folder} was made with other parameters or inputs: keep it by choosing another "
-            f"runs_dir, or make it anew with `tclib run --preset {step.preset} --fresh`"
+            f"runs_dir, or {step.remedy} (--fresh makes every step anew)"
         )
     began = time.perf_counter()
     summary = make()

@@ -59,6 +59,12 @@ def test_run_resumes_from_the_notebook_that_failed(sequence: Path) -> None:
     with pytest.raises(InputError, match=r"01_b\.ipynb stopped: AssertionError: not ok"):
         invoke(*arguments)
     assert log(sequence) == ["00_a demo 42"]
+    with pytest.raises(InputError, match="not ok"):
+        invoke(*arguments, "--only", "01")
+    assert "going on from there" not in invoke(*arguments, "--only", "00")
+    (sequence / "log").write_text("00_a demo 42\n")
+    with pytest.raises(InputError, match="not ok"):
+        invoke(*arguments, "--from", "01")
     (sequence / "ok").touch()
     assert "going on from there" in invoke(*arguments)
     assert log(sequence) == ["00_a demo 42", "01_b demo 42", "02_c demo 42"]

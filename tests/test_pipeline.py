@@ -91,7 +91,9 @@ def test_other_parameters_are_refused_and_overwrite_nothing(
     lm = pipeline.load_model(small)
     before = sorted(p.stat().st_mtime_ns for p in small.folder.rglob("*.safetensors"))
     other = replace(small, corpus=replace(small.corpus, n_train_tokens=25_600))
-    with pytest.raises(InputError, match="made with other parameters or inputs: .*--fresh"):
+    with pytest.raises(
+        InputError, match="made with other parameters or inputs: .*delete .*--only 0"
+    ):
         pipeline.prepare_corpus(other, lm)
     wider = replace(small, transcoders=replace(small.transcoders, expansion=4))
     with pytest.raises(InputError, match="made with other parameters"):
