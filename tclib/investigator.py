@@ -189,8 +189,10 @@ def _reach(distances: dict[int, float]) -> int:
 
 def _in_words(predicate: Predicate, names: dict[int, str]) -> str:
     def listed(ids: frozenset[int]) -> str:
-        shown = sorted(names.get(i, str(i)).strip() for i in ids)
-        return ", ".join(map(repr, shown[:12])) + (f" … ({len(shown)})" if len(shown) > 12 else "")
+        # A word with and without its space is one word here; a token of white space stays as it is.
+        said = {name.strip() or name for name in (names.get(i, str(i)) for i in ids)}
+        shown = ", ".join(map(repr, sorted(said)[:12]))
+        return shown + (f" … ({len(ids)} tokens)" if len(said) > 12 else "")
 
     parts = []
     if predicate.current is not None:

@@ -18,7 +18,7 @@ from test_attribution import random_transcoder
 from tclib.blind import BlindnessError, BlindSession, Position, load_ledger, replay
 from tclib.examples import feature_activations
 from tclib.features import LoneTokens
-from tclib.investigator import grade_predicate, investigate
+from tclib.investigator import _in_words, grade_predicate, investigate
 from tclib.lm import LanguageModel
 from tclib.predicates import Predicate
 from tclib.runs import InputError
@@ -250,6 +250,15 @@ def test_a_session_with_shared_activations_answers_the_same() -> None:
     assert replay(list(shared.ledger), make_session())["agrees"].all()
     with pytest.raises(InputError, match=r"shape \(40, 15\) for rows of shape \(40, 16\)"):
         BlindSession(lm, transcoders, ROWS, 2, 5, acts=acts[1][:, 1:])
+
+
+def test_a_hypothesis_says_a_word_once_and_shows_white_space() -> None:
+    names = {1: " North", 2: "North", 3: " ", 4: "\n"} | {i: f"w{i}" for i in range(10, 30)}
+    said = _in_words(Predicate(frozenset({1, 2, 3, 4})), names)
+    assert said == "the token is one of '\\n', ' ', 'North'"
+    many = _in_words(Predicate(None, frozenset(range(10, 30)), 3), names)
+    assert many.startswith("within 3 tokens before stands one of 'w10', 'w11'")
+    assert many.endswith("'w21' … (20 tokens)")
 
 
 @pytest.mark.parametrize("restricted", [False, True])
