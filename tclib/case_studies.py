@@ -120,9 +120,7 @@ def _drawn(preset: Preset, lm: LanguageModel, dictionary: Dictionary, rows: Tens
     n = preset.case_studies.n_full + preset.case_studies.n_restricted
     generator = torch.Generator().manual_seed(preset.seed)
     least = preset.case_studies.min_log10_frequency
-    drawn = live_features(lm, dictionary, rows, n, generator, least)
-    order = torch.randperm(n, generator=generator)
-    return [drawn[i] for i in order]
+    return live_features(lm, dictionary, rows, n, generator, least)
 
 
 def _held_out(preset: Preset, lm: LanguageModel, corpus: Corpus) -> LabelledRows:

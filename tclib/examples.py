@@ -87,17 +87,18 @@ def live_features(
 ) -> list[int]:
     """Features drawn at random from those that fire on more than 10^min of the tokens, BOS left out.
 
-    Errors: `InputError` if fewer than `n_features` are live.
+    All features are put in a random order, and the first live ones are taken: should a feature at the
+    border be live on one machine only, the others stay as drawn. Errors: `InputError` if fewer than `n_features` are live.
     """
     frequency = firing_frequency(lm, dictionary, rows)
-    live = (frequency > 10.0**min_log10_frequency).nonzero()[:, 0]
+    order = torch.randperm(len(frequency), generator=generator)
+    live = order[(frequency > 10.0**min_log10_frequency)[order]]
     if len(live) < n_features:
         raise InputError(
             f"{n_features} live features asked for, but layer {dictionary.config.layer} has {len(live)}: "
             "ask for fewer, or give more rows"
         )
-    chosen = torch.randperm(len(live), generator=generator)[:n_features]
-    return sorted(live[chosen].tolist())
+    return live[:n_features].tolist()
 
 
 @dataclass(frozen=True)

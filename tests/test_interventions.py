@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import GEOMETRIES, random_rows
-from test_attribution import KINDS, freeze, frozen_forward, make_lm, measured_acts
+from test_attribution import (
+    KINDS,
+    freeze,
+    frozen_forward,
+    make_lm,
+    measured_acts,
+    random_transcoder,
+)
 
 from tclib.attribution import FrozenPrompts
 from tclib.attribution_graph import attribution_graph, total_effects
@@ -121,6 +128,15 @@ def test_live_features_are_drawn_from_those_that_fire() -> None:
     assert len(set(drawn)) == 5 and min(drawn) >= 30
     with pytest.raises(InputError, match="11 live features asked for, but layer 1 has"):
         live_features(lm, dictionary, rows, 11, generator)
+
+
+def test_one_dead_feature_moves_no_other_draw() -> None:
+    lm, dictionary, rows = make_lm("gpt2"), random_transcoder(1, "relu"), random_rows(8)
+    drawn = live_features(lm, dictionary, rows, 6, torch.Generator().manual_seed(0))
+    dictionary.b_enc[drawn[2]] = -1e6
+    again = live_features(lm, dictionary, rows, 6, torch.Generator().manual_seed(0))
+    assert again[:5] == drawn[:2] + drawn[3:]
+    assert again[5] not in drawn
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
