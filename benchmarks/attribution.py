@@ -14,11 +14,11 @@ import time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tclib.attribution import FrozenPrompts
-from tclib.demo import build_tokenizer
-from tclib.dictionary import Dictionary, DictionaryConfig
-from tclib.graph import greedy_paths
-from tclib.lm import LanguageModel
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.paths import greedy_paths
+from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
+from tclib.models.language_model import LanguageModel
+from tclib.text.world import build_tokenizer
 
 D_MODEL, N_FEATURES, L0, D_VOCAB = 768, 24_576, 100, 50_257
 

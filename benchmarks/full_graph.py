@@ -21,11 +21,11 @@ import torch
 from attribution import D_VOCAB, random_lm, random_transcoder
 from safetensors.torch import load_file, save_file
 
-from tclib.attribution import FrozenPrompts
-from tclib.attribution_graph import AttributionGraph, attribution_graph
-from tclib.dictionary import Dictionary
-from tclib.lm import LanguageModel
-from tclib.prune import graph_scores, prune
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.graph import AttributionGraph, attribution_graph
+from tclib.circuits.prune import graph_scores, prune
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.models.language_model import LanguageModel
 
 N_POS, N_LAYERS, MAX_FEATURES = 32, 12, 7500
 LABELS = ["layer", "pos", "feature"]

@@ -12,9 +12,9 @@ import torch
 from timing import interleaved_medians
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from tclib.activations import Harvest
-from tclib.demo import build_tokenizer
-from tclib.lm import LanguageModel, Site
+from tclib.models.language_model import LanguageModel, Site
+from tclib.text.world import build_tokenizer
+from tclib.training.activations import Harvest
 
 LAYER, N_ROWS, N_CTX, D_VOCAB = 6, 32, 128, 893
 SITES = (Site("mlp_in", LAYER), Site("mlp_out", LAYER))

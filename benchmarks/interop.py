@@ -22,8 +22,8 @@ K = 32
 
 
 def write(folder: Path) -> None:
-    from tclib.dictionary import Dictionary, DictionaryConfig
-    from tclib.formats import write_circuit_tracer, write_saelens, write_sparsify
+    from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
+    from tclib.dictionaries.formats import write_circuit_tracer, write_saelens, write_sparsify
 
     generator = torch.Generator().manual_seed(0)
 

@@ -12,9 +12,9 @@ import time
 import torch
 from attribution import random_lm, random_transcoder
 
-from tclib.replace import replace_mlp
-from tclib.tasks import GreaterThan
-from tclib.unit_ablation import ablation_curve, dictionary_units, rank_by_variance
+from tclib.evaluation.replace import replace_mlp
+from tclib.greater_than.curves import ablation_curve, dictionary_units, rank_by_variance
+from tclib.greater_than.task import GreaterThan
 
 LAYER, N_PROMPTS, N_POS, N_ANSWERS, N_K = 10, 100, 9, 100, 100
 N_ONE_BY_ONE = 8  # enough to time the slow way

@@ -11,9 +11,9 @@ LENGTHS = (200_000, 800_000, 3_200_000)
 
 
 def peak_mib(n_tokens: int) -> float:
-    from tclib.corpus import CorpusConfig, build_corpus
-    from tclib.lm import LanguageModel
-    from tclib.train import DictionarySpec, TrainingConfig, train
+    from tclib.models.language_model import LanguageModel
+    from tclib.text.corpus import CorpusConfig, build_corpus
+    from tclib.training.train import DictionarySpec, TrainingConfig, train
 
     lm = LanguageModel.load("demo")
     rows = build_corpus(CorpusConfig(n_train_tokens=100_000, n_eval_tokens=1_000), lm).train

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from tclib import pipeline
-from tclib.evaluate import evaluate
-from tclib.presets import load_preset
-from tclib.train import CACHE, DictionarySpec, train
+from tclib.evaluation.evaluate import evaluate
+from tclib.replication import pipeline
+from tclib.replication.presets import load_preset
+from tclib.training.train import CACHE, DictionarySpec, train
 
 WIDTHS = ((192_000, (16,)), (768_000, (4, 8, 16)))  # tokens, expansions
 N_ROWS = 32

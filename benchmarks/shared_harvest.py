@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tclib.demo import build_tokenizer
-from tclib.lm import LanguageModel
-from tclib.train import DictionarySpec, TrainingConfig, train
+from tclib.models.language_model import LanguageModel
+from tclib.text.world import build_tokenizer
+from tclib.training.train import DictionarySpec, TrainingConfig, train
 
 LAYER, D_VOCAB, N_CTX = 6, 893, 128
 CONFIG = TrainingConfig(

@@ -14,7 +14,7 @@ import time
 import torch
 from attribution import D_VOCAB, N_FEATURES, random_lm, random_transcoder
 
-from tclib.examples import feature_activations, top_examples
+from tclib.features.examples import feature_activations, top_examples
 
 LAYER, N_POS = 8, 128
 

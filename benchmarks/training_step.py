@@ -10,8 +10,8 @@ import torch
 from timing import interleaved_medians, print_ratios
 from torch import Tensor, nn
 
-from tclib.dictionary import DictionaryConfig, activate, new_dictionary
-from tclib.train import DictionarySpec, DictionaryTrainer, TrainingConfig
+from tclib.dictionaries.dictionary import DictionaryConfig, activate, new_dictionary
+from tclib.training.train import DictionarySpec, DictionaryTrainer, TrainingConfig
 
 D_MODEL, EXPANSION, BATCH, K = 768, 8, 1024, 32
 N_FEATURES = D_MODEL * EXPANSION

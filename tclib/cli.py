@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tclib.presets import Preset, load_preset, preset_names
-from tclib.progress import progress
-from tclib.runs import REPOSITORY, InputError, exclusive, new_file
+from tclib.replication.presets import Preset, load_preset, preset_names
+from tclib.support.progress import progress
+from tclib.support.runs import REPOSITORY, InputError, exclusive, new_file
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 EXECUTED = "notebooks"
@@ -48,7 +48,7 @@ def run(
     After a failure, the same command goes on from the notebook that failed. What a notebook finds
     already made from the same parameters, it loads.
     """
-    from tclib.pipeline import check_ready
+    from tclib.replication.pipeline import check_ready
 
     chosen = load_preset(preset, seed, runs_dir)
     check_ready(chosen)
@@ -64,7 +64,7 @@ def run(
 
 
 def _delete_runs(preset: Preset) -> None:
-    from tclib.pipeline import companion
+    from tclib.replication.pipeline import companion
 
     for one in (preset, *(companion(preset, name) for name in preset.companions)):
         shutil.rmtree(one.folder, ignore_errors=True)
@@ -162,7 +162,7 @@ def collect(
     runs_dir: RunsOption = None,
 ) -> None:
     """Copy a run's figures, tables, manifests and executed notebooks, without weights."""
-    from tclib import reference
+    from tclib.replication import collect as reference
 
     kept = reference.collect(load_preset(preset, seed, runs_dir), out)
     size = sum(path.stat().st_size for path in kept)
@@ -193,11 +193,11 @@ def train(
     """Train one dictionary on a preset's model and corpus, and print its evaluation."""
     import pandas as pd
 
-    from tclib import pipeline
-    from tclib.evaluate import evaluate
-    from tclib.plots import SAVED_DPI, training_curves
-    from tclib.train import LOG, DictionarySpec
-    from tclib.train import train as train_dictionaries
+    from tclib.evaluation.evaluate import evaluate
+    from tclib.figures.plots import SAVED_DPI, training_curves
+    from tclib.replication import pipeline
+    from tclib.training.train import LOG, DictionarySpec
+    from tclib.training.train import train as train_dictionaries
 
     chosen = load_preset(preset, seed, runs_dir)
     spec = DictionarySpec(
@@ -230,9 +230,9 @@ def evaluate(
     runs_dir: RunsOption = None,
 ) -> None:
     """Evaluate saved dictionaries on a preset's held-out tokens, as CSV."""
-    from tclib import pipeline
-    from tclib.dictionary import Dictionary
-    from tclib.evaluate import evaluate as evaluate_dictionaries
+    from tclib.dictionaries.dictionary import Dictionary
+    from tclib.evaluation.evaluate import evaluate as evaluate_dictionaries
+    from tclib.replication import pipeline
 
     chosen = load_preset(preset, seed, runs_dir)
     dictionaries = {file.stem: Dictionary.load(file) for file in files}
@@ -249,7 +249,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A dictionary of any known format.")],
 ) -> None:
     """Say what a dictionary file or folder holds: format, layer, width, activation, basis."""
-    from tclib.formats import read_any
+    from tclib.dictionaries.formats import read_any
 
     found = read_any(path)
     typer.echo(f"format {found.format}, {len(found.dictionaries)} dictionaries")
@@ -275,8 +275,8 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a dictionary between formats, and between bases where a model is given."""
-    from tclib.formats import FORMATS, read_any, to_processed, to_raw, write_any
-    from tclib.lm import LanguageModel
+    from tclib.dictionaries.formats import FORMATS, read_any, to_processed, to_raw, write_any
+    from tclib.models.language_model import LanguageModel
 
     if to not in FORMATS:
         raise InputError(f"format {to!r}: expected one of {', '.join(FORMATS)}")
@@ -304,7 +304,7 @@ def demo_model(
     """Train a bundled model again: half an hour on one core, and the committed bits come out."""
     import torch
 
-    from tclib.demo import ModelTraining, train_model
+    from tclib.text.world import ModelTraining, train_model
 
     torch.set_num_threads(1)  # sums in another order would give other bits
     out.mkdir(parents=True, exist_ok=True)
@@ -314,8 +314,8 @@ def demo_model(
 @app.command()
 def smollm2() -> None:
     """Load SmolLM2-135M and show that it compares years, one digit at a time."""
-    from tclib.lm import LanguageModel
-    from tclib.tasks import next_digit_mass
+    from tclib.greater_than.task import next_digit_mass
+    from tclib.models.language_model import LanguageModel
 
     lm = LanguageModel.load("smollm2")
     typer.echo("Next-digit probability after 'The war lasted from the year 17d0 to the year 17':")

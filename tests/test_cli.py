@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tclib import cli
-from tclib.dictionary import Dictionary
-from tclib.presets import PRESETS, load_preset
-from tclib.runs import InputError
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.replication.presets import PRESETS, load_preset
+from tclib.support.runs import InputError
 
 RUNNER = CliRunner()
 
@@ -139,7 +139,7 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.M
     values["transcoders"]["training"].update(n_tokens=5_120, decay_steps=0)
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "small.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.setattr("tclib.presets.PRESETS", tmp_path / "presets")
+    monkeypatch.setattr("tclib.replication.presets.PRESETS", tmp_path / "presets")
     common = ("--preset", "small", "--runs-dir", str(tmp_path / "runs"))
     out = tmp_path / "mine"
     trained = invoke("train", str(out), "--layer", "1", "--l1", "1e-3", "--expansion", "2", *common)

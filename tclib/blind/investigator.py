@@ -1,0 +1,243 @@
+"""An automatic investigator: from circuits and de-embeddings alone it writes a hypothesis as a predicate.
+
+It works through a `BlindSession` like a person: it asks for positions where the feature is active, reads there
+which sources make it so (tokens at the position, directly or through features of middle layers, or earlier
+tokens through heads), looks up from weights alone which tokens those sources read, and says: the token here is
+one of these, or a token before it is one of those, or both. After unblinding the predicate is scored on text that
+the session did not hold.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tclib.blind.predicates import ACTIVE_SHARE, Predicate, Score, score
+from tclib.blind.session import BlindSession, Position
+
+Grade = Literal["success", "mostly", "failure"]
+
+N_POSITIONS = 6
+MIN_SHARE = 0.5  # of the maximum: which activations are looked at, as the paper's thresholds
+N_MIDDLE_FEATURES = 3
+N_HEADS = 3
+N_SOURCES = 1_000  # listed one by one; the rest are summed
+N_TOKENS = 40  # of each de-embedding that is read
+MIN_Z, KEPT_SCORE = 2.0, 0.5  # tokens far above the vocabulary's mean, and near the best of them
+SUCCESS_F1, MOSTLY_F1, MOSTLY_AUROC = 0.6, 0.3, 0.9
+
+
+@dataclass
+class _Evidence:
+    """What has been gathered: scores of tokens at the position and before it, and what is needed."""
+
+    current: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    attended: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    names: dict[int, str] = field(default_factory=dict)
+    left_without_current: list[float] = field(default_factory=list)
+    left_without_attended: list[float] = field(default_factory=list)
+    distances: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+
+    def read(self, where: dict[int, float], table: pd.DataFrame, weight: float) -> None:
+        """Take in the tokens that stand far above the vocabulary's mean, relative to the best."""
+        top = table[(table["z"] >= MIN_Z) & (table["rank"] > 0)]
+        for token_id, token, z in zip(top["id"], top["token"], top["z"], strict=True):
+            where[int(token_id)] += weight * float(z) / float(top["z"].max())
+            self.names[int(token_id)] = str(token)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """What the investigator says: in words, and as a predicate.
+
+    The shares are what is left of the activation without the token itself, and without earlier ones.
+    """
+
+    text: str
+    predicate: Predicate
+    left_without_current: float
+    left_without_attended: float
+
+
+class _Parts(NamedTuple):
+    """A pre-activation, and how much of it comes from the token itself and from earlier tokens."""
+
+    value: float
+    current: float
+    attended: float
+
+
+def investigate(session: BlindSession) -> Hypothesis:
+    """Study a feature and write the hypothesis into the session's ledger."""
+    evidence = _Evidence()
+    found = session.examples(N_POSITIONS, MIN_SHARE)
+    for line in found.to_dict("records"):
+        position = Position(int(line["example"]), int(line["pos"]))
+        parts = _look_at(session, position, evidence, session.layer, session.feature, 1.0, True)
+        evidence.left_without_current.append(1 - parts.current / parts.value)
+        evidence.left_without_attended.append(1 - parts.attended / parts.value)
+    hypothesis = _conclude(evidence)
+    session.hypothesise(hypothesis.text, hypothesis.predicate.as_dict())
+    return hypothesis
+
+
+def _look_at(
+    session: BlindSession,
+    position: Position,
+    evidence: _Evidence,
+    layer: int,
+    feature: int,
+    weight: float,
+    follow: bool,
+) -> _Parts:
+    """Read a feature's sources at one position, and follow its strongest features of middle layers.
+
+    A middle feature that would be silent without earlier tokens counts as theirs as a whole.
+    """
+    table = session.sources(position, N_SOURCES, layer, feature, rest=True)
+    value = max(session.activation(position, layer, feature), 1e-9)
+    effect, kind = table["contribution"], table["kind"]
+    is_earlier = (kind == "head") & table["pos"].between(1, position.pos - 1)
+    attended = float(effect[is_earlier].sum())
+    # Features of layer 0 are hidden in a restricted study; they belong to the token itself.
+    hidden = value - float(effect.sum())
+    at_token = kind.isin(["embedding", "feature"]) & (table["layer"] <= 0)
+    own_head = (kind == "head") & (table["pos"] == position.pos)
+    current = hidden + float(effect[at_token | own_head].sum())
+    _read_tokens(session, position, table[is_earlier], evidence, layer, feature, weight)
+    middle = table[(kind == "feature") & (table["layer"] > 0)]
+    listed = middle[(middle["feature"] >= 0) & (middle["contribution"] > 0)]
+    strongest = listed.nlargest(N_MIDDLE_FEATURES, "contribution")
+    followed = strongest if follow else strongest.iloc[:0]
+    current += float(middle["contribution"].drop(followed.index).sum())
+    for line in followed.to_dict("records"):
+        effect_here = float(line["contribution"])
+        place = (int(line["layer"]), int(line["feature"]))
+        share = weight * effect_here / value
+        inner = _look_at(session, position, evidence, *place, share, False)
+        silent_without = inner.value - inner.attended <= 0
+        part = 1.0 if silent_without else max(0.0, inner.attended / inner.value)
+        attended += effect_here * part
+        current += effect_here * (1 - part)
+    return _Parts(value, current, attended)
+
+
+def _read_tokens(
+    session: BlindSession,
+    position: Position,
+    earlier: pd.DataFrame,
+    evidence: _Evidence,
+    layer: int,
+    feature: int,
+    weight: float,
+) -> None:
+    """Which tokens a feature reads, at its own position and through the strongest heads."""
+    direct = session.de_embedding(layer, feature, extended=layer > 0, k=N_TOKENS)
+    evidence.read(evidence.current, direct, weight / 2)
+    evidence.read(evidence.current, session.lone_token(layer, feature, N_TOKENS), weight / 2)
+    positive = earlier[(earlier["head"] >= 0) & (earlier["contribution"] > 0)]
+    total = float(positive["contribution"].sum()) or 1.0
+    for line in positive.nlargest(N_HEADS, "contribution").to_dict("records"):
+        strength = weight * float(line["contribution"]) / total
+        head = (int(line["layer"]), int(line["head"]))
+        extended = head[0] > 0 and layer > 0
+        table = session.de_embedding(layer, feature, head, extended, N_TOKENS)
+        evidence.read(evidence.attended, table, strength)
+        evidence.distances[position.pos - int(line["pos"])] += strength
+
+
+def _conclude(evidence: _Evidence) -> Hypothesis:
+    """The predicate: the token itself where it is needed, earlier tokens where they are."""
+    without_current = float(np.median(evidence.left_without_current))
+    without_attended = float(np.median(evidence.left_without_attended))
+    current, attended = _strong(evidence.current), _strong(evidence.attended)
+    needs_current = bool(current) and without_current < ACTIVE_SHARE
+    needs_attended = bool(attended) and without_attended < ACTIVE_SHARE
+    if not (needs_current or needs_attended):
+        needs_current = bool(current) and (without_current <= without_attended or not attended)
+        needs_attended = bool(attended) and not needs_current
+    predicate = Predicate(
+        current if needs_current else None,
+        attended if needs_attended else None,
+        _reach(evidence.distances) if needs_attended else 0,
+    )
+    text = _in_words(predicate, evidence.names)
+    shares = f"left without the token itself {without_current:.0%}, without earlier ones {without_attended:.0%}"
+    return Hypothesis(f"{text} ({shares})", predicate, without_current, without_attended)
+
+
+def _strong(scores: dict[int, float]) -> frozenset[int]:
+    best = max(scores.values(), default=0.0)
+    return frozenset(i for i, value in scores.items() if value >= KEPT_SCORE * best and value > 0)
+
+
+def _reach(distances: dict[int, float]) -> int:
+    """How far back the heads look: the distance that covers 80% of what they bring; 0 beyond 8."""
+    total, covered = sum(distances.values()), 0.0
+    for distance in sorted(distances):
+        covered += distances[distance]
+        if covered >= 0.8 * total:
+            return distance if distance <= 8 else 0
+    return 0
+
+
+def _in_words(predicate: Predicate, names: dict[int, str]) -> str:
+    def listed(ids: frozenset[int]) -> str:
+        # A word with and without its space is one word here; a token of white space stays as it is.
+        said = {name.strip() or name for name in (names.get(i, str(i)) for i in ids)}
+        shown = ", ".join(map(repr, sorted(said)[:12]))
+        return shown + (f" … ({len(ids)} tokens)" if len(said) > 12 else "")
+
+    parts = []
+    if predicate.current is not None:
+        parts.append(f"the token is one of {listed(predicate.current)}")
+    if predicate.attended is not None:
+        where = f"within {predicate.reach} tokens before" if predicate.reach else "anywhere before"
+        parts.append(f"{where} stands one of {listed(predicate.attended)}")
+    return " and ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Grading
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A hypothesis against the feature on held-out text."""
+
+    score: Score
+    grade: Grade
+    threshold: float
+
+
+def grade_predicate(
+    predicate: Predicate,
+    rows: Int[Tensor, "row pos"],
+    acts: Float[Tensor, "row pos"],
+    bos_id: int,
+) -> Graded:
+    """Score a predicate on text that the study did not see, and grade it.
+
+    Active means above a quarter of the maximum there. Success: F1 at least 0.6. Mostly: F1 at least
+    0.3, or AUROC at least 0.9. Else failure. Errors: `InputError` if the feature never fires there.
+    """
+    threshold = ACTIVE_SHARE * float(acts.max())
+    found = score(predicate.holds(rows, bos_id), acts, rows != bos_id, threshold)
+    if found.f1 >= SUCCESS_F1:
+        grade: Grade = "success"
+    elif found.f1 >= MOSTLY_F1 or found.auroc >= MOSTLY_AUROC:
+        grade = "mostly"
+    else:
+        grade = "failure"
+    return Graded(found, grade, threshold)
+
+
+def active_positions(acts: Float[Tensor, "row pos"]) -> Tensor:
+    """Where a feature counts as active when grading."""
+    return acts > ACTIVE_SHARE * acts.max()

@@ -1,0 +1,237 @@
+"""Predicates over contexts: what a hypothesis says, and how well it holds on text.
+
+A predicate is true at a position if the token there is in `current` (where that is given), and some earlier
+token in reach is in `attended` (where that is given). BOS positions are never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tclib.support.runs import InputError
+
+ACTIVE_SHARE = 0.25  # of a feature's maximum: above it a feature counts as active
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """Token ids at the position, token ids before it, and how far back these may stand.
+
+    None allows anything. `reach` counts tokens before the position; 0 means the whole context so far.
+    """
+
+    current: frozenset[int] | None = None
+    attended: frozenset[int] | None = None
+    reach: int = 0
+
+    def __post_init__(self) -> None:
+        if self.current is None and self.attended is None:
+            raise InputError(
+                "a predicate over nothing: give current tokens, attended tokens, or both"
+            )
+        if self.reach < 0:
+            raise InputError(f"reach {self.reach}: expected 0 (any distance) or more")
+
+    @property
+    def is_context_free(self) -> bool:
+        """Whether the token at the position decides alone."""
+        return self.attended is None
+
+    def holds(self, rows: Int[Tensor, "row pos"], bos_id: int) -> Bool[Tensor, "row pos"]:
+        """Where the predicate is true."""
+        true = rows != bos_id
+        if self.current is not None:
+            true &= _isin(rows, self.current)
+        if self.attended is not None:
+            true &= _seen_before(_isin(rows, self.attended), self.reach)
+        return true
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        sets = {
+            name: None if ids is None else sorted(ids)
+            for name, ids in (("current", self.current), ("attended", self.attended))
+        }
+        return {**sets, "reach": self.reach}
+
+
+def _isin(rows: Int[Tensor, "row pos"], ids: frozenset[int]) -> Bool[Tensor, "row pos"]:
+    return torch.isin(rows.long(), torch.tensor(sorted(ids), dtype=torch.long))
+
+
+def _seen_before(here: Bool[Tensor, "row pos"], reach: int) -> Bool[Tensor, "row pos"]:
+    """Whether any of the `reach` positions before each one is marked."""
+    before = torch.zeros_like(here)
+    counts = here.cumsum(1)
+    before[:, 1:] = counts[:, :-1] > 0
+    if reach:
+        beyond = torch.zeros_like(counts)
+        beyond[:, reach + 1 :] = counts[:, : -reach - 1]
+        previous = torch.zeros_like(counts)
+        previous[:, 1:] = counts[:, :-1]
+        before = previous > beyond
+    return before
+
+
+@dataclass(frozen=True)
+class Score:
+    """A predicate against a feature's activations, over all positions but BOS.
+
+    `precision`, `recall` and `f1` are against "activation above the threshold"; `auroc` is the chance
+    that a random active position has a higher prediction than a random silent one; `correlation` is
+    that of prediction and activation.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    auroc: float
+    correlation: float
+    n_active: int
+    n_predicted: int
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain values."""
+        return asdict(self)
+
+
+def score(
+    predicted: Bool[Tensor, "row pos"] | Float[Tensor, "row pos"],
+    acts: Float[Tensor, "row pos"],
+    counted: Bool[Tensor, "row pos"],
+    threshold: float = 0.0,
+) -> Score:
+    """Score a prediction (true or false, or graded) on the positions that count.
+
+    A graded prediction is taken as true where it is above 0. Errors: `InputError` if the feature is
+    never above the threshold there.
+    """
+    graded = predicted[counted].double().numpy()
+    values = acts[counted].double().numpy()
+    active, said = values > threshold, graded > 0
+    if not active.any():
+        raise InputError(
+            f"the feature is never above {threshold:g} on this text: give more text, or a live feature"
+        )
+    hits = int((active & said).sum())
+    precision = hits / int(said.sum()) if said.any() else 0.0
+    recall = hits / int(active.sum())
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    spread = graded.std() * values.std()
+    correlation = float(np.corrcoef(graded, values)[0, 1]) if spread > 0 else 0.0
+    counts = (int(active.sum()), int(said.sum()))
+    return Score(precision, recall, f1, auroc(graded, active), correlation, *counts)
+
+
+def auroc(graded: Float[np.ndarray, "item"], positive: Bool[np.ndarray, "item"]) -> float:
+    """Area under the ROC curve, ties counted half; 0.5 where one side is empty."""
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if n_positive == 0 or n_negative == 0:
+        return 0.5
+    _, inverse, counts = np.unique(graded, return_inverse=True, return_counts=True)
+    mean_rank = counts.cumsum() - (counts - 1) / 2
+    ranks = mean_rank[inverse]
+    below = ranks[positive].sum() - n_positive * (n_positive + 1) / 2
+    return float(below / (n_positive * n_negative))
+
+
+# ---------------------------------------------------------------------------------------------
+# The simplest predicate that explains examples
+
+
+def fit_predicate(
+    rows: Int[Tensor, "row pos"],
+    acts: Float[Tensor, "row pos"],
+    bos_id: int,
+    threshold: float = 0.0,
+    max_tokens: int = 12,
+    reaches: Sequence[int] = (1, 4, 0),
+) -> Predicate:
+    """The simplest of a small family of predicates that explains where a feature is active.
+
+    Candidates, from simple to less simple: tokens at the position; tokens right before, within four,
+    or anywhere before it; the first and one of the others together. Each takes the tokens that raise F1
+    most, at most `max_tokens`. A less simple one is taken only if its F1 is 0.05 higher. Errors:
+    `InputError` if the feature is never active here.
+    """
+    active = acts > threshold
+    if not active.any():
+        raise InputError("the feature is never active on these rows: nothing to explain")
+    text = rows != bos_id
+    current = _best_tokens(rows, active, text, max_tokens, None)
+    candidates = [Predicate(current=current)] if current else []
+    for reach in reaches:
+        attended = _best_tokens(rows, active, text, max_tokens, reach)
+        if not attended:
+            continue
+        before = Predicate(attended=attended, reach=reach)
+        candidates.append(before)
+        # Together, each is chosen where the other holds.
+        here = _best_tokens(rows, active, before.holds(rows, bos_id), max_tokens, None)
+        if here:
+            allowed = Predicate(current=here).holds(rows, bos_id)
+            attended = _best_tokens(rows, active, allowed, max_tokens, reach)
+        if here and attended:
+            candidates.append(Predicate(here, attended, reach))
+    if not candidates:
+        raise InputError("no token explains any activation: the rows hold BOS alone")
+    best, best_f1 = candidates[0], -1.0
+    for candidate in candidates:
+        f1 = score(candidate.holds(rows, bos_id), acts, text, threshold).f1
+        if f1 > best_f1 + (0.05 if best_f1 >= 0 else 0.0):
+            best, best_f1 = candidate, f1
+    return best
+
+
+def _best_tokens(
+    rows: Int[Tensor, "row pos"],
+    active: Bool[Tensor, "row pos"],
+    within: Bool[Tensor, "row pos"],
+    max_tokens: int,
+    reach: int | None,
+) -> frozenset[int]:
+    """Tokens, by their share of active positions, as many as raise F1 on the positions `within`.
+
+    Tokens at the position itself (reach None), or before it.
+    """
+    active = active & within
+    candidates = rows[active] if reach is None else _tokens_before(rows, active, reach)
+    ids, counts = candidates.unique(return_counts=True)
+    common = ids[counts.argsort(descending=True)][: 4 * max_tokens]
+    masks = {int(i): _where(rows, int(i), reach) & within for i in common}
+    precision = {i: float(active[mask].double().mean()) for i, mask in masks.items() if mask.any()}
+    ordered = sorted(precision, key=lambda i: -precision[i])
+    n_active = int(active.sum())
+    union, best, best_f1, chosen = torch.zeros_like(active), 0, 0.0, []
+    for i in ordered[:max_tokens]:
+        union = union | masks[i]
+        chosen.append(i)
+        hits = int((union & active).sum())
+        f1 = 2 * hits / (int(union.sum()) + n_active)
+        if f1 > best_f1:
+            best, best_f1 = len(chosen), f1
+    return frozenset(chosen[:best])
+
+
+def _where(
+    rows: Int[Tensor, "row pos"], token_id: int, reach: int | None
+) -> Bool[Tensor, "row pos"]:
+    here = rows == token_id
+    return here if reach is None else _seen_before(here, reach)
+
+
+def _tokens_before(
+    rows: Int[Tensor, "row pos"], active: Bool[Tensor, "row pos"], reach: int
+) -> Int[Tensor, "token"]:
+    """Tokens at up to four positions before active ones (or `reach`, if that is less)."""
+    found = []
+    for back in range(1, min(reach or 4, 4) + 1):
+        found.append(rows[:, :-back][active[:, back:]])
+    return torch.cat(found)

@@ -1,0 +1,515 @@
+"""Blinded studies of a feature: the rules of Section 5.1 kept by code, not by promise.
+
+A session hands out positions of a corpus as opaque (example, pos) pairs and answers the questions that the
+paper's rules allow: activations, circuits, and anything that needs no input (de-embeddings, pullbacks, logits).
+Tokens and text of the corpus cannot be had before `unblind()`; a hypothesis must be written before it, and no
+question after it counts as blind. The *restricted* variant also refuses input-dependent facts about features of
+layer 0. Every question and answer goes into a ledger whose entries are chained by hashes, so that a changed,
+dropped or reordered one is found; a ledger can be replayed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tclib.circuits.frozen import FrozenPrompts, sources
+from tclib.circuits.paths import greedy_paths
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.features.dashboard import Dashboard, build_dashboard
+from tclib.features.examples import feature_activations, sample_in_bands
+from tclib.features.from_weights import (
+    Head,
+    LoneTokens,
+    de_embedding,
+    direct_logit_attribution,
+    extended_de_embedding,
+    feature_table,
+    ov_norms,
+    pullback,
+    token_table,
+)
+from tclib.models.language_model import LanguageModel
+from tclib.support.runs import InputError, new_file
+
+GENESIS = "0" * 64
+
+
+class BlindnessError(InputError):
+    """A question that the rules forbid. The message names the rule, never the text."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """An opaque place in the corpus."""
+
+    example: int
+    pos: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a ledger. `digest` is the hash of the line before it and of everything in this one."""
+
+    index: int
+    kind: str  # begin, question, hypothesis, unblind
+    is_blind: bool
+    question: str
+    arguments: dict[str, Any]
+    answer: Any
+    digest: str
+
+    def body(self) -> dict[str, Any]:
+        """Everything but the digest."""
+        return {name: value for name, value in vars(self).items() if name != "digest"}
+
+
+@dataclass
+class _Secret:
+    """What only this module touches while a session is blind."""
+
+    lm: LanguageModel
+    transcoders: dict[int, Dictionary]
+    rows: Int[Tensor, "row pos"]
+    acts: Float[Tensor, "row pos"]
+    frozen: dict[Position, FrozenPrompts]
+    lone: LoneTokens
+
+
+# Kept apart from the sessions, so that nothing that walks over a session's attributes finds it.
+_SECRETS: WeakKeyDictionary[BlindSession, _Secret] = WeakKeyDictionary()
+
+
+class BlindSession:
+    """A blind study of one feature.
+
+    Args:
+        lm: the model.
+        transcoders: by any names; one of them holds the feature.
+        rows: the corpus, which stays hidden.
+        layer, feature: what is studied.
+        restricted: refuse input-dependent facts about layer 0's features.
+        acts, lone: the feature's activations on `rows`, and lone tokens of these transcoders; whoever
+            studies several features computes them once and shares them.
+
+    Errors: `InputError` for a layer without a transcoder, activations of another shape than the rows, or
+    a feature that never fires here.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_has_hypothesis",
+        "_is_blind",
+        "_ledger",
+        "feature",
+        "layer",
+        "restricted",
+    )
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        transcoders: dict[str, Dictionary],
+        rows: Int[Tensor, "row pos"],
+        layer: int,
+        feature: int,
+        restricted: bool = False,
+        *,
+        acts: Float[Tensor, "row pos"] | None = None,
+        lone: LoneTokens | None = None,
+    ) -> None:
+        by_layer = {d.config.layer: d for d in transcoders.values()}
+        if layer not in by_layer:
+            raise InputError(f"no transcoder at layer {layer}: there is one at {sorted(by_layer)}")
+        if acts is None:
+            acts = feature_activations(lm, by_layer[layer], [feature], rows)[0]
+        if acts.shape != rows.shape:
+            raise InputError(
+                f"activations of shape {tuple(acts.shape)} for rows of shape {tuple(rows.shape)}: "
+                "give one activation a token, or leave them out"
+            )
+        lone = LoneTokens(lm, transcoders.values()) if lone is None else lone
+        if not bool((acts > 0).any()):
+            raise InputError(
+                f"feature {feature} of layer {layer} never fires on this corpus: draw a live one"
+            )
+        self.layer, self.feature, self.restricted = layer, feature, restricted
+        self._is_blind, self._has_hypothesis = True, False
+        self._ledger: list[Entry] = []
+        _SECRETS[self] = _Secret(lm, by_layer, rows, acts, {}, lone)
+        corpus = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+        subject = {"layer": layer, "feature": feature, "restricted": restricted, "corpus": corpus}
+        self._record("begin", "begin", subject, None)
+
+    # -- what can be seen of it -------------------------------------------------------------
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether nothing has been unblinded yet."""
+        return self._is_blind
+
+    @property
+    def ledger(self) -> tuple[Entry, ...]:
+        """Everything so far, in order; copies, so that nothing can be changed through them."""
+        return copy.deepcopy(tuple(self._ledger))
+
+    def __repr__(self) -> str:
+        variant = "restricted" if self.restricted else "full"
+        state = "blind" if self._is_blind else "unblinded"
+        n_questions = sum(entry.kind == "question" for entry in self._ledger)
+        return (
+            f"BlindSession(layer {self.layer}, feature {self.feature}, {variant}, {state}, "
+            f"{n_questions} questions)"
+        )
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise BlindnessError("a blind session cannot be pickled or copied: save its ledger instead")
+
+    # -- questions that need the corpus -----------------------------------------------------
+
+    def examples(self, n_examples: int = 10, min_share: float = 0.0) -> pd.DataFrame:
+        """Positions where the feature is active, evenly over its range: example, pos, activation.
+
+        Only those above `min_share` of the maximum.
+        """
+        secret = _SECRETS[self]
+        strong = torch.where(secret.acts > min_share * secret.acts.max(), secret.acts, 0.0)
+        n = min(n_examples, int((strong > 0).sum()))
+        table = sample_in_bands(strong, n)[["row", "pos", "activation"]]
+        answer = table.rename(columns={"row": "example"})
+        return self._answer("examples", {"n_examples": n_examples, "min_share": min_share}, answer)
+
+    def activation(
+        self, position: Position, layer: int | None = None, feature: int | None = None
+    ) -> float:
+        """Activation of a feature at a position; of the one under study by default."""
+        layer = self.layer if layer is None else layer
+        feature = self.feature if feature is None else feature
+        self._refuse_layer_0(layer)
+        frozen = self._frozen(position)
+        target = frozen.feature_target(layer, feature, position.pos)
+        arguments = {**vars(position), "layer": layer, "feature": feature}
+        return self._answer("activation", arguments, max(0.0, frozen.value(target)))
+
+    def sources(
+        self,
+        position: Position,
+        n_sources: int = 20,
+        layer: int | None = None,
+        feature: int | None = None,
+        rest: bool = False,
+    ) -> pd.DataFrame:
+        """The strongest sources of a feature at a position, with shares of the sum of sizes.
+
+        Of the feature under study by default, or of one that feeds it. With `rest`, lines with head and
+        feature −1 sum up the sources that are not listed, so that all lines add up to the pre-activation
+        (restricted: less what layer 0's features bring).
+        """
+        layer = self.layer if layer is None else layer
+        feature = self.feature if feature is None else feature
+        self._refuse_layer_0(layer)
+        frozen = self._frozen(position)
+        (found,) = sources(frozen, [frozen.feature_target(layer, feature, position.pos)])
+        table = found.table.assign(
+            share=np.abs(found.contribution) / np.abs(found.contribution).sum()
+        )
+        if self.restricted:
+            table = table[~((table["kind"] == "feature") & (table["layer"] == 0))]
+        by_size = table.sort_values("contribution", key=abs, ascending=False)
+        answer = by_size.head(n_sources)
+        if rest:
+            answer = pd.concat([answer, _summed(by_size.iloc[n_sources:])])
+        arguments = {**vars(position), "n_sources": n_sources, "layer": layer, "feature": feature}
+        arguments |= {"rest": rest}
+        return self._answer("sources", arguments, answer.reset_index(drop=True))
+
+    def paths(
+        self, position: Position, n_iterations: int = 3, n_branches: int = 10
+    ) -> pd.DataFrame:
+        """The greedy search from the feature at a position: path, contribution.
+
+        Restricted: without paths that end in a feature of layer 0, as in the paper.
+        """
+        frozen = self._frozen(position)
+        root = frozen.feature_target(self.layer, self.feature, position.pos)
+        found = [
+            path
+            for level in greedy_paths(frozen, root, n_iterations, n_branches)
+            for path in level
+            if not (
+                self.restricted
+                and any(node.kind == "feature" and node.layer == 0 for node in path.nodes)
+            )
+        ]
+        lines = [
+            {"path": " <- ".join(map(str, path.nodes)), "contribution": path.contribution}
+            for path in found
+        ]
+        arguments = {**vars(position), "n_iterations": n_iterations, "n_branches": n_branches}
+        table = pd.DataFrame(lines, columns=["path", "contribution"])
+        return self._answer("paths", arguments, table)
+
+    # -- questions that need no input -------------------------------------------------------
+
+    def de_embedding(
+        self,
+        layer: int | None = None,
+        feature: int | None = None,
+        head: tuple[int, int] | None = None,
+        extended: bool = False,
+        k: int = 10,
+    ) -> pd.DataFrame:
+        """Tokens of the vocabulary that excite a feature, from weights alone: rank, token, score."""
+        lm, dictionary, feature = self._subject(layer, feature)
+        through = None if head is None else Head(*head)
+        function = extended_de_embedding if extended else de_embedding
+        answer = token_table(lm, function(lm, dictionary, feature, through), k)
+        arguments: dict[str, Any] = {"layer": dictionary.config.layer, "feature": feature, "k": k}
+        arguments |= {"head": None if head is None else list(head), "extended": extended}
+        return self._answer("de_embedding", arguments, answer)
+
+    def lone_token(
+        self, layer: int | None = None, feature: int | None = None, k: int = 10
+    ) -> pd.DataFrame:
+        """Tokens of the vocabulary that excite a feature by themselves, behind BOS: rank, token, score.
+
+        The model runs on single tokens, not on the corpus: no input of the study is in it.
+        """
+        lm, dictionary, feature = self._subject(layer, feature)
+        answer = token_table(lm, _SECRETS[self].lone.scores(dictionary, feature), k)
+        arguments = {"layer": dictionary.config.layer, "feature": feature, "k": k}
+        return self._answer("lone_token", arguments, answer)
+
+    def pullback(
+        self,
+        earlier_layer: int,
+        layer: int | None = None,
+        feature: int | None = None,
+        head: tuple[int, int] | None = None,
+        k: int = 10,
+    ) -> pd.DataFrame:
+        """Earlier features that excite a feature, from weights alone: feature, score."""
+        lm, dictionary, feature = self._subject(layer, feature)
+        earlier = self._transcoder(earlier_layer)
+        through = None if head is None else Head(*head)
+        scores = pullback(lm, dictionary, feature, earlier, through)
+        arguments: dict[str, Any] = {
+            "earlier_layer": earlier_layer,
+            "layer": dictionary.config.layer,
+        }
+        arguments |= {"feature": feature, "head": None if head is None else list(head), "k": k}
+        return self._answer("pullback", arguments, feature_table(scores, k))
+
+    def logits(self, k: int = 10) -> pd.DataFrame:
+        """Tokens that the feature promotes and suppresses: rank, token, score."""
+        lm, dictionary, feature = self._subject(None, None)
+        answer = token_table(lm, direct_logit_attribution(lm, dictionary, feature), k)
+        return self._answer("logits", {"k": k}, answer)
+
+    def ov_norms(self) -> pd.DataFrame:
+        """How strongly each head could feed the feature: a line a layer, a column a head."""
+        lm, dictionary, feature = self._subject(None, None)
+        norms = ov_norms(lm, dictionary, feature).double().cpu().numpy()
+        return self._answer("ov_norms", {}, pd.DataFrame(norms))
+
+    # -- the end of blindness ---------------------------------------------------------------
+
+    def hypothesise(self, text: str, predicate: dict[str, Any] | None = None) -> None:
+        """Write down what the feature means; the last one before `unblind` counts."""
+        if not text.strip():
+            raise BlindnessError("an empty hypothesis: say what the feature means")
+        if not self._is_blind:
+            raise BlindnessError("the session is unblinded: a hypothesis comes before that")
+        self._has_hypothesis = True
+        self._record("hypothesis", "hypothesise", {"text": text, "predicate": predicate}, None)
+
+    def unblind(self, n_examples: int = 50) -> Dashboard:
+        """End the blind part and show the feature. Errors: `BlindnessError` without a hypothesis."""
+        if not self._has_hypothesis:
+            raise BlindnessError("no hypothesis yet: call hypothesise() before unblind()")
+        if self._is_blind:
+            self._is_blind = False
+            self._record("unblind", "unblind", {}, None)
+        secret = _SECRETS[self]
+        dictionary = secret.transcoders[self.layer]
+        earlier = secret.transcoders
+        return build_dashboard(
+            secret.lm, dictionary, self.feature, secret.rows, earlier, secret.acts, n_examples
+        )
+
+    def text(self, position: Position) -> str:
+        """The text up to a position; only after `unblind()`."""
+        if self._is_blind:
+            raise BlindnessError("text is hidden until unblind()")
+        secret = _SECRETS[self]
+        self._check(position)
+        return "".join(
+            secret.lm.token_strings(secret.rows[position.example, : position.pos + 1].tolist())
+        )
+
+    def save_ledger(self, path: Path) -> None:
+        """Write the ledger as JSON lines."""
+        with new_file(path) as temporary:
+            lines = [json.dumps(vars(entry), ensure_ascii=False) for entry in self._ledger]
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _frozen(self, position: Position) -> FrozenPrompts:
+        self._check(position)
+        secret = _SECRETS[self]
+        if position not in secret.frozen:
+            tokens = secret.rows[[position.example], : position.pos + 1].long()
+            transcoders = secret.transcoders.values()
+            secret.frozen[position] = FrozenPrompts(secret.lm, tokens, transcoders)
+        return secret.frozen[position]
+
+    def _check(self, position: Position) -> None:
+        n_rows, n_pos = _SECRETS[self].rows.shape
+        if not (0 <= position.example < n_rows and 0 < position.pos < n_pos):
+            raise BlindnessError(
+                f"position ({position.example}, {position.pos}) is outside the corpus: expected "
+                f"example 0 to {n_rows - 1}, pos 1 to {n_pos - 1}"
+            )
+
+    def _refuse_layer_0(self, layer: int) -> None:
+        if self.restricted and layer == 0:
+            raise BlindnessError(
+                "restricted: activations of layer 0's features are not to be asked for; "
+                "de_embedding and pullback need no input"
+            )
+
+    def _transcoder(self, layer: int) -> Dictionary:
+        transcoders = _SECRETS[self].transcoders
+        if layer not in transcoders:
+            raise BlindnessError(
+                f"no transcoder at layer {layer}: there is one at {sorted(transcoders)}"
+            )
+        return transcoders[layer]
+
+    def _subject(
+        self, layer: int | None, feature: int | None
+    ) -> tuple[LanguageModel, Dictionary, int]:
+        dictionary = self._transcoder(self.layer if layer is None else layer)
+        return _SECRETS[self].lm, dictionary, self.feature if feature is None else feature
+
+    def _answer(self, question: str, arguments: dict[str, Any], answer: Any) -> Any:
+        self._record("question", question, arguments, _plain(answer))
+        return answer
+
+    def _record(self, kind: str, question: str, arguments: dict[str, Any], answer: Any) -> None:
+        before = self._ledger[-1].digest if self._ledger else GENESIS
+        index = len(self._ledger)
+        body = Entry(index, kind, self._is_blind, question, arguments, answer, "").body()
+        self._ledger.append(Entry(**body, digest=_digest(before, body)))
+
+
+def _summed(sources: pd.DataFrame) -> pd.DataFrame:
+    """A line a kind, layer and position; the heads of all layers that read one token are one line."""
+    layer = sources["layer"].where(sources["kind"] != "head", -1)
+    groups = sources.groupby([sources["kind"], layer, sources["pos"]], sort=False)
+    sums = groups[["contribution", "share"]].sum().reset_index()
+    lines = sums.assign(head=-1, feature=-1, activation=1.0, weight=sums["contribution"])
+    return lines[list(sources.columns)]
+
+
+def _plain(answer: Any) -> Any:
+    """A table as a list of lines, rounded so that a replay on another machine can agree."""
+    if isinstance(answer, pd.DataFrame):
+        return [
+            {str(name): _plain(value) for name, value in line.items()}
+            for line in answer.to_dict(orient="records")
+        ]
+    if isinstance(answer, (float, np.floating)):
+        return float(f"{answer:.5g}")
+    return answer.item() if isinstance(answer, np.generic) else answer
+
+
+def _digest(before: str, body: dict[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# Ledgers on disk
+
+
+def load_ledger(path: Path) -> list[Entry]:
+    """Read a ledger and check its chain.
+
+    Errors: `InputError` naming the first entry that was changed, dropped or reordered, or a question
+    asked after unblinding that claims to be blind.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        entries = [Entry(**line) for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is no ledger ({error}): save it again") from error
+    before, is_blind = GENESIS, True
+    for index, entry in enumerate(entries):
+        if entry.index != index or entry.digest != _digest(before, entry.body()):
+            raise InputError(
+                f"{path}: entry {index} was changed, dropped or moved since it was written"
+            )
+        if entry.kind == "unblind":
+            is_blind = False
+        if entry.is_blind and not is_blind:
+            raise InputError(f"{path}: entry {index} claims to be blind after the unblinding")
+        before = entry.digest
+    return entries
+
+
+def ledger_summary(entries: list[Entry]) -> pd.DataFrame:
+    """What was asked, in order of first asking: question, times, first arguments, first answer (cut)."""
+    lines: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        shown = {"arguments": str(entry.arguments)[:80], "answer": str(entry.answer)[:80]}
+        line = lines.setdefault(entry.question, {"question": entry.question, "times": 0, **shown})
+        line["times"] += 1
+    return pd.DataFrame(lines.values())
+
+
+def replay(entries: list[Entry], session: BlindSession) -> pd.DataFrame:
+    """Ask a new session every question of a ledger: index, question, agrees.
+
+    Floats agree within one per mille. Errors: `InputError` if the session studies something else.
+    """
+    if session.ledger[0].arguments != entries[0].arguments:
+        raise InputError(
+            f"the ledger is about {entries[0].arguments}, the session about {session.ledger[0].arguments}"
+        )
+    lines = []
+    for entry in entries:
+        if entry.kind != "question":
+            continue
+        ask: Callable[..., Any] = getattr(session, entry.question)
+        arguments = dict(entry.arguments)
+        if "example" in arguments:
+            arguments["position"] = Position(arguments.pop("example"), arguments.pop("pos"))
+        if arguments.get("head") is not None:
+            arguments["head"] = tuple(arguments["head"])
+        agrees = _same(_plain(ask(**arguments)), entry.answer)
+        lines.append({"index": entry.index, "question": entry.question, "agrees": agrees})
+    return pd.DataFrame(lines, columns=["index", "question", "agrees"])
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, float) and isinstance(other, (int, float)):
+        return bool(np.isclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True))
+    return bool(one == other)

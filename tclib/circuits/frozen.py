@@ -1,0 +1,568 @@
+"""What a direction at a token is made of, exactly (paper Section 3.3; Eqs. 7, 8, 22 to 28).
+
+Attention patterns and norm scales are frozen at their values on the prompt. Everything between
+dictionary features is then linear, and a *target* (the pre-activation of a feature, a logit, a
+difference of logits) is a finite sum over *sources*:
+
+    target = constant + v · x(t)                     v = u / σ(t)
+    x(t)   = embed(t) + pos(t) + Σ_l [ heads(l, t) + attention bias(l, t) ]
+                               + Σ_l [ Σ_i z_i d_i + b_dec + skip(t) + error(t) ]
+
+u is the target's input-invariant direction at the stream (norm gain folded in, centred for LayerNorm);
+a layer without a transcoder is one opaque source. Heads of the target's own layer belong to x in a
+sequential block, not in a parallel one. A head's share of source token s (Eq. 8) is
+
+    A[t, s] · (x̂_pre(s) W_V) · (W_O v),
+
+computed without a [head, dst, src, d_model] tensor. The sources add up to the target to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.evaluation.metrics import to_numpy
+from tclib.models.architectures import AttentionWeights
+from tclib.models.language_model import ForwardCache, LanguageModel
+from tclib.support.runs import InputError
+
+SourceKind = Literal[
+    "feature",
+    "head",
+    "embedding",
+    "position",
+    "attention_bias",
+    "decoder_bias",
+    "skip",
+    "error",
+    "mlp",
+    "constant",
+]
+
+KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
+
+
+def node_name(kind: str, layer: int, head: int, feature: int, pos: int) -> str:
+    """How tables and figures call a node: L3.17@5, attn2[1]@5, error3@5, embedding@5."""
+    if kind == "feature":
+        return f"L{layer}.{feature}@{pos}"
+    if kind == "head":
+        return f"attn{layer}[{head}]@{pos}"
+    return f"{kind}{layer if layer >= 0 else ''}@{pos}"
+
+
+@dataclass(frozen=True)
+class ReadSite:
+    """Where the stream is read through a norm: in front of a layer's part, or at the end."""
+
+    part: Literal["attention", "mlp", "final"]
+    layer: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """A direction whose value is to be explained.
+
+    Args:
+        name: how tables call it.
+        prompt: index of the prompt in the batch.
+        pos: token position.
+        site: where it reads the stream.
+        direction: u, the input-invariant direction; the value is constant + u · P x / σ.
+        constant: what is added whatever the stream (b_enc of a feature, b_U of a logit).
+    """
+
+    name: str
+    prompt: int
+    pos: int
+    site: ReadSite
+    direction: Float[Tensor, "d_model"]
+    constant: float
+
+
+@dataclass(frozen=True)
+class ActiveFeatures:
+    """The active features of one layer on all prompts, in (prompt, pos, feature) order.
+
+    `offsets[prompt × n_pos + pos]` is where a position's features begin.
+    """
+
+    prompt: Int[Tensor, "active"]
+    pos: Int[Tensor, "active"]
+    feature: Int[Tensor, "active"]
+    acts: Float[Tensor, "active"]
+    offsets: Int[Tensor, "positions_plus_1"]
+
+    @classmethod
+    def of(cls, feature_acts: Float[Tensor, "batch pos n_features"]) -> ActiveFeatures:
+        """From dense activations, which are not kept."""
+        n_prompts, n_pos, _ = feature_acts.shape
+        prompt, pos, feature = feature_acts.nonzero(as_tuple=True)
+        counts = torch.bincount(prompt * n_pos + pos, minlength=n_prompts * n_pos)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(prompt, pos, feature, feature_acts[prompt, pos, feature], offsets)
+
+    def decode(
+        self, W_dec: Float[Tensor, "n_features d_model"], shape: tuple[int, ...]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Σ z d at every position, touching active rows only."""
+        sums = embedding_bag(
+            self.feature, W_dec, self.offsets[:-1], per_sample_weights=self.acts, mode="sum"
+        )
+        return sums.view(shape)
+
+    def at(self, prompt: int, pos: int, n_pos: int) -> slice:
+        """The slice of one position."""
+        place = prompt * n_pos + pos
+        return slice(int(self.offsets[place]), int(self.offsets[place + 1]))
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One layer's MLP output, split: Σ z d + b_dec + skip + error."""
+
+    dictionary: Dictionary
+    active: ActiveFeatures
+    skip: Float[Tensor, "batch pos d_model"] | None
+    error: Float[Tensor, "batch pos d_model"]
+
+
+class FrozenPrompts:
+    """A batch of prompts of one length, run once, with patterns and scales frozen.
+
+    Args:
+        lm: the model.
+        tokens: prompts with BOS, [batch, pos].
+        transcoders: any number, in any order, at most one a layer; layers without one are opaque.
+
+    Errors: `InputError` for an empty or too long prompt, two transcoders at one layer, a dictionary
+    that is no transcoder or of another width or model basis, a non-finite forward pass.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        tokens: Int[Tensor, "batch pos"],
+        transcoders: Iterable[Dictionary],
+    ) -> None:
+        self.lm = lm
+        self.transcoders = _by_layer(lm, transcoders)
+        _check_tokens(lm, tokens)
+        self.cache: ForwardCache = lm.cache(tokens)
+        if not bool(self.cache.logits.isfinite().all()):
+            raise InputError(
+                f"{lm.name} gives non-finite values on these prompts: check its weights and its dtype"
+            )
+        self._local: dict[tuple[int, int], LocalSources] = {}
+        self.parts = {layer: self._split(layer, d) for layer, d in self.transcoders.items()}
+
+    @property
+    def n_prompts(self) -> int:
+        return self.cache.tokens.shape[0]
+
+    @property
+    def n_pos(self) -> int:
+        return self.cache.tokens.shape[1]
+
+    @cached_property
+    def attention(self) -> list[AttentionWeights]:
+        """Value and output weights by layer."""
+        return [self.lm.attention_weights(layer) for layer in range(self.lm.n_layers)]
+
+    @cached_property
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        """Output weights of all layers."""
+        return torch.stack([weights.W_O for weights in self.attention])
+
+    @cached_property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        """Output biases of all layers."""
+        return torch.stack([weights.b_O for weights in self.attention])
+
+    @cached_property
+    def value_bias(self) -> Float[Tensor, "layer head d_model"]:
+        """b_V W_O of all heads."""
+        return torch.stack([weights.value_bias for weights in self.attention])
+
+    @cached_property
+    def values(self) -> Float[Tensor, "layer batch head src d_head"]:
+        """x̂_pre(s) W_V of all heads, without the value bias."""
+        pairs = zip(self.cache.attention_in, self.attention, strict=True)
+        return torch.stack([torch.einsum("bsd,hdk->bhsk", x, weights.W_V) for x, weights in pairs])
+
+    @cached_property
+    def patterns(self) -> Float[Tensor, "layer batch head dst src"]:
+        """Attention patterns of all layers."""
+        return torch.stack(self.cache.pattern)
+
+    def local_sources(self, prompt: int, pos: int) -> LocalSources:
+        """Sources at one token, collected once."""
+        place = (prompt, pos)
+        if place not in self._local:
+            self._local[place] = _collect_local(self, prompt, pos)
+        return self._local[place]
+
+    def _split(self, layer: int, dictionary: Dictionary) -> LayerParts:
+        x, y = self.cache.mlp_in[layer], self.cache.mlp_out[layer]
+        active = ActiveFeatures.of(dictionary.encode(x))
+        error = y - dictionary.b_dec - active.decode(dictionary.W_dec, tuple(y.shape))
+        skip = None if dictionary.W_skip is None else x @ dictionary.W_skip
+        return LayerParts(dictionary, active, skip, error if skip is None else error - skip)
+
+    # -- targets ----------------------------------------------------------------------------
+
+    def feature_target(self, layer: int, feature: int, pos: int, prompt: int = 0) -> Target:
+        """The pre-activation of a feature: u = P W_enc[:, i], constant b_enc[i].
+
+        The feature need not be active; its value is then zero or below.
+        """
+        dictionary = self._transcoder_at(layer)
+        if not 0 <= feature < dictionary.config.n_features:
+            raise InputError(
+                f"feature {feature} is out of range: layer {layer} has features 0 to "
+                f"{dictionary.config.n_features - 1}"
+            )
+        pos, prompt = self._check_place(pos, prompt)
+        direction = self.lm.final_norm.centre(dictionary.encoder_direction(feature))
+        constant = float(dictionary.b_enc[feature])
+        site = ReadSite("mlp", layer)
+        return Target(f"L{layer}.{feature}@{pos}", prompt, pos, site, direction, constant)
+
+    def logit_target(
+        self, weights: Mapping[int, float], pos: int, prompt: int = 0, name: str = ""
+    ) -> Target:
+        """Σ weight × logit over tokens: one logit, a difference, a mean over several.
+
+        Logits are relative to their mean over the vocabulary.
+        """
+        pos, prompt = self._check_place(pos, prompt)
+        out_of_range = [i for i in weights if not 0 <= i < self.lm.d_vocab]
+        if not weights or out_of_range:
+            raise InputError(
+                f"logits {list(weights)}: expected token ids from 0 to {self.lm.d_vocab - 1}"
+            )
+        ids = torch.tensor(list(weights), device=self.lm.device)
+        w = torch.tensor(list(weights.values()), dtype=self.lm.dtype, device=self.lm.device)
+        label = name or " ".join(f"{weight:+g}·logit[{i}]" for i, weight in weights.items())
+        direction = self.lm.W_U[:, ids] @ w
+        constant = float(self.lm.b_U[ids] @ w)
+        site = ReadSite("final", self.lm.n_layers)
+        return Target(f"{label}@{pos}", prompt, pos, site, direction, constant)
+
+    def mean_target(self, targets: Sequence[Target], name: str = "") -> Target:
+        """The mean over several targets that read the stream at the same place.
+
+        Errors: `InputError` for none, or for targets of different tokens or sites.
+        """
+        if not targets:
+            raise InputError("a mean over no targets: give at least one")
+        if len({(target.site, target.prompt, target.pos) for target in targets}) > 1:
+            raise InputError(
+                f"a mean over {[target.name for target in targets]}: expected targets of one token and "
+                "site; the sources of others can be averaged one by one, or be roots of one graph"
+            )
+        direction = torch.stack([target.direction for target in targets]).mean(0)
+        constant = float(np.mean([target.constant for target in targets]))
+        label = name or f"mean of {len(targets)}@{targets[0].pos}"
+        return replace(targets[0], name=label, direction=direction, constant=constant)
+
+    def value(self, target: Target) -> float:
+        """The target's value, directly from the stream that it reads."""
+        return float(target_values(self.cache, target)[target.prompt])
+
+    def scale(self, site: ReadSite, prompt: int, pos: int) -> float:
+        """1 / σ at a site: the input-dependent factor that all sources of a target share."""
+        scales = {"attention": self.cache.attention_scale, "mlp": self.cache.mlp_scale}
+        if site.part == "final":
+            return 1.0 / float(self.cache.final_scale[prompt, pos])
+        return 1.0 / float(scales[site.part][site.layer][prompt, pos])
+
+    def attention_layers(self, site: ReadSite) -> range:
+        """Layers whose attention has written to the stream before `site`."""
+        reads_own = site.part == "mlp" and not self.lm.is_parallel
+        return range(site.layer + 1 if reads_own else site.layer)
+
+    def mlp_layers(self, site: ReadSite) -> range:
+        """Layers whose MLP has written to the stream before `site`."""
+        return range(site.layer)
+
+    def _transcoder_at(self, layer: int) -> Dictionary:
+        if layer not in self.transcoders:
+            raise InputError(
+                f"no transcoder at layer {layer}: there is one at layers {sorted(self.transcoders)}"
+            )
+        return self.transcoders[layer]
+
+    def _check_place(self, pos: int, prompt: int) -> tuple[int, int]:
+        if not -self.n_pos <= pos < self.n_pos:
+            raise InputError(
+                f"token index {pos} is outside the prompt: expected {-self.n_pos} to {self.n_pos - 1}"
+            )
+        if not 0 <= prompt < self.n_prompts:
+            raise InputError(f"prompt {prompt}: expected 0 to {self.n_prompts - 1}")
+        return pos % self.n_pos, prompt
+
+
+def target_values(cache: ForwardCache, target: Target) -> Float[Tensor, "batch"]:
+    """The target's value on every prompt of a forward pass, whichever prompt it was made for."""
+    layer, pos = target.site.layer, target.pos
+    if target.site.part == "final":
+        normalised = cache.final_in[:, pos] / cache.final_scale[:, pos, None]
+    else:
+        read = cache.mlp_in if target.site.part == "mlp" else cache.attention_in
+        normalised = read[layer][:, pos]
+    return target.constant + normalised @ target.direction
+
+
+# ---------------------------------------------------------------------------------------------
+# Sources
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All sources of one target, as columns of equal length.
+
+    contribution = activation × weight: `activation` is input-dependent (z of a feature, the pattern
+    entry of a head, 1 for what is always there, all over σ), `weight` is the source's vector dotted
+    with the target's input-invariant direction. `kind` indexes `KINDS`; columns that do not apply to
+    a kind hold −1.
+    """
+
+    target: Target
+    value: float
+    kind: Int[np.ndarray, "source"]
+    layer: Int[np.ndarray, "source"]
+    head: Int[np.ndarray, "source"]
+    feature: Int[np.ndarray, "source"]
+    pos: Int[np.ndarray, "source"]
+    activation: Float[np.ndarray, "source"]
+    weight: Float[np.ndarray, "source"]
+
+    @cached_property
+    def contribution(self) -> Float[np.ndarray, "source"]:
+        """activation × weight."""
+        return self.activation * self.weight
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A line a source, kinds by name."""
+        names = ("layer", "head", "feature", "pos", "activation", "weight", "contribution")
+        columns = {name: getattr(self, name) for name in names}
+        return pd.DataFrame({"kind": np.array(KINDS)[self.kind], **columns})
+
+    @property
+    def total(self) -> float:
+        """The sum of all contributions; equals `value` to rounding."""
+        return float(self.contribution.sum())
+
+    @property
+    def residual(self) -> float:
+        """(total − value), over the largest magnitude that was summed."""
+        size = max(abs(self.value), float(np.abs(self.contribution).max()))
+        return (self.total - self.value) / size if size else 0.0
+
+
+def sources(frozen: FrozenPrompts, targets: Sequence[Target]) -> list[Sources]:
+    """The complete list of sources of each target (module equation), for any batch of targets."""
+    if not targets:
+        return []
+    directions = torch.stack([target.direction for target in targets])
+    written = torch.einsum("lhkd,nd->nlhk", frozen.W_O, directions)
+    return [_sources_of(frozen, *pair) for pair in zip(targets, written, strict=True)]
+
+
+def _sources_of(
+    frozen: FrozenPrompts, target: Target, written: Float[Tensor, "layer head d_head"]
+) -> Sources:
+    """All sources of one target; `written` is W_O v of every head."""
+    scale = frozen.scale(target.site, target.prompt, target.pos)
+    columns = [
+        _constant_columns(target, scale),
+        _local_columns(frozen, target),
+        _head_columns(frozen, target, written),
+    ]
+    joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
+    joined["activation"] = joined["activation"] * scale
+    return Sources(target, frozen.value(target), **joined)
+
+
+_Columns = dict[str, np.ndarray]
+
+
+def _constant_columns(target: Target, scale: float) -> _Columns:
+    """The constant is not read from the stream: its weight undoes the scale."""
+    return {
+        "kind": np.array([KINDS.index("constant")]),
+        "layer": np.array([target.site.layer]),
+        "head": np.array([-1]),
+        "feature": np.array([-1]),
+        "pos": np.array([target.pos]),
+        "activation": np.ones(1),
+        "weight": np.array([target.constant / scale]),
+    }
+
+
+def _local_columns(frozen: FrozenPrompts, target: Target) -> _Columns:
+    """Sources at the target's own token: embeddings, MLP parts, attention biases."""
+    local = frozen.local_sources(target.prompt, target.pos)
+    n_mlp = local.n_before[len(frozen.mlp_layers(target.site))]
+    n_attention = len(frozen.attention_layers(target.site))
+    bias_weight = local.attention_bias[:n_attention] @ target.direction
+    weight = torch.cat([local.vectors[:n_mlp] @ target.direction, bias_weight])
+    bias_kind = KINDS.index("attention_bias")
+    none = np.full(n_attention, -1)
+    return {
+        "kind": np.concatenate([local.kind[:n_mlp], np.full(n_attention, bias_kind)]),
+        "layer": np.concatenate([local.layer[:n_mlp], np.arange(n_attention)]),
+        "head": np.full(n_mlp + n_attention, -1),
+        "feature": np.concatenate([local.feature[:n_mlp], none]),
+        "pos": np.full(n_mlp + n_attention, target.pos),
+        "activation": np.concatenate([local.activation[:n_mlp], np.ones(n_attention)]),
+        "weight": to_numpy(weight),
+    }
+
+
+def _head_columns(
+    frozen: FrozenPrompts, target: Target, written: Float[Tensor, "layer head d_head"]
+) -> _Columns:
+    """Heads by source token (Eq. 8)."""
+    n_layers, n_src = len(frozen.attention_layers(target.site)), target.pos + 1
+    values = frozen.values[:n_layers, target.prompt, :, :n_src]
+    weight = torch.einsum("lhsk,lhk->lhs", values, written[:n_layers])
+    pattern = frozen.patterns[:n_layers, target.prompt, :, target.pos, :n_src]
+    layer, head, pos = np.indices(tuple(weight.shape)).reshape(3, -1)
+    return {
+        "kind": np.full(layer.size, KINDS.index("head")),
+        "layer": layer,
+        "head": head,
+        "feature": np.full(layer.size, -1),
+        "pos": pos,
+        "activation": to_numpy(pattern.reshape(-1)),
+        "weight": to_numpy(weight.reshape(-1)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# What stands at one token
+
+
+@dataclass(frozen=True)
+class LocalSources:
+    """Everything but heads that the stream at one token may hold, by layer from the bottom.
+
+    `n_before[l]` sources were written before MLP l; `vectors` are what each adds per unit of its
+    activation. `attention_bias` has a row a layer: b_O and the value biases times the pattern's sum.
+    """
+
+    kind: Int[np.ndarray, "source"]
+    layer: Int[np.ndarray, "source"]
+    feature: Int[np.ndarray, "source"]
+    activation: Float[np.ndarray, "source"]
+    vectors: Float[Tensor, "source d_model"]
+    n_before: list[int]
+    attention_bias: Float[Tensor, "layer d_model"]
+
+
+class _Group(NamedTuple):
+    """Sources of one kind and layer at one token."""
+
+    kind: SourceKind
+    layer: int
+    vectors: Tensor
+    feature: Tensor | None = None
+    activation: Tensor | None = None
+
+
+def _collect_local(frozen: FrozenPrompts, prompt: int, pos: int) -> LocalSources:
+    groups, n_before = _embedding_groups(frozen, prompt, pos), []
+    for layer in range(frozen.lm.n_layers):
+        n_before.append(sum(len(group.vectors) for group in groups))
+        groups += _mlp_groups(frozen, layer, prompt, pos)
+    n_before.append(sum(len(group.vectors) for group in groups))
+    sizes = [len(group.vectors) for group in groups]
+    features = [
+        -np.ones(n) if g.feature is None else to_numpy(g.feature)
+        for g, n in zip(groups, sizes, strict=True)
+    ]
+    acts = [
+        np.ones(n) if g.activation is None else to_numpy(g.activation)
+        for g, n in zip(groups, sizes, strict=True)
+    ]
+    pattern_sums = frozen.patterns[:, prompt, :, pos].sum(-1)
+    return LocalSources(
+        kind=np.repeat([KINDS.index(group.kind) for group in groups], sizes),
+        layer=np.repeat([group.layer for group in groups], sizes),
+        feature=np.concatenate(features).astype(np.int64),
+        activation=np.concatenate(acts),
+        vectors=torch.cat([group.vectors for group in groups]),
+        n_before=n_before,
+        attention_bias=frozen.b_O + torch.einsum("lh,lhd->ld", pattern_sums, frozen.value_bias),
+    )
+
+
+def _embedding_groups(frozen: FrozenPrompts, prompt: int, pos: int) -> list[_Group]:
+    cache, place = frozen.cache, (prompt, pos)
+    groups = [_Group("embedding", -1, cache.token_embedding[place][None])]
+    if cache.position_embedding is not None:
+        groups.append(_Group("position", -1, cache.position_embedding[place][None]))
+    return groups
+
+
+def _mlp_groups(frozen: FrozenPrompts, layer: int, prompt: int, pos: int) -> list[_Group]:
+    """Features, decoder bias, error and skip of a layer with a transcoder, else its whole output."""
+    place = (prompt, pos)
+    if layer not in frozen.parts:
+        return [_Group("mlp", layer, frozen.cache.mlp_out[layer][place][None])]
+    split = frozen.parts[layer]
+    here = split.active.at(prompt, pos, frozen.n_pos)
+    feature = split.active.feature[here]
+    groups = [
+        _Group("feature", layer, split.dictionary.W_dec[feature], feature, split.active.acts[here]),
+        _Group("decoder_bias", layer, split.dictionary.b_dec[None]),
+        _Group("error", layer, split.error[place][None]),
+    ]
+    if split.skip is not None:
+        groups.append(_Group("skip", layer, split.skip[place][None]))
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+
+def _by_layer(lm: LanguageModel, transcoders: Iterable[Dictionary]) -> dict[int, Dictionary]:
+    found: dict[int, Dictionary] = {}
+    for dictionary in transcoders:
+        config = dictionary.config
+        dictionary.check_model(lm)
+        if config.kind != "transcoder":
+            raise InputError(
+                f"a {config.kind} at layer {config.layer}: attribution goes through transcoders, "
+                "which map mlp_in to mlp_out"
+            )
+        if config.layer in found:
+            raise InputError(
+                f"two transcoders at layer {config.layer}: expected at most one a layer"
+            )
+        found[config.layer] = dictionary.to(lm.device, lm.dtype)
+    return dict(sorted(found.items()))
+
+
+def _check_tokens(lm: LanguageModel, tokens: Tensor) -> None:
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise InputError(f"tokens of shape {tuple(tokens.shape)}: expected [batch, pos], not empty")
+    if tokens.shape[1] > lm.n_ctx:
+        raise InputError(
+            f"prompt of {tokens.shape[1]} tokens: {lm.name} takes at most {lm.n_ctx}; shorten it"
+        )

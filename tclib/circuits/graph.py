@@ -1,0 +1,454 @@
+"""The full attribution graph of a prompt: every active feature, error, token and bias, and the roots.
+
+An edge is the direct effect of its source on its target, attention and norms frozen (`direct_effects`).
+Rows of the edge matrix are targets (features and roots), columns are nodes, and at every target
+
+    value = constant + Σ edges + left out
+
+to rounding, where the constant is the target's own bias (b_enc or b_U) and "left out" what comes from
+sources that the graph does not show (none, unless there were more features than were asked for, or
+nodes have been pruned).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tclib.circuits.edges import DirectEffects, Heads, Readers
+from tclib.circuits.frozen import FrozenPrompts, ReadSite, Target, node_name
+from tclib.circuits.influence import EdgeMatrix, node_influence
+from tclib.support.progress import progress
+from tclib.support.runs import InputError
+
+INPUT_KINDS = frozenset({"feature", "error", "mlp", "embedding", "head"})  # that carry influence
+BIAS_KINDS = frozenset({"position", "attention_bias", "decoder_bias"})
+ROUND = 2048  # features that are added between two rankings by influence
+
+
+@dataclass(frozen=True)
+class AttributionGraph:
+    """Nodes, and direct effects between them.
+
+    `nodes` has a line a node: name, kind, layer, head, feature, pos, activation (z of a feature, 1
+    of what is always there), value (pre-activation or logit; only of targets), root_weight (of roots,
+    which stand last), influence (on the roots). A root that is a logit holds its token in `feature`
+    where there is one. `targets` are the nodes that rows of `edges` explain, columns are all nodes.
+    """
+
+    model: str
+    tokens: tuple[str, ...]
+    nodes: pd.DataFrame
+    edges: Float[Tensor, "target node"]
+    targets: Int[np.ndarray, "target"]
+    constant: Float[np.ndarray, "target"]
+    left_out: Float[np.ndarray, "target"]
+
+    def closure(self) -> pd.DataFrame:
+        """For every target: value, sum of all its sources, and the residual between them.
+
+        The residual is relative to the largest magnitude that was summed.
+        """
+        edges = self.edges.double()
+        total = self.constant + edges.sum(1).numpy() + self.left_out
+        targets = self.nodes.iloc[self.targets]
+        value = targets["value"].to_numpy()
+        largest = edges.abs().amax(1).numpy() if edges.shape[1] else np.zeros(len(total))
+        size = np.maximum.reduce([np.abs(value), largest, np.abs(self.left_out)])
+        return pd.DataFrame(
+            {
+                "name": targets["name"].to_numpy(),
+                "value": value,
+                "sum_of_sources": total,
+                "constant": self.constant,
+                "left_out": self.left_out,
+                "residual": np.divide(total - value, size, where=size > 0, out=np.zeros(len(size))),
+            }
+        )
+
+    def edge_table(self) -> pd.DataFrame:
+        """A line an edge, strongest first: source, target (names), activation, weight, effect.
+
+        effect = activation × weight: the input-dependent and the other factor.
+        """
+        row, column = (index.numpy() for index in self.edges.nonzero(as_tuple=True))
+        effect = self.edges[row, column].double().numpy()
+        names = self.nodes["name"].to_numpy()
+        activation = self.nodes["activation"].to_numpy()[column]
+        weight = np.divide(effect, activation, where=activation != 0, out=np.zeros(len(effect)))
+        table = pd.DataFrame(
+            {
+                "source": names[column],
+                "target": names[self.targets[row]],
+                "activation": activation,
+                "weight": weight,
+                "effect": effect,
+            }
+        )
+        return table.sort_values("effect", key=abs, ascending=False, ignore_index=True)
+
+    @property
+    def is_root(self) -> Bool[np.ndarray, "node"]:
+        return self.nodes["kind"].to_numpy() == "root"
+
+    def edge_matrix(self, counted: frozenset[str] = INPUT_KINDS) -> EdgeMatrix:
+        """The edges as `influence` takes them, with the kinds of nodes that take part."""
+        rows = self.nodes.iloc[self.targets]
+        is_root = rows["kind"].to_numpy() == "root"
+        kinds = self.nodes["kind"].isin(counted).to_numpy()
+        return EdgeMatrix(
+            edges=self.edges,
+            target_column=torch.tensor(np.where(is_root, -1, self.targets)),
+            depth=torch.tensor(rows["layer"].to_numpy()),
+            root_weight=torch.tensor(rows["root_weight"].to_numpy()),
+            counted=torch.tensor(kinds),
+        )
+
+
+class Roots(NamedTuple):
+    """What a graph explains, and how much each counts."""
+
+    targets: list[Target]
+    weights: list[float]
+    token_ids: list[int]  # −1 where a root is not one logit
+
+
+def top_logits(
+    frozen: FrozenPrompts,
+    prompt: int = 0,
+    pos: int = -1,
+    max_logits: int = 10,
+    probability: float = 0.95,
+) -> Roots:
+    """The most likely next tokens: as few as reach `probability`, at most `max_logits`.
+
+    Their weights are their probabilities. Errors: `InputError` for a share outside (0, 1].
+    """
+    if not 0 < probability <= 1 or max_logits < 1:
+        raise InputError(
+            f"probability {probability}, max_logits {max_logits}: expected a share in (0, 1] and at least 1"
+        )
+    best = frozen.cache.logits[prompt, pos].softmax(-1).topk(min(max_logits, frozen.lm.d_vocab))
+    enough = int((best.values.cumsum(0) < probability).sum()) + 1
+    ids, shares = best.indices[:enough].tolist(), best.values[:enough].tolist()
+    names = frozen.lm.token_strings(ids)
+    targets = [
+        frozen.logit_target({i: 1.0}, pos, prompt, name=f"logit {name!r}")
+        for i, name in zip(ids, names, strict=True)
+    ]
+    return Roots(targets, shares, ids)
+
+
+def attribution_graph(
+    frozen: FrozenPrompts,
+    roots: Sequence[Target] | None = None,
+    prompt: int = 0,
+    heads: Heads = "summed",
+    max_feature_nodes: int = 7500,
+    keep_bos: bool = True,
+    memory_limit_gib: float = 8.0,
+) -> AttributionGraph:
+    """The full graph of one prompt.
+
+    Args:
+        frozen: the prompts, with transcoders.
+        roots: what is explained, equally weighted; by default the most likely next tokens.
+        prompt: which prompt.
+        heads: "summed": edges pass through attention; "nodes": heads are nodes that end the graph.
+        max_feature_nodes: if more features are active, those with most influence are kept; the
+            others' effects are counted as left out.
+        keep_bos: if not, features and errors at the first token are left out as well.
+        memory_limit_gib: of the edge matrix.
+
+    Errors: `InputError` for roots of another prompt, no nodes asked for, or too large a graph.
+    """
+    chosen = top_logits(frozen, prompt) if roots is None else _equal_roots(roots)
+    _check_roots(chosen.targets, prompt, max_feature_nodes)
+    effects = DirectEffects(frozen, prompt, heads)
+    columns = effects.table()
+    in_reach = _in_reach(columns, chosen.targets, heads)
+    if not keep_bos:
+        in_reach &= columns["pos"].to_numpy() > 0
+    n_features = min(max_feature_nodes, int(in_reach.sum()))
+    n_rows = len(chosen.targets) + n_features
+    _check_memory(n_rows, effects.n_columns, frozen.lm.dtype.itemsize, memory_limit_gib)
+    edges = torch.zeros(n_rows, effects.n_columns, dtype=frozen.lm.dtype, device=frozen.lm.device)
+    row_columns = _fill(effects, columns, chosen, in_reach, edges)
+    return _assemble(frozen, columns, chosen, row_columns, edges, prompt, keep_bos)
+
+
+# ---------------------------------------------------------------------------------------------
+# Which features, and their rows
+
+
+def _fill(
+    effects: DirectEffects,
+    columns: pd.DataFrame,
+    roots: Roots,
+    in_reach: Bool[np.ndarray, "column"],
+    edges: Float[Tensor, "row column"],
+) -> Int[np.ndarray, "row"]:
+    """Fill the rows, roots first; return the column of each row's feature (−1 for a root)."""
+    n_roots = len(roots.targets)
+    row_columns = np.full(len(edges), -1)
+    _root_rows(effects, roots.targets, edges[:n_roots])
+    waiting = in_reach.copy()
+    done = n_roots
+    with progress(None, "graph", total=len(edges) - n_roots, unit="feature") as bar:
+        while done < len(edges):
+            room = len(edges) - done
+            queue = waiting.nonzero()[0]
+            if len(queue) > room:
+                influence = _influence_so_far(edges[:done], row_columns[:done], columns, roots)
+                queue = _most_influential(queue, influence, min(room, ROUND))
+            order = _by_place(columns, queue)
+            _feature_rows(effects, columns, order, edges[done : done + len(order)], bar.update)
+            row_columns[done : done + len(order)] = order
+            waiting[order] = False
+            done += len(order)
+    return row_columns
+
+
+def _root_rows(effects: DirectEffects, roots: Sequence[Target], out: Tensor) -> None:
+    for row, root in zip(out, roots, strict=True):
+        effects.rows(root.pos, [Readers(root.site, root.direction[None])], row[None])
+
+
+def _influence_so_far(
+    edges: Tensor, row_columns: np.ndarray, columns: pd.DataFrame, roots: Roots
+) -> Float[np.ndarray, "column"]:
+    """Influence of all columns by the rows that are there; other features pass nothing on."""
+    layers = columns["layer"].to_numpy()[row_columns]
+    n_roots = len(roots.targets)
+    layers[:n_roots] = [root.site.layer for root in roots.targets]
+    weight = np.zeros(len(row_columns))
+    weight[:n_roots] = roots.weights
+    matrix = EdgeMatrix(
+        edges,
+        torch.tensor(row_columns).to(edges.device),
+        torch.tensor(layers).to(edges.device),
+        torch.tensor(weight).to(edges.device),
+        torch.tensor(columns["kind"].isin(INPUT_KINDS).to_numpy()).to(edges.device),
+    )
+    influence, _ = node_influence(matrix)
+    return influence.double().cpu().numpy()
+
+
+def _most_influential(
+    queue: Int[np.ndarray, "waiting"], influence: Float[np.ndarray, "column"], n: int
+) -> Int[np.ndarray, "chosen"]:
+    ranked = queue[np.argsort(-influence[queue], kind="stable")]
+    return ranked[:n]
+
+
+def _by_place(columns: pd.DataFrame, features: np.ndarray) -> np.ndarray:
+    """By token, and from the top layer down within a token."""
+    places = columns.iloc[features]
+    return features[np.lexsort((-places["layer"].to_numpy(), places["pos"].to_numpy()))]
+
+
+def _feature_rows(
+    effects: DirectEffects,
+    columns: pd.DataFrame,
+    order: np.ndarray,
+    out: Tensor,
+    tick: Callable[[int], object],
+) -> None:
+    places = columns.iloc[order].reset_index(drop=True)
+    for pos in places["pos"].unique().tolist():
+        here = places[places["pos"] == pos]
+        readers = [
+            _readers(effects.frozen, layer, here["feature"][here["layer"] == layer].to_numpy())
+            for layer in here["layer"].unique().tolist()  # from the top, as `_by_place` has them
+        ]
+        effects.rows(pos, readers, out[here.index[0] : here.index[-1] + 1])
+        tick(len(here))
+
+
+def _readers(frozen: FrozenPrompts, layer: int, feature: Int[np.ndarray, "feature"]) -> Readers:
+    W_enc = frozen.transcoders[layer].W_enc
+    directions = W_enc.T[torch.tensor(feature, device=W_enc.device)]
+    return Readers(ReadSite("mlp", layer), frozen.lm.final_norm.centre(directions))
+
+
+def _in_reach(columns: pd.DataFrame, roots: Sequence[Target], heads: Heads) -> np.ndarray:
+    """Features that a root can see: not after its token (or only at it), below its site."""
+    pos, layer = columns["pos"].to_numpy(), columns["layer"].to_numpy()
+    seen = np.zeros(len(columns), dtype=bool)
+    for root in roots:
+        at_pos = pos <= root.pos if heads == "summed" else pos == root.pos
+        seen |= at_pos & (layer < root.site.layer)
+    return seen & (columns["kind"].to_numpy() == "feature")
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows and columns to a graph
+
+
+def _assemble(
+    frozen: FrozenPrompts,
+    columns: pd.DataFrame,
+    roots: Roots,
+    row_columns: Int[np.ndarray, "row"],
+    edges: Float[Tensor, "row column"],
+    prompt: int,
+    keep_bos: bool,
+) -> AttributionGraph:
+    """Sort rows as nodes are sorted, and sum what is not shown into `left_out`."""
+    n_roots = len(roots.targets)
+    order = np.argsort(row_columns[n_roots:], kind="stable") + n_roots
+    feature_columns = row_columns[order]
+    kind = columns["kind"].to_numpy()
+    shown = kind != "feature"
+    shown[feature_columns] = True
+    if not keep_bos:
+        shown &= ~(np.isin(kind, ["feature", "error", "mlp"]) & (columns["pos"].to_numpy() == 0))
+    rows = torch.tensor(np.concatenate([order, np.arange(n_roots)])).to(edges.device)
+    kept = torch.tensor(shown.nonzero()[0]).to(edges.device)
+    hidden = torch.tensor(~shown).to(edges)  # as numbers: a product makes no copy of the edges
+    left_out = (edges @ hidden)[rows].double().cpu().numpy()
+    visible = torch.zeros(len(edges), len(kept) + n_roots, dtype=edges.dtype)
+    visible[:, : len(kept)] = edges.index_select(1, kept)[rows]
+    nodes = _node_table(frozen, columns[shown], roots, prompt)
+    n_features = len(feature_columns)
+    n_nodes = len(nodes)
+    targets = np.concatenate([np.arange(n_features), np.arange(n_nodes - n_roots, n_nodes)])
+    graph = AttributionGraph(
+        model=frozen.lm.name,
+        tokens=tuple(frozen.lm.token_strings(frozen.cache.tokens[prompt].tolist())),
+        nodes=nodes,
+        edges=visible,
+        targets=targets,
+        constant=_constants(frozen, nodes.iloc[:n_features], roots),
+        left_out=left_out,
+    )
+    return with_influence(graph)
+
+
+def with_influence(
+    graph: AttributionGraph, counted: frozenset[str] = INPUT_KINDS
+) -> AttributionGraph:
+    """The graph with each node's influence on the roots; a root's is its weight."""
+    influence, _ = node_influence(graph.edge_matrix(counted))
+    values = np.where(graph.is_root, graph.nodes["root_weight"], influence.double().numpy())
+    return replace(graph, nodes=graph.nodes.assign(influence=values))
+
+
+def total_effects(graph: AttributionGraph) -> Float[np.ndarray, "node"]:
+    """What each node adds to the weighted roots over all paths, signs kept, active features held open.
+
+        total(s) = Σ_roots w · edge(s → root) + Σ_features total(f) / z_f · edge(s → f)
+
+    Attention and norms are frozen, as in the edges. A root's total is 0.
+    """
+    rows = graph.nodes.iloc[graph.targets]
+    is_root = (rows["kind"] == "root").to_numpy()
+    activation = rows["activation"].to_numpy()
+    edges = graph.edges.double().numpy()
+    total = np.zeros(len(graph.nodes))
+    for layer in sorted(set(rows["layer"]), reverse=True):
+        here = (rows["layer"] == layer).to_numpy()
+        per_unit = total[graph.targets[here]] / np.where(
+            activation[here] > 0, activation[here], np.inf
+        )
+        weight = np.where(is_root[here], rows["root_weight"].to_numpy()[here], per_unit)
+        total += weight @ edges[here]
+    return total
+
+
+def _node_table(
+    frozen: FrozenPrompts, sources: pd.DataFrame, roots: Roots, prompt: int
+) -> pd.DataFrame:
+    n_roots = len(roots.targets)
+    root_lines = pd.DataFrame(
+        {
+            "kind": "root",
+            "layer": [root.site.layer for root in roots.targets],
+            "head": -1,
+            "feature": roots.token_ids,
+            "pos": [root.pos for root in roots.targets],
+            "activation": np.ones(n_roots),
+        }
+    )
+    nodes = pd.concat([sources, root_lines], ignore_index=True)
+    nodes["value"] = np.nan
+    features = nodes[nodes["kind"] == "feature"]
+    nodes.loc[features.index, "value"] = _pre_acts(frozen, features, prompt)
+    nodes.loc[len(sources) :, "value"] = [frozen.value(root) for root in roots.targets]
+    nodes["root_weight"] = np.zeros(len(nodes))
+    nodes.loc[len(sources) :, "root_weight"] = roots.weights
+    names = [node_name(*line) for line in sources[list(_NAMED)].itertuples(index=False)]
+    nodes.insert(0, "name", [*names, *(root.name for root in roots.targets)])
+    return nodes
+
+
+_NAMED = ("kind", "layer", "head", "feature", "pos")
+
+
+def _pre_acts(frozen: FrozenPrompts, features: pd.DataFrame, prompt: int) -> np.ndarray:
+    """Pre-activations straight from each transcoder, not from any sum of sources."""
+    values = np.zeros(len(features))
+    places = features.reset_index(drop=True)
+    for layer in places["layer"].unique().tolist():
+        here = places[places["layer"] == layer]
+        dictionary = frozen.transcoders[layer]
+        x = frozen.cache.mlp_in[layer][prompt, torch.tensor(here["pos"].to_numpy())]
+        feature = torch.tensor(here["feature"].to_numpy(), device=x.device)
+        pre = (x * dictionary.W_enc.T[feature]).sum(1) + dictionary.b_enc[feature]
+        values[here.index] = pre.double().cpu().numpy()
+    return values
+
+
+def _constants(frozen: FrozenPrompts, features: pd.DataFrame, roots: Roots) -> np.ndarray:
+    b_enc = [
+        frozen.transcoders[layer].b_enc[feature].item()
+        for layer, feature in zip(features["layer"], features["feature"], strict=True)
+    ]
+    return np.array([*b_enc, *(root.constant for root in roots.targets)], dtype=np.float64)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+
+def _equal_roots(roots: Sequence[Target]) -> Roots:
+    n_roots = len(roots)
+    return Roots(list(roots), [1 / max(1, n_roots)] * n_roots, [-1] * n_roots)
+
+
+def _check_roots(roots: Sequence[Target], prompt: int, max_feature_nodes: int) -> None:
+    if not roots:
+        raise InputError("no roots: give at least one target, or None for the most likely logits")
+    strangers = [root.name for root in roots if root.prompt != prompt]
+    if strangers:
+        raise InputError(
+            f"roots {strangers} are of another prompt than {prompt}: one graph explains one prompt"
+        )
+    inner = [root.name for root in roots if root.site.part == "attention"]
+    if inner:
+        raise InputError(f"roots {inner} read attention: expected features or logits")
+    if max_feature_nodes < 1:
+        raise InputError(f"max_feature_nodes {max_feature_nodes}: expected at least 1")
+
+
+def _check_memory(n_rows: int, n_columns: int, itemsize: int, limit_gib: float) -> None:
+    needed = n_rows * n_columns * itemsize / 2**30
+    if needed > limit_gib:
+        raise InputError(
+            f"a graph of {n_rows} targets and {n_columns} sources takes {needed:.1f} GiB: lower "
+            f"max_feature_nodes, shorten the prompt, or raise memory_limit_gib above {limit_gib:g}"
+        )
+
+
+def edges_between(graph: AttributionGraph) -> Iterator[tuple[int, int, float]]:
+    """(source node, target node, effect) of every edge that is not zero."""
+    row, column = graph.edges.nonzero(as_tuple=True)
+    weights = graph.edges[row, column].double().tolist()
+    yield from zip(column.tolist(), graph.targets[row.numpy()].tolist(), weights, strict=True)

@@ -1,0 +1,252 @@
+"""Paths from a target back through the model, and the graph that they make (paper Algorithms 1 and 2).
+
+One step back along a path keeps the same form (paper Eqs. 24 and 28). With v the direction at the
+stream, so far multiplied through to the root:
+
+    feature i of layer l at t:   v' = (d_i · v) P W_enc[:, i] / σ_mlp(l, t)         read before MLP l
+    head h of layer l, source s: v' = A[t, s] P W_V W_O v / σ_attention(l, s)       read before attention l
+    skip of layer l at t:        v' = P W_skip v / σ_mlp(l, t)                      read before MLP l
+
+so that a source's contribution to the root is its activation times its vector dotted with v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from tclib.circuits.frozen import (
+    KINDS,
+    FrozenPrompts,
+    ReadSite,
+    SourceKind,
+    Sources,
+    Target,
+    node_name,
+    sources,
+)
+from tclib.support.runs import InputError
+
+EXPANDABLE: frozenset[SourceKind] = frozenset({"feature", "head", "skip"})
+Signs = Literal["both", "positive"]
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """A source, or the root (kind `root`). Numbers that do not apply are −1; `pos` is its token."""
+
+    kind: str
+    layer: int
+    head: int
+    feature: int
+    pos: int
+
+    def __str__(self) -> str:
+        return node_name(self.kind, self.layer, self.head, self.feature, self.pos)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Nodes from the root to a source, and the source's contribution to the root along them."""
+
+    nodes: tuple[Node, ...]
+    contribution: float
+
+    def __str__(self) -> str:
+        return " <- ".join(map(str, self.nodes)) + f": {self.contribution:.2g}"
+
+
+@dataclass(frozen=True)
+class NodeFilter:
+    """Which sources a search may take; None allows all. A negative `pos` counts from the end."""
+
+    kinds: frozenset[str] | None = None
+    layers: frozenset[int] | None = None
+    positions: frozenset[int] | None = None
+    components: frozenset[int] | None = None  # feature indices, or head indices
+
+    def mask(self, found: Sources, n_pos: int) -> np.ndarray:
+        """True for every source that passes."""
+        component = np.where(found.head >= 0, found.head, found.feature)
+        passes = np.ones(len(found.kind), dtype=bool)
+        if self.kinds is not None:
+            passes &= np.isin(np.array(KINDS)[found.kind], list(self.kinds))
+        if self.layers is not None:
+            passes &= np.isin(found.layer, list(self.layers))
+        if self.positions is not None:
+            passes &= np.isin(found.pos, [pos % n_pos for pos in self.positions])
+        if self.components is not None:
+            passes &= np.isin(component, list(self.components))
+        return passes
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A path whose last node can be stepped back from, and the target that stepping explains."""
+
+    path: Path
+    target: Target
+
+
+def greedy_paths(
+    frozen: FrozenPrompts,
+    root: Target,
+    n_iterations: int = 3,
+    n_branches: int = 15,
+    allowed: NodeFilter | None = None,
+    signs: Signs = "both",
+) -> list[list[Path]]:
+    """The paper's greedy search: element i holds the best paths of i + 2 nodes, strongest first.
+
+    In each iteration every open path takes its `n_branches` strongest sources (by magnitude, or the
+    largest with signs="positive"), and the `n_branches` strongest of all go on. Sources without a
+    step back (embeddings, biases, errors, opaque MLPs) end their path.
+
+    Errors: `InputError` unless both numbers are at least 1.
+    """
+    if n_iterations < 1 or n_branches < 1:
+        raise InputError(
+            f"n_iterations {n_iterations}, n_branches {n_branches}: expected at least 1 of each"
+        )
+    allowed = allowed or NodeFilter()
+    start = Path((root_node(root),), frozen.value(root))
+    beam = [_Open(start, replace(root, constant=0.0))]
+    found: list[list[Path]] = []
+    for _ in range(n_iterations):
+        every = sources(frozen, [parent.target for parent in beam])
+        candidates = [
+            child
+            for parent, its in zip(beam, every, strict=True)
+            for child in _children(frozen, parent, its, n_branches, allowed, signs)
+        ]
+        candidates.sort(key=lambda one: -_strength(one[0].contribution, signs))
+        best = candidates[:n_branches]
+        found.append([path for path, _ in best])
+        beam = [_Open(path, step()) for path, step in best if path.nodes[-1].kind in EXPANDABLE]
+    return found
+
+
+def root_node(root: Target) -> Node:
+    """The node that stands for the target of a search."""
+    return Node("root", root.site.layer, -1, -1, root.pos)
+
+
+def _strength(contribution: float, signs: Signs) -> float:
+    return abs(contribution) if signs == "both" else contribution
+
+
+def _children(
+    frozen: FrozenPrompts,
+    parent: _Open,
+    found: Sources,
+    n_branches: int,
+    allowed: NodeFilter,
+    signs: Signs,
+) -> Iterable[tuple[Path, Callable[[], Target]]]:
+    """The strongest sources of a path's end, each with the (lazy) target one step further back."""
+    strength = np.abs(found.contribution) if signs == "both" else found.contribution
+    usable = allowed.mask(found, frozen.n_pos) & (found.contribution != 0)
+    if signs == "positive":
+        usable &= found.contribution > 0
+    usable &= np.array(KINDS)[found.kind] != "constant"
+    strongest = np.flatnonzero(usable)
+    strongest = strongest[np.argsort(-strength[strongest], kind="stable")][:n_branches]
+    for i in strongest:
+        node = Node(
+            KINDS[found.kind[i]],
+            int(found.layer[i]),
+            int(found.head[i]),
+            int(found.feature[i]),
+            int(found.pos[i]),
+        )
+        path = Path((*parent.path.nodes, node), float(found.contribution[i]))
+        yield path, partial(step_back, frozen, parent.target, node)
+
+
+def step_back(frozen: FrozenPrompts, target: Target, node: Node) -> Target:
+    """The target whose sources are what `node` contributes to `target` (module equations).
+
+    Errors: `InputError` for a node that ends every path.
+    """
+    prompt = target.prompt
+    v = target.direction * frozen.scale(target.site, prompt, target.pos)
+    if node.kind == "feature":
+        dictionary = frozen.transcoders[node.layer]
+        through = dictionary.decoder_direction(node.feature) @ v
+        direction = through * dictionary.encoder_direction(node.feature)
+        site = ReadSite("mlp", node.layer)
+    elif node.kind == "skip":
+        W_skip = frozen.transcoders[node.layer].W_skip
+        assert W_skip is not None
+        direction, site = W_skip @ v, ReadSite("mlp", node.layer)
+    elif node.kind == "head":
+        weights = frozen.attention[node.layer]
+        pattern = frozen.cache.pattern[node.layer][prompt, node.head, target.pos, node.pos]
+        direction = pattern * (weights.W_V[node.head] @ (weights.W_O[node.head] @ v))
+        site = ReadSite("attention", node.layer)
+    else:
+        raise InputError(
+            f"{node} ends every path: only {', '.join(sorted(EXPANDABLE))} go further back"
+        )
+    centred = frozen.lm.final_norm.centre(direction)
+    return Target(str(node), prompt, node.pos, site, centred, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Paths to graph
+
+
+@dataclass(frozen=True)
+class PathGraph:
+    """Nodes with their contribution to the root, edges (source → target) with theirs."""
+
+    nodes: dict[Node, float]
+    edges: dict[tuple[Node, Node], float]
+
+    def node_table(self) -> pd.DataFrame:
+        """A line a node, strongest first."""
+        lines = [{"node": str(node), **vars(node), "value": v} for node, v in self.nodes.items()]
+        return _strongest_first(pd.DataFrame(lines), "value")
+
+    def edge_table(self) -> pd.DataFrame:
+        """A line an edge, strongest first."""
+        lines = [
+            {"source": str(source), "target": str(target), "contribution": value}
+            for (source, target), value in self.edges.items()
+        ]
+        table = pd.DataFrame(lines, columns=["source", "target", "contribution"])
+        return _strongest_first(table, "contribution")
+
+
+def _strongest_first(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    return table.sort_values(column, key=abs, ascending=False, ignore_index=True, kind="stable")
+
+
+def paths_to_graph(paths: Sequence[Path], every_length: Sequence[Sequence[Path]] = ()) -> PathGraph:
+    """Merge paths into a graph (paper Algorithm 2); a prefix that several paths share counts once.
+
+    `every_length` is what `greedy_paths` returned, of which `paths` need not be all: prefixes of
+    `paths` take their contribution from it, or from `paths` itself.
+    """
+    known = {path.nodes: path.contribution for group in (*every_length, paths) for path in group}
+    nodes: dict[Node, float] = {}
+    edges: dict[tuple[Node, Node], float] = {}
+    seen: set[tuple[Node, ...]] = set()
+    for path in paths:
+        for length in range(2, len(path.nodes) + 1):
+            prefix = path.nodes[:length]
+            if prefix in seen:
+                continue
+            if prefix not in known:
+                raise InputError(f"no contribution for the prefix {' <- '.join(map(str, prefix))}")
+            seen.add(prefix)
+            parent, child = prefix[-2:]
+            nodes.setdefault(parent, 0.0)
+            nodes[child] = nodes.get(child, 0.0) + known[prefix]
+            edges[child, parent] = edges.get((child, parent), 0.0) + known[prefix]
+    return PathGraph(nodes, edges)

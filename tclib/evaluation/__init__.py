@@ -1,0 +1,1 @@
+"""How faithful a dictionary is: metrics, replacement in the running model, the table of losses."""

@@ -1,0 +1,1 @@
+"""What one feature reads and writes: weights, examples on text, connections, dashboards."""

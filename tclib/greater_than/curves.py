@@ -1,0 +1,273 @@
+"""Features against neurons under zero ablation (paper Section 5.2, Figure 5).
+
+One MLP's output is rest + Σ_i a_i d_i over *units*: a transcoder's features, an SAE's, or the MLP's own
+neurons; `rest` is what stays when all are ablated (output bias, skip). Units are ranked, and the task's
+metric is measured
+
+    keep only the first k of the ranking   (sufficiency, the paper's curve)
+    remove only the first k                (necessity)
+
+at every position, for k from 0 to all. The layers below run once; partial sums over the ranking give every k's
+output without decoding again; several k share one forward pass through the layers above, and only the answers
+are unembedded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.greater_than.task import GreaterThan
+from tclib.models.language_model import LanguageModel, LowerRun
+from tclib.support.progress import progress
+from tclib.support.runs import InputError
+
+TOKENS_PER_FORWARD = 16_384  # prompts × positions × values of k
+
+
+@dataclass(frozen=True)
+class Units:
+    """What one MLP's output is made of on the task's prompts: rest + Σ_i acts_i W_dec[i]."""
+
+    name: str
+    acts: Float[Tensor, "prompt pos unit"]
+    W_dec: Float[Tensor, "unit d_model"]
+    rest: Float[Tensor, "prompt pos d_model"]
+
+    @property
+    def n_units(self) -> int:
+        return self.acts.shape[-1]
+
+    def output(self) -> Float[Tensor, "prompt pos d_model"]:
+        """The MLP's output with every unit kept."""
+        return self.rest + self.acts @ self.W_dec
+
+    def without(self, unit: int) -> Units:
+        """The units with one of them silent."""
+        acts = self.acts.clone()
+        acts[..., unit] = 0.0
+        return replace(self, acts=acts)
+
+
+def dictionary_units(dictionary: Dictionary, below: LowerRun, name: str = "") -> Units:
+    """Features of a transcoder or of an SAE on mlp_out.
+
+    Errors: `InputError` for another layer than the run's, or an SAE on mlp_in.
+    """
+    config = dictionary.config
+    if config.layer != below.layer:
+        raise InputError(
+            f"a dictionary of layer {config.layer} for MLP {below.layer}: expected the same"
+        )
+    if config.kind == "sae_mlp_in":
+        raise InputError("an sae_mlp_in does not write the MLP's output: expected another kind")
+    x = below.mlp_out if config.kind == "sae_mlp_out" else below.mlp_in
+    rest = dictionary.b_dec.expand_as(below.mlp_out)
+    if dictionary.W_skip is not None:
+        rest = rest + x @ dictionary.W_skip
+    return Units(name or config.kind, dictionary.encode(x), dictionary.W_dec, rest)
+
+
+def neuron_units(lm: LanguageModel, below: LowerRun) -> Units:
+    """The MLP's own neurons; their output bias stays when they are ablated."""
+    weights = lm.neuron_weights(below.layer)
+    rest = weights.b_out.expand_as(below.mlp_out)
+    return Units("neurons", below.neuron_acts, weights.W_out, rest)
+
+
+def random_direction_units(units: Units, generator: torch.Generator) -> Units:
+    """The same activations writing random directions of the same norms: a control."""
+    random = torch.randn(units.W_dec.shape, generator=generator).to(units.W_dec)
+    norms = units.W_dec.norm(dim=1, keepdim=True)
+    return replace(
+        units, name="random directions", W_dec=random / random.norm(dim=1, keepdim=True) * norms
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Rankings
+
+
+def rank_by_variance(units: Units, task: GreaterThan) -> Int[Tensor, "unit"]:
+    """By the variance of the activation at the last position, over all prompts (the paper's ranking).
+
+    Over prompts of the first template, so that sentences do not count as variation.
+    """
+    first = torch.tensor([t == task.template_idx[0] for t in task.template_idx])
+    return units.acts[first.to(units.acts.device), -1].var(0).argsort(descending=True, stable=True)
+
+
+def rank_by_attribution(
+    lm: LanguageModel, task: GreaterThan, below: LowerRun, units: Units
+) -> Int[Tensor, "unit"]:
+    """By activation × gradient of the probability difference, summed over positions, mean size.
+
+    The gradient is taken at the output with all units kept, through the layers above.
+    """
+    scored = task.is_scored
+    output = units.output().detach().requires_grad_()
+    with torch.enable_grad():
+        differences = _differences(lm, task, below, output[None])[0]
+        differences[scored].sum().backward()
+    assert output.grad is not None
+    per_prompt = (output.grad[scored] @ units.W_dec.T * units.acts[scored]).sum(1)
+    return per_prompt.abs().mean(0).argsort(descending=True, stable=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Curves
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The metric of every scored prompt for every k."""
+
+    units: str
+    ranking: str
+    ks: tuple[int, ...]
+    values: Float[np.ndarray, "k prompt"]
+
+    @property
+    def mean(self) -> Float[np.ndarray, "k"]:
+        """Mean over prompts."""
+        return self.values.mean(1)
+
+    def at(self, k: int) -> float:
+        """The mean at one k. Errors: `InputError` if the curve does not have it."""
+        if k not in self.ks:
+            raise InputError(f"k {k} is not on the curve: it has {self.ks[0]} to {self.ks[-1]}")
+        return float(self.mean[self.ks.index(k)])
+
+
+def k_grid(n_units: int, dense_to: int = 100, n_sparse: int = 20) -> list[int]:
+    """0 to `dense_to` one by one, then geometrically up to all units."""
+    dense = range(min(dense_to, n_units) + 1)
+    top = max(n_units, dense_to)
+    sparse = np.minimum(np.geomspace(max(1, dense_to), top, n_sparse + 1), n_units)
+    return sorted({*dense, *(int(k) for k in np.rint(sparse))})
+
+
+@torch.no_grad()
+def ablation_curve(
+    lm: LanguageModel,
+    task: GreaterThan,
+    below: LowerRun,
+    units: Units,
+    order: Int[Tensor, "unit"],
+    ks: Sequence[int],
+    remove: bool = False,
+    ranking: str = "",
+) -> Curve:
+    """The probability difference with only the first k units of `order` kept, or with them removed.
+
+    Errors: `InputError` for k outside 0 to n_units, or not increasing.
+    """
+    ks = list(ks)
+    outside = [k for k in ks if not 0 <= k <= units.n_units]
+    if outside or ks != sorted(set(ks)) or not ks:
+        raise InputError(
+            f"k {outside[:5] or ks[:5]}: expected increasing numbers from 0 to {units.n_units}"
+        )
+    scored = task.is_scored.nonzero()[:, 0]
+    every = units.output()
+    chunks: list[Tensor] = []
+    group: list[Tensor] = []
+    room = max(1, TOKENS_PER_FORWARD // every[..., 0].numel())
+    bar = progress(None, f"{units.name}, {ranking or 'k'}", total=len(ks), unit="k")
+    with bar:
+        for kept in _partial_sums(units, order, ks):
+            group.append(every - kept + units.rest if remove else kept)
+            if len(group) == room or len(chunks) * room + len(group) == len(ks):
+                chunks.append(_differences(lm, task, below, torch.stack(group)))
+                bar.update(len(group))
+                group = []
+    values = torch.cat(chunks)[:, scored].double().cpu().numpy()
+    return Curve(units.name, ranking, tuple(ks), values)
+
+
+def _partial_sums(
+    units: Units, order: Int[Tensor, "unit"], ks: Sequence[int]
+) -> Iterator[Float[Tensor, "prompt pos d_model"]]:
+    """rest + Σ over the first k of `order`, for every k in turn."""
+    total, done = units.rest.clone(), 0
+    for k in ks:
+        added = order[done:k]
+        total = total + units.acts[..., added] @ units.W_dec[added]
+        done = k
+        yield total
+
+
+def _differences(
+    lm: LanguageModel,
+    task: GreaterThan,
+    below: LowerRun,
+    outputs: Float[Tensor, "k prompt pos d_model"],
+) -> Float[Tensor, "k prompt"]:
+    """The metric of every prompt with the MLP's output replaced by each of `outputs`."""
+    streams = (below.base + outputs).flatten(0, 1)
+    read = lm.run_above(below.layer, streams)
+    logits = read @ lm.W_U[:, task.answer_ids] + lm.b_U[task.answer_ids]
+    probabilities = logits.softmax(-1).unflatten(0, outputs.shape[:2])
+    return task.differences(probabilities)
+
+
+@torch.no_grad()
+def metric_of(
+    lm: LanguageModel,
+    task: GreaterThan,
+    below: LowerRun,
+    mlp_out: Float[Tensor, "prompt pos d_model"],
+) -> float:
+    """The mean probability difference with the MLP's output replaced by `mlp_out`."""
+    return float(_differences(lm, task, below, mlp_out[None])[0, task.is_scored].mean())
+
+
+def crossing(one: Curve, other: Curve) -> int | None:
+    """The first k ≥ 1 at which `one` is no longer above `other`; None if it always is.
+
+    Only values of k that both curves have.
+    """
+    for k in sorted(set(one.ks) & set(other.ks) - {0}):
+        if one.at(k) <= other.at(k):
+            return k
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# The feature that hurts
+
+
+def steepest_drop(curve: Curve, order: Int[Tensor, "unit"], within: int = 50) -> int:
+    """The unit whose joining lowers the kept-k curve most, among the first `within`.
+
+    Errors: `InputError` if the curve does not hold every k up to there.
+    """
+    within = min(within, len(order))
+    if curve.ks[: within + 1] != tuple(range(within + 1)):
+        raise InputError(f"the steepest drop needs every k from 0 to {within}")
+    steps = np.diff(curve.mean[: within + 1])
+    return int(order[int(steps.argmin())])
+
+
+@torch.no_grad()
+def leave_one_out(
+    lm: LanguageModel, task: GreaterThan, below: LowerRun, units: Units, candidates: Sequence[int]
+) -> pd.DataFrame:
+    """The metric with all units but one, for each candidate. Columns: unit, value, gain (over all)."""
+    every = units.output()
+    whole = metric_of(lm, task, below, every)
+    values = [
+        metric_of(lm, task, below, every - units.acts[..., [unit]] @ units.W_dec[[unit]])
+        for unit in candidates
+    ]
+    table = pd.DataFrame({"unit": list(candidates), "value": values})
+    return table.assign(gain=table["value"] - whole).sort_values(
+        "gain", ascending=False, ignore_index=True
+    )

@@ -1,0 +1,1 @@
+"""Frozen language models of every architecture, seen in one processed basis."""

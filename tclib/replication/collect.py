@@ -1,0 +1,60 @@
+"""A run's small files, gathered for keeping: figures, tables, manifests and executed notebooks, no weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tclib.replication.presets import Preset
+from tclib.support.runs import InputError, new_folder
+
+KEPT = (".png", ".csv", ".json", ".jsonl", ".md", ".ipynb")
+MAX_BYTES = 2_000_000
+NOT_KEPT_FOLDERS = ("activations", "viewer")
+
+
+def collect(preset: Preset, out: Path) -> list[Path]:
+    """Copy what a run made, folder by folder, into `out`; return the files there.
+
+    Weights, activations and files over 2 MB stay behind; notebooks lose the paths of the machine that
+    ran them. Errors: `InputError` for a run that is not there.
+    """
+    if not preset.folder.is_dir():
+        raise InputError(
+            f"{preset.folder} does not exist: run `tclib run --preset {preset.name}` first"
+        )
+    with new_folder(out) as temporary:
+        for path in sorted(preset.folder.rglob("*")):
+            inside = path.relative_to(preset.folder)
+            if not _is_kept(path, inside):
+                continue
+            place = temporary / inside
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".ipynb":
+                place.write_text(_without_machine(path.read_text(), preset))
+            else:
+                shutil.copyfile(path, place)
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _is_kept(path: Path, inside: Path) -> bool:
+    if not path.is_file() or path.suffix not in KEPT:
+        return False
+    hidden = any(part.startswith(".") for part in inside.parts)
+    return (
+        not hidden
+        and not set(inside.parts) & set(NOT_KEPT_FOLDERS)
+        and path.stat().st_size <= MAX_BYTES
+    )
+
+
+def _without_machine(text: str, preset: Preset) -> str:
+    """A notebook without papermill's record of the run, and with runs_dir as it is in the checkout."""
+    notebook: dict[str, Any] = json.loads(text)
+    for holder in (notebook, *notebook["cells"]):
+        holder["metadata"].pop("papermill", None)
+        holder["metadata"].pop("execution", None)
+    plain = json.dumps(notebook, indent=1, ensure_ascii=False)
+    return plain.replace(str(preset.runs_dir), "data/runs").replace(str(Path.home()), "~") + "\n"

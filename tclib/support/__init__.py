@@ -1,0 +1,1 @@
+"""What every room stands on: errors, files, steps and their manifests, statistics, progress bars."""

@@ -1,0 +1,335 @@
+"""Round trips bit for bit, the same output on the same model through every format, traps refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import D_MODEL, GEOMETRIES, authors_file, random_rows, random_transcoder, tiny_lm
+from torch import Tensor
+from typer.testing import CliRunner
+
+from tclib.cli import app
+from tclib.dictionaries import formats
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.evaluation.replace import replace_mlp
+from tclib.models.language_model import LanguageModel, Site
+from tclib.support.runs import InputError
+
+
+def transcoder(layer: int = 1, kind: str = "relu", basis: str = "processed") -> Dictionary:
+    one = random_transcoder(layer, kind, torch.float32)
+    one.config = replace(one.config, basis=basis, model="tiny")  # type: ignore[arg-type]
+    return one
+
+
+def assert_same(one: Dictionary, other: Dictionary) -> None:
+    assert one.config == other.config
+    theirs = other.parameters()
+    for name, weight in one.parameters().items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+@pytest.mark.parametrize("kind", ["relu", "skip", "jumprelu"])
+@pytest.mark.parametrize("basis", ["processed", "raw"])
+def test_saelens_and_back_is_bit_exact(tmp_path: Path, kind: str, basis: str) -> None:
+    one = transcoder(1, kind, basis)
+    formats.write_saelens(one, tmp_path / "out")
+    assert_same(one, formats.read_saelens(tmp_path / "out"))
+    cfg = json.loads((tmp_path / "out" / "cfg.json").read_text())
+    assert cfg["apply_b_dec_to_input"] is False
+    assert int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    if kind == "skip":
+        W_skip = load_file(tmp_path / "out" / "sae_weights.safetensors")["W_skip"]
+        torch.testing.assert_close(W_skip.T, one.W_skip)
+
+
+@pytest.mark.parametrize("kind", ["relu", "skip", "jumprelu"])
+def test_circuit_tracer_and_back_is_bit_exact(tmp_path: Path, kind: str) -> None:
+    several = {layer: transcoder(layer, kind) for layer in range(3)}
+    formats.write_circuit_tracer(several, tmp_path / "set")
+    found = formats.read_circuit_tracer(tmp_path / "set")
+    for layer, one in several.items():
+        assert_same(one, found[layer])
+    shape = load_file(tmp_path / "set" / "layer_0.safetensors")["W_enc"].shape
+    assert shape == (40, D_MODEL)  # features first, as there
+
+
+def test_a_trained_batch_topk_dictionary_is_written_as_the_jumprelu_one_that_it_is(
+    tmp_path: Path,
+) -> None:
+    one = transcoder(0, "batch_topk")
+    x = torch.randn(9, D_MODEL, generator=torch.Generator().manual_seed(0))
+    formats.write_saelens(one, tmp_path / "lens")
+    formats.write_circuit_tracer({0: one}, tmp_path / "set")
+    for found in (
+        formats.read_saelens(tmp_path / "lens"),
+        formats.read_circuit_tracer(tmp_path / "set")[0],
+    ):
+        assert (found.config.activation, found.config.k) == ("jumprelu", None)
+        for name, weight in one.parameters().items():
+            assert torch.equal(found.parameters()[name], weight)
+        torch.testing.assert_close(found.encode(x), one.encode(x))
+
+
+def test_thresholds_below_zero_are_cut_where_a_relu_stands_before_them_and_else_refused(
+    tmp_path: Path,
+) -> None:
+    one = transcoder(0, "jumprelu")
+    formats.write_saelens(one, tmp_path / "lens")
+    formats.write_circuit_tracer({0: one}, tmp_path / "set")
+    for path, name in (
+        (tmp_path / "lens" / "sae_weights.safetensors", "threshold"),
+        (tmp_path / "set" / "layer_0.safetensors", formats.TRACER_THRESHOLD),
+    ):
+        tensors = load_file(path)
+        tensors[name][3] = -1.0
+        save_file(tensors, path)
+    threshold = formats.read_saelens(tmp_path / "lens").threshold
+    assert threshold is not None and threshold[3] == 0
+    with pytest.raises(InputError, match="threshold -1: expected 0 or more"):
+        formats.read_circuit_tracer(tmp_path / "set")
+
+
+def test_sparsify_and_back_is_bit_exact(tmp_path: Path) -> None:
+    one = transcoder(1, "topk", "raw")
+    one.config = replace(one.config, model="")
+    folder = tmp_path / "layers.1.mlp"
+    formats.write_sparsify(one, folder)
+    assert_same(one, formats.read_sparsify(folder))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("kind", ["relu", "topk", "skip", "batch_topk", "jumprelu"])
+def test_raw_and_processed_do_the_same_to_the_model(geometry: str, kind: str) -> None:
+    """A raw transcoder, applied by hand to the MLP's own input, and its processed form in replace_mlp."""
+    lm, raw = tiny_lm(geometry), transcoder(1, kind, "raw")
+    rows = random_rows(4).long()
+    processed = formats.to_processed(raw, lm)
+    norm = lm.mlp_norm(1)
+
+    def by_hand(mlp_in: Tensor, _mlp_out: Tensor) -> Tensor:
+        x = mlp_in * norm.gain + (0.0 if norm.bias is None else norm.bias)
+        return raw(x).reconstruction
+
+    with lm.override_mlp(1, by_hand):
+        expected = lm.logits(rows)
+    with replace_mlp(lm, processed):
+        found = lm.logits(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    back = formats.to_processed(formats.to_raw(processed, lm), lm)
+    for name, weight in processed.parameters().items():
+        torch.testing.assert_close(back.parameters()[name], weight, rtol=1e-5, atol=1e-6)
+    assert formats.to_processed(processed, lm) is processed
+
+
+# -- the authors' checkpoints ---------------------------------------------------------------------
+
+
+def test_the_authors_file_is_read_with_its_input_bias_folded(
+    tmp_path: Path, runner_config: type
+) -> None:
+    path = tmp_path / "one.pt"
+    state = authors_file(path, runner_config)
+    del sys.modules["sae_training.config"], sys.modules["sae_training"]  # a reader has neither
+    found = formats.read_authors(path)
+    assert (found.config.layer, found.config.model) == (1, "gpt2-small")
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    z = torch.relu((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"])
+    torch.testing.assert_close(found.encode(x), z, rtol=1e-5, atol=1e-5)
+    expected = z @ state["W_dec"] + state["b_dec_out"]
+    torch.testing.assert_close(found(x).reconstruction, expected, rtol=1e-5, atol=1e-5)
+
+
+class _Payload:
+    """Unpickled by an ordinary reader, this would make a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return (open, (self.path, "w"))
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
+    tmp_path: Path, runner_config: type
+) -> None:
+    proof = tmp_path / "it_ran"
+    path = tmp_path / "evil.pt"
+    torch.save({"cfg": _Payload(str(proof)), "state_dict": {}}, path)
+    with pytest.raises(InputError, match="asks for .*open.*nothing else is ever run"):
+        formats.read_authors(path)
+    assert not proof.exists()
+    torch.load(path, weights_only=False)  # the payload is real: an ordinary reader runs it
+    assert proof.exists()
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(InputError, match="truncated or no torch file"):
+        formats.read_authors(tmp_path / "plain.pt")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"b_dec_out": None}, r"missing \['b_dec_out'\]"),
+        ({"more": torch.zeros(1)}, r"not expected \['more'\]"),
+        ({"W_enc": torch.zeros(40, 16)}, r"W_enc has shape \(40, 16\) \(transposed\?\)"),
+        ({"W_dec": torch.zeros(40, 8)}, r"W_dec has shape \(40, 8\), expected \(40, 16\)"),
+        ({"is_transcoder": False}, "is_transcoder is not set"),
+        ({"hook_point_layer": 3}, "name different layers"),
+        ({"hook_point": "blocks.1.hook_resid_post"}, "is no MLP input"),
+        ({"hook_point": "somewhere"}, "expected one like blocks.8"),
+        ({"W_enc": torch.zeros(16, 40, dtype=torch.int64)}, "expected floating point"),
+    ],
+)
+def test_authors_files_that_do_not_fit_are_named(
+    tmp_path: Path, runner_config: type, changed: dict[str, object], message: str
+) -> None:
+    authors_file(tmp_path / "one.pt", runner_config, **changed)
+    with pytest.raises(InputError, match=message):
+        formats.read_authors(tmp_path / "one.pt")
+
+
+def test_truncated_files_are_named(tmp_path: Path, runner_config: type) -> None:
+    authors_file(tmp_path / "one.pt", runner_config)
+    content = (tmp_path / "one.pt").read_bytes()
+    (tmp_path / "one.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"one.pt is truncated or no torch file"):
+        formats.read_authors(tmp_path / "one.pt")
+    with pytest.raises(InputError, match="no such file"):
+        formats.read_authors(tmp_path / "none.pt")
+    formats.write_saelens(transcoder(), tmp_path / "s")
+    weights = tmp_path / "s" / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        formats.read_saelens(tmp_path / "s")
+    weights.unlink()
+    with pytest.raises(InputError, match="is missing"):
+        formats.read_saelens(tmp_path / "s")
+
+
+def edit_json(path: Path, **changed: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"architecture": "gated_transcoder"}, "architecture 'gated_transcoder'"),
+        ({"architecture": "jumprelu_transcoder"}, r"missing \['threshold'\]"),
+        ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input is True"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
+        ({"d_sae": 41}, r"W_enc has shape \(16, 40\), expected \(16, 41\)"),
+        ({"architecture": "skip_transcoder"}, r"missing \['W_skip'\]"),
+        ({"metadata": {"hook_name": "blocks.1.hook_resid_post"}}, "is no MLP input"),
+    ],
+)
+def test_saelens_folders_that_do_not_fit_are_named(
+    tmp_path: Path, changed: dict[str, object], message: str
+) -> None:
+    formats.write_saelens(transcoder(), tmp_path / "s")
+    edit_json(tmp_path / "s" / "cfg.json", **changed)
+    with pytest.raises(InputError, match=message):
+        formats.read_saelens(tmp_path / "s")
+
+
+def test_circuit_tracer_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    formats.write_circuit_tracer({0: transcoder(0), 1: transcoder(1)}, folder)
+    config = (folder / "config.yaml").read_text()
+    tensors = load_file(folder / "layer_1.safetensors")
+
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            formats.read_circuit_tracer(folder)
+
+    save_file(
+        {**tensors, "activation_function.threshold": torch.ones(41)}, folder / "layer_1.safetensors"
+    )
+    refused(r"threshold has shape \(41,\), expected \(40,\)")
+    save_file({**tensors, "W_enc": tensors["W_enc"].T.contiguous()}, folder / "layer_1.safetensors")
+    refused(r"layer_1.safetensors: ")
+    save_file({"b_enc": tensors["b_enc"]}, folder / "layer_1.safetensors")
+    refused("no matrix W_enc")
+    (folder / "layer_1.safetensors").rename(folder / "layer_2.safetensors")
+    refused("no gap")
+    (folder / "config.yaml").write_text(config.replace("transcoder_set", "cross_layer_transcoder"))
+    refused("model_kind 'cross_layer_transcoder'")
+    (folder / "config.yaml").write_text(": [")
+    refused("cannot be read")
+    for bad, message in (
+        ({1: transcoder(1)}, "0 upwards"),
+        ({0: transcoder(0, "topk")}, "cannot hold"),
+    ):
+        with pytest.raises(InputError, match=message):
+            formats.write_circuit_tracer(bad, tmp_path / "bad")
+    mixed = {0: transcoder(0), 1: transcoder(1, basis="raw")}
+    with pytest.raises(InputError, match="one basis"):
+        formats.write_circuit_tracer(mixed, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_sparsify_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "h.1.mlp"
+    formats.write_sparsify(transcoder(1, "topk", "raw"), folder)
+    original = (folder / "cfg.json").read_text()
+    for changed, message in (
+        ({"transcode": False}, "an autoencoder"),
+        ({"activation": "groupmax"}, "activation 'groupmax'"),
+        ({"num_latents": 80}, "expected"),
+        ({"skip_connection": True}, r"missing \['W_skip'\]"),
+    ):
+        (folder / "cfg.json").write_text(original)
+        edit_json(folder / "cfg.json", **changed)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=message):
+            formats.read_sparsify(folder)
+    folder.rename(tmp_path / "embed")
+    with pytest.raises(InputError, match="expected one like h.8.mlp"):
+        formats.read_sparsify(tmp_path / "embed")
+    with pytest.raises(InputError, match="convert with to_raw"):
+        formats.write_sparsify(transcoder(1, "topk"), tmp_path / "bad")
+    with pytest.raises(InputError, match="cannot hold a relu"):
+        formats.write_sparsify(transcoder(1, "relu", "raw"), tmp_path / "bad")
+
+
+def test_convert_and_inspect_on_the_command_line(tmp_path: Path) -> None:
+    lm = LanguageModel.load("demo")
+    site = Site("mlp_in", 1)
+    width = lm.read(torch.tensor([[lm.bos_id, 5]]), {site})[site].shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    config = replace(transcoder().config, d_in=width, d_out=width, n_features=32, model="demo")
+    weights = [torch.randn(width, 32, generator=generator), torch.zeros(32)]
+    weights += [torch.randn(32, width, generator=generator), torch.zeros(width)]
+    one = Dictionary(config, *weights)
+    one.save(tmp_path / "one.safetensors")
+    runner = CliRunner()
+
+    def run(*arguments: object) -> str:
+        result = runner.invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+        return result.output
+
+    assert "layers [1]" in run(
+        "convert", tmp_path / "one.safetensors", tmp_path / "s", "--to", "saelens"
+    )
+    told = run("inspect", tmp_path / "s")
+    assert "format saelens" in told and f"{width} → 32 → {width}, relu, processed basis" in told
+    run("convert", tmp_path / "s", tmp_path / "two.safetensors")
+    assert_same(one, Dictionary.load(tmp_path / "two.safetensors"))
+    raw = ("--to", "saelens", "--basis", "raw", "--model", "demo")
+    run("convert", tmp_path / "s", tmp_path / "raw", *raw)
+    assert formats.read_saelens(tmp_path / "raw").config.basis == "raw"
+    for arguments, message in (
+        (("convert", tmp_path / "s", tmp_path / "x", "--to", "onnx"), "format 'onnx'"),
+        (("convert", tmp_path / "s", tmp_path / "raw"), "is there already"),
+        (("convert", tmp_path / "s", tmp_path / "x", "--basis", "raw"), "give --model"),
+        (("convert", tmp_path / "s", tmp_path / "x", "--to", "authors"), "read only"),
+        (("inspect", tmp_path), "no known dictionary"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*arguments)
+    assert not (tmp_path / "x").exists()

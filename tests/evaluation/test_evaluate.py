@@ -1,0 +1,148 @@
+"""The evaluation table against direct computation, and the report built on it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import D_MODEL, random_rows, tiny_lm
+
+from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig, new_dictionary
+from tclib.evaluation import metrics
+from tclib.evaluation.evaluate import Evaluation, evaluate, mean_mlp_out
+from tclib.evaluation.replace import replace_mlp
+from tclib.models.language_model import LanguageModel, Site
+from tclib.replication import report
+from tclib.support.runs import InputError
+
+ROWS = random_rows(10, seed=3)
+ROWS[3, 5] = 0  # a BOS in the middle
+
+
+def dictionaries() -> dict[str, Dictionary]:
+    generator = torch.Generator().manual_seed(0)
+    configs = {
+        "tc": DictionaryConfig("transcoder", 1, D_MODEL, D_MODEL, 24),
+        "sae": DictionaryConfig("sae_mlp_out", 2, D_MODEL, D_MODEL, 24, "topk", 3),
+        "sae_in": DictionaryConfig("sae_mlp_in", 1, D_MODEL, D_MODEL, 24),
+    }
+    return {name: new_dictionary(config, generator) for name, config in configs.items()}
+
+
+def test_the_table_equals_direct_computation(lm: LanguageModel) -> None:
+    named = dictionaries()
+    evaluation = evaluate(lm, named, ROWS, rows_per_forward=3)
+    line = evaluation.table.set_index("name").loc["tc"]
+    sites = [Site("mlp_in", 1), Site("mlp_out", 1)]
+    is_text = ROWS != 0
+    mlp_in, mlp_out = (lm.read(ROWS.long(), sites)[site][is_text] for site in sites)
+    output = named["tc"](mlp_in)
+    assert line["n_tokens"] == int(is_text.sum()) == 149
+    assert line["l0"] == pytest.approx(metrics.l0(output.feature_acts), rel=1e-3)
+    assert line["fvu"] == pytest.approx(metrics.fvu(mlp_out, output.reconstruction), rel=1e-4)
+    with replace_mlp(lm, named["tc"]):
+        ce = metrics.next_token_losses(lm.logits(ROWS.long()), ROWS.long()).double().mean().item()
+    original = metrics.next_token_losses(lm.logits(ROWS.long()), ROWS.long()).double().mean().item()
+    assert line["ce"] == pytest.approx(ce, rel=1e-5)
+    assert line["ce_original"] == pytest.approx(original, rel=1e-5)
+    assert line["ce_increase_low"] <= line["ce_increase"] <= line["ce_increase_high"]
+    assert line["ce_recovered"] == pytest.approx(
+        (line["ce_mean_ablated"] - ce) / (line["ce_mean_ablated"] - original), rel=1e-2
+    )
+
+
+def test_it_does_not_depend_on_the_batch_size_or_the_order(lm: LanguageModel) -> None:
+    named = dictionaries()
+    one = evaluate(lm, named, ROWS, rows_per_forward=4).table.set_index("name")
+    reverse = dict(reversed(list(named.items())))
+    two = evaluate(lm, reverse, ROWS, rows_per_forward=10).table.set_index("name").loc[one.index]
+    pd.testing.assert_frame_equal(one, two[one.columns], rtol=1e-4, atol=1e-6)
+
+
+def test_mean_ablation_uses_the_mean_over_text(gpt2_lm: LanguageModel) -> None:
+    site = Site("mlp_out", 1)
+    expected = gpt2_lm.read(ROWS.long(), [site])[site][ROWS != 0].mean(0)
+    torch.testing.assert_close(mean_mlp_out(gpt2_lm, 1, ROWS, 3), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_original_model_has_no_divergence_from_itself(gpt2_lm: LanguageModel) -> None:
+    eye = torch.eye(D_MODEL)
+    config = DictionaryConfig("sae_mlp_out", 1, D_MODEL, D_MODEL, 2 * D_MODEL)
+    exact = Dictionary(
+        config, torch.cat([eye, -eye], 1), torch.zeros(2 * D_MODEL), torch.cat([eye, -eye]),
+        torch.zeros(D_MODEL),
+    )  # fmt: skip
+    line = evaluate(gpt2_lm, {"exact": exact}, ROWS).table.iloc[0]
+    assert line["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert line["fvu"] == pytest.approx(0.0, abs=1e-9)
+    assert line["ce_recovered"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_bad_input_is_named() -> None:
+    lm = tiny_lm()
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        evaluate(lm, {}, ROWS)
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        evaluate(lm, dictionaries(), ROWS[:0])
+    with pytest.raises(InputError, match="10 of 10 evaluation rows are training rows"):
+        evaluate(lm, dictionaries(), ROWS, train_rows=ROWS)
+    narrow = new_dictionary(
+        DictionaryConfig("transcoder", 0, 4, 4, 8), torch.Generator().manual_seed(0)
+    )
+    with pytest.raises(InputError, match="dictionary of width 4"):
+        evaluate(lm, {"narrow": narrow}, ROWS)
+
+
+# -- who wins ---------------------------------------------------------------------------------
+
+
+def synthetic(gap: float, noise: float, n_rows: int = 200) -> Evaluation:
+    """Transcoders on ce = 2 − 0.1 log L0, SAEs `gap` above; rows with common and own noise."""
+    rng = np.random.default_rng(0)
+    lines, row_ce = [], {"original": 1.0 + rng.normal(0, 1, n_rows)}
+    for kind, offset, l0s in (("transcoder", 0.0, (5, 20, 80)), ("sae_mlp_out", gap, (4, 30, 60))):
+        for l0 in l0s:
+            name = f"{kind}{l0}"
+            ce = 2.0 - 0.1 * np.log(l0) + offset
+            row_ce[name] = row_ce["original"] - 1.0 + ce + rng.normal(0, noise, n_rows)
+            lines.append({"name": name, "kind": kind, "l0": float(l0), "ce": row_ce[name].mean()})
+    return Evaluation(pd.DataFrame(lines), pd.DataFrame(row_ce))
+
+
+@pytest.mark.parametrize(("gap", "winner"), [(0.02, "transcoder"), (-0.02, "SAE"), (0.0, "tie")])
+def test_a_planted_gap_is_found_with_its_sign(gap: float, winner: str) -> None:
+    noise = 0.01 if gap else 0.05
+    gaps = report.ce_gap_table(synthetic(gap, noise))
+    assert set(gaps["winner"]) == {winner}
+    assert ((gaps["low"] <= gap) & (gap <= gaps["high"])).all()
+    assert gaps["l0"].iloc[0] == pytest.approx(5) and gaps["l0"].iloc[-1] == pytest.approx(60)
+
+
+def test_the_gap_of_the_published_points_is_the_papers() -> None:
+    paper = report.paper_sweep()
+    gaps = report.ce_gap(paper, np.array([55.069, 109.873]))
+    assert gaps.min() > 0.003 and gaps.max() < 0.008
+
+
+def test_curves_that_share_no_l0_are_not_compared() -> None:
+    table = pd.DataFrame(
+        {"kind": ["transcoder", "transcoder", "sae_mlp_out"], "l0": [1.0, 2.0, 50.0], "ce": 1.0}
+    )
+    assert len(report.shared_l0(table)) == 0
+    assert report.who_wins(pd.DataFrame(columns=["l0", "winner"])) == (
+        "the two kinds share no range of L0"
+    )
+
+
+def test_verdicts_follow_the_numbers() -> None:
+    assert report.sweep_claim("x", synthetic(0.02, 0.001))["verdict"] == "reproduced"
+    assert report.sweep_claim("x", synthetic(-0.02, 0.001))["verdict"] == "not reproduced"
+
+
+def test_dead_shares_stand_beside_the_published_ones() -> None:
+    line = report.dead_feature_claim(
+        Evaluation(pd.DataFrame({"dead_share": [0.0, 0.01]}), pd.DataFrame())
+    )
+    assert line["paper"].startswith("about 11% (gpt2 layer 8); about 51% (pythia-410m layer 15)")
+    assert line["ours"] == "0.0% to 1.0% over layers"

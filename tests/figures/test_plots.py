@@ -1,0 +1,77 @@
+"""Figures show the values that they were given."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+
+from tclib.figures import plots
+from tclib.replication import report
+from tclib.support import runs
+from tclib.support.runs import Step
+
+mpl.use("Agg")
+
+
+def sweep_table() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "kind": ["transcoder"] * 2 + ["sae_mlp_out"] * 2,
+            "l0": [20.0, 10.0, 25.0, 12.0],
+            "ce": [1.1, 1.2, 1.15, 1.25],
+            "sparsity": [1e-4, 2e-4, 1e-4, 2e-4],
+            "ce_original": 1.0,
+            "ce_mean_ablated": 3.0,
+            "ce_increase_low": [0.09, 0.19, 0.14, 0.24],
+            "ce_increase_high": [0.11, 0.21, 0.16, 0.26],
+        }
+    )
+
+
+def test_figure_3_has_a_panel_a_model_and_the_papers_points_in_the_last() -> None:
+    figure = plots.sparsity_faithfulness({"ours": sweep_table()}, report.paper_sweep())
+    ours, paper = figure.axes
+    lines = {line.get_label(): line.get_xydata() for line in ours.lines}
+    np.testing.assert_allclose(lines["transcoder"], [[10, 1.2], [20, 1.1]])
+    np.testing.assert_allclose(lines["SAE on mlp_out"], [[12, 1.25], [25, 1.15]])
+    assert "L0" in ours.get_xlabel()
+    assert "nats" in ours.get_ylabel()
+    published = {line.get_label(): line.get_xydata() for line in paper.lines}
+    assert published["transcoder"][0] == pytest.approx([27.45423, 3.3682058])
+    assert {t.get_text() for t in ours.texts} >= {"1", "2"}
+
+
+def test_training_curves_have_a_line_a_dictionary_in_every_panel() -> None:
+    log = pd.DataFrame(
+        {
+            "n_tokens": [1e6, 2e6] * 2,
+            "dictionary": ["a", "a", "b", "b"],
+            "loss": [4.0, 3, 2, 1],
+            "l0": [9.0, 8, 7, 6],
+            "fvu": [0.4, 0.3, 0.2, 0.1],
+            "dead_share": 0.0,
+        }
+    )
+    figure = plots.training_curves(log)
+    assert [len(axis.lines) for axis in figure.axes] == [2, 2, 2, 2]
+    np.testing.assert_allclose(figure.axes[0].lines[1].get_xydata(), [[1, 2], [2, 1]])
+
+
+def test_layer_bars_are_the_tables() -> None:
+    table = pd.DataFrame(
+        {"layer": [0, 1], "l0": [5, 6], "fvu": [0.1, 0.2], "ce_recovered": [0.9, 0.8]}
+    )
+    figure = plots.layer_faithfulness(table)
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [0.1, 0.2]
+
+
+def test_a_saved_figure_is_in_the_manifest(tmp_path) -> None:
+    step = Step("demo", "00_model_and_data", tmp_path / "00")
+    step.folder.mkdir()
+    runs.write_manifest(step, {}, {}, 0.0)
+    plots.save_figure(plots.probability_heatmap(np.eye(100), "title"), step, "heat")
+    extras = __import__("json").loads((step.folder / "manifest.json").read_text())["extras"]
+    assert set(extras) == {"heat.png", "heat.pdf"}
+    assert (step.folder / "heat.png").stat().st_size > 5000

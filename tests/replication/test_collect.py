@@ -1,0 +1,59 @@
+"""What is kept of a run: small files, and nothing that names the machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from tclib.cli import app
+from tclib.replication import collect as reference
+from tclib.replication.presets import load_preset
+from tclib.support.runs import InputError
+
+
+def test_small_files_are_kept_and_weights_and_paths_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = replace(load_preset("demo"), runs_dir=tmp_path / "runs")
+    monkeypatch.setattr(reference, "MAX_BYTES", 5_000)
+    step = preset.folder / "06_greater_than"
+    (preset.folder / "activations" / "x").mkdir(parents=True)
+    step.mkdir()
+    (preset.folder / "notebooks").mkdir()
+    for place in (
+        step / "curves.csv",
+        step / "figure_4.png",
+        step / "manifest.json",
+        step / "one.safetensors",
+        step / ".lock.json",
+        preset.folder / "activations" / "x" / "list.json",
+    ):
+        place.write_text("{}")
+    (step / "large.csv").write_text("x" * 6_000)
+    cell = nbformat.v4.new_code_cell(f"runs_dir = {str(preset.runs_dir)!r}")
+    cell.metadata["papermill"] = {"duration": 1.0}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/a"}})
+    nbformat.write(notebook, preset.folder / "notebooks" / "06.ipynb")
+    kept = reference.collect(preset, tmp_path / "kept")
+    assert {path.relative_to(tmp_path / "kept").as_posix() for path in kept} == {
+        "06_greater_than/curves.csv",
+        "06_greater_than/figure_4.png",
+        "06_greater_than/manifest.json",
+        "notebooks/06.ipynb",
+    }
+    text = (tmp_path / "kept" / "notebooks" / "06.ipynb").read_text()
+    assert str(tmp_path) not in text and "papermill" not in text and "data/runs" in text
+    nbformat.validate(nbformat.from_dict(json.loads(text)))
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist: run `tclib run --preset demo` first"):
+        reference.collect(replace(load_preset("demo"), runs_dir=tmp_path), tmp_path / "kept")
+    arguments = ["collect", str(tmp_path / "kept"), "--runs-dir", str(tmp_path)]
+    assert CliRunner().invoke(app, arguments).exit_code != 0
+    assert not (tmp_path / "kept").exists()

@@ -1,0 +1,204 @@
+"""Step 06 on the bundled model: found, not assumed; curves and figures from what was computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import small_preset
+
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.dictionaries.dictionary import new_dictionary
+from tclib.features.from_weights import Head
+from tclib.figures import greater_than as task_figures
+from tclib.greater_than.task import GreaterThan
+from tclib.models.language_model import LanguageModel
+from tclib.replication import greater_than, greater_than_report, pipeline
+from tclib.replication.greater_than import GreaterThanResults
+from tclib.replication.presets import Preset
+from tclib.support.runs import InputError
+
+mpl.use("Agg")
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
+    small = small_preset(tmp_path_factory.mktemp("runs"))
+    config = replace(small.greater_than, templates=small.greater_than.templates[:1], sae_l1=(1e-3,))
+    return replace(small, greater_than=config)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return LanguageModel.load("demo")
+
+
+@pytest.fixture(scope="module")
+def results(preset: Preset, lm: LanguageModel) -> GreaterThanResults:
+    return pipeline.run_greater_than(preset, lm, pipeline.prepare_corpus(preset, lm))
+
+
+def test_the_mlp_and_the_head_are_those_that_matter(results: GreaterThanResults) -> None:
+    """Head 2.2 of the bundled model carries the year; without it the behaviour suffers most."""
+    heads = results.components[results.components["head"] >= 0]
+    assert results.summary["head"] == [2, 2]
+    strongest = heads.sort_values("mean_drop").iloc[-1]
+    assert (strongest["layer"], strongest["head"]) == (2, 2)
+    mlps = results.components[(results.components["head"] < 0) & (results.components["layer"] > 0)]
+    assert results.summary["layer"] == mlps.sort_values("mean_drop").iloc[-1]["layer"]
+
+
+def test_curves_begin_and_end_where_they_must(results: GreaterThanResults) -> None:
+    curves, summary = results.curves, results.summary
+    neurons = curves[(curves["units"] == "neurons") & (curves["ranking"] == "variance")]
+    by_k = neurons.set_index("k")["value"]
+    assert by_k.iloc[-1] == pytest.approx(summary["original"], abs=1e-5)
+    assert by_k[0] == pytest.approx(summary["mlp_bias_only"])
+    assert (curves["low"] <= curves["value"]).all() and (curves["value"] <= curves["high"]).all()
+    for units in ("transcoder features", "neurons"):
+        own = curves[curves["units"] == units]
+        kept = own[own["ranking"] == "attribution"].set_index("k")["value"]
+        removed = own[own["ranking"] == "removed, attribution"].set_index("k")["value"]
+        assert kept.iloc[-1] == pytest.approx(removed[0], abs=1e-5)
+        assert kept[0] == pytest.approx(removed.iloc[-1], abs=1e-5)
+    assert {"SAE features", "random directions"} <= set(curves["units"])
+    assert summary["n_prompts"] == 98
+
+
+def test_replacing_one_mlp_after_the_other_agrees_with_the_curves_ends(
+    preset: Preset, lm: LanguageModel, results: GreaterThanResults
+) -> None:
+    corpus = pipeline.prepare_corpus(preset, lm)
+    transcoders = pipeline.train_transcoders(preset, lm, corpus).dictionaries
+    table = greater_than.make_replacements(preset, lm, transcoders).set_index("layer")
+    assert list(table.index) == list(range(lm.n_layers))
+    own = table.loc[results.summary["layer"]]
+    assert own["replaced"] == pytest.approx(results.summary["all_features"], abs=1e-4)
+    assert own["original"] == pytest.approx(results.summary["original"], abs=1e-5)
+    assert own["kept"] == pytest.approx(own["replaced"] / own["original"])
+
+
+def test_the_authors_score_is_a_brute_force_loop(lm: LanguageModel) -> None:
+    """Σ over the ten strongest layer-0 features through the head: weight × W_E[YY] · f_enc."""
+    task = GreaterThan.of(lm)
+    one = task.subset(range(10, 20))
+    generator = torch.Generator().manual_seed(0)
+    first, later = (
+        new_dictionary(_config(lm, layer), generator, torch.zeros(lm.d_model)) for layer in (0, 2)
+    )
+    frozen = FrozenPrompts(lm, one.tokens, [first, later])
+    head = Head(1, 3)
+    table = greater_than.feature_curves(frozen, one, {0: first, 2: later}, later, head, [5])
+    weights = lm.attention_weights(1)
+    ov = weights.W_V[3] @ weights.W_O[3]
+    reads = lm.final_norm.centre(later.W_enc[:, 5])
+    scores = [float(first.W_dec[i] @ ov @ reads) for i in range(first.config.n_features)]
+    top = np.argsort(scores)[::-1][:10]
+    for answer in (0, 35, 99):
+        embedding = lm.W_E[one.answer_ids[answer]]
+        expected = sum(
+            scores[i] * float(embedding @ lm.final_norm.centre(first.W_enc[:, i])) for i in top
+        )
+        line = table[table["answer"] == answer].iloc[0]
+        assert line["de_embedding"] == pytest.approx(expected, rel=1e-4)
+        assert line["dla"] == pytest.approx(
+            float(later.W_dec[5] @ lm.W_U[:, one.answer_ids[answer]]), rel=1e-4
+        )
+    exact = table.dropna(subset="exact")
+    assert exact["answer"].tolist() == list(range(10, 20))
+
+
+def _config(lm: LanguageModel, layer: int):  # type: ignore[no-untyped-def]
+    from tclib.dictionaries.dictionary import DictionaryConfig
+
+    return DictionaryConfig("transcoder", layer, lm.d_model, lm.d_model, 64)
+
+
+def test_a_second_time_everything_is_loaded(
+    preset: Preset,
+    lm: LanguageModel,
+    results: GreaterThanResults,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(greater_than, "analyse", fail)
+    again = pipeline.run_greater_than(preset, lm, pipeline.prepare_corpus(preset, lm))
+    pd.testing.assert_frame_equal(again.curves, results.curves)
+    assert again.summary == results.summary
+
+
+def test_a_layer_without_a_transcoder_is_named(
+    preset: Preset, lm: LanguageModel, tmp_path: Path
+) -> None:
+    effects = greater_than.make_components(preset, lm)
+    elsewhere = replace(preset, runs_dir=tmp_path)
+    with pytest.raises(InputError, match=r"MLP 2, which has no transcoder: there is one at"):
+        greater_than.make_greater_than(elsewhere, lm, effects, {}, {})
+    assert not (elsewhere.step(greater_than.STEP).folder / "manifest.json").exists()
+
+
+def test_figures_and_captions_hold_what_was_computed(results: GreaterThanResults) -> None:
+    summary, curves = results.summary, results.curves
+    axes = task_figures.ablation_figure(curves, summary).axes
+    shown = {line.get_label(): line for line in axes[0].lines}
+    own = curves[(curves["units"] == "neurons") & (curves["ranking"] == "variance")]
+    np.testing.assert_allclose(shown["neurons"].get_ydata(), own["value"])
+    large = task_figures.feature_curve_figure(results.feature_curves).axes
+    assert large[0].get_title() == f"feature {summary['top_features'][0]}"
+    assert len(large) == 10
+    assert task_figures.harmful_figure(curves, results.feature_curves, summary).axes
+    assert task_figures.component_figure(results.components).axes
+    captions = [
+        greater_than_report.components_caption(results),
+        greater_than_report.feature_curves_caption(results),
+        greater_than_report.ablation_caption(results),
+        greater_than_report.harmful_caption(results),
+    ]
+    for caption in captions:
+        for word in ("*Paper:*", "*Ours:*", "*Differs because*"):
+            assert word in caption
+    assert f"{summary['original']:.3f}" in captions[2]
+
+
+def test_published_figures_are_checked_and_mismatches_shown(results: GreaterThanResults) -> None:
+    summary = dict(results.summary, original=0.8829, all_features=0.70)
+    table = greater_than_report.greater_than_table(summary, results.curves, is_published=True)
+    verdicts = table.set_index("quantity")["verdict"]
+    assert verdicts["probability_difference_original"] == "reproduced"
+    assert verdicts["probability_difference_transcoder_all_features"] == "mismatch"
+    elsewhere = greater_than_report.greater_than_table(summary, results.curves, is_published=False)
+    assert set(elsewhere["verdict"]) == {"other model"}
+
+
+def test_verdicts_follow_the_numbers(results: GreaterThanResults) -> None:
+    def verdicts(**changed: object) -> list[str]:
+        claims = greater_than_report.greater_than_claims({**results.summary, **changed}, "x")
+        return [line["verdict"] for line in claims]
+
+    good = verdicts(
+        original=0.9,
+        all_features=0.89,
+        features_ahead_1_to_10=list(range(1, 11)),
+        harmful_gain=0.05,
+    )
+    assert good == ["present", "reproduced", "reproduced", "reproduced"]
+    bad = verdicts(
+        original=0.7,
+        all_features=0.5,
+        features_ahead_1_to_10=[],
+        ahead_without_harmful=[],
+        harmful_gain=0.0,
+    )
+    assert bad == [
+        "too weak (below 0.80)",
+        "keeps less than 95%",
+        "not reproduced",
+        "no such feature",
+    ]

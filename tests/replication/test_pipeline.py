@@ -1,0 +1,109 @@
+"""Steps are made once, loaded afterwards, and never overwritten by other parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny import small_preset
+
+from tclib.circuits.files import load_json
+from tclib.replication import circuits, pipeline
+from tclib.replication.presets import Preset
+from tclib.support.runs import InputError, read_manifest
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Preset:
+    return small_preset(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def results(small: Preset) -> pd.DataFrame:
+    return pipeline.make_results(small)
+
+
+def test_results_are_made_from_nothing_with_every_earlier_step(
+    small: Preset, results: pd.DataFrame
+) -> None:
+    assert list(results.columns) == ["claim", "paper", "ours", "verdict"]
+    assert len(results) == 13
+    steps = {path.name for path in small.folder.iterdir() if path.is_dir()}
+    made = {pipeline.DATA_STEP, pipeline.TRANSCODERS_STEP, pipeline.SWEEP_STEP, circuits.STEP}
+    assert made <= steps
+    for name in steps:
+        manifest = read_manifest(small.step(name))
+        assert manifest["preset"] == "demo" and manifest["outputs"]
+
+
+def test_a_second_time_everything_is_loaded(
+    small: Preset, results: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise AssertionError("made again")
+
+    for name in ("build_corpus", "train", "evaluate"):
+        monkeypatch.setattr(pipeline, name, fail)
+    monkeypatch.setattr(circuits, "attribution_graph", fail)
+    pd.testing.assert_frame_equal(pipeline.make_results(small), results)
+
+
+def test_the_circuit_step_holds_a_graph_that_adds_up(small: Preset, results: pd.DataFrame) -> None:
+    folder = small.step(circuits.STEP).folder
+    closure = pd.read_csv(folder / "closure.csv")
+    assert closure["residual"].abs().max() < 1e-4
+    connections = pd.read_csv(folder / "connections.csv")
+    assert len(connections) == 6 * 3
+    assert connections["overlap_10"].between(0, 1).all()
+    assert len(pd.read_csv(folder / "ablations.csv")) == 20
+    assert load_json(folder / "graph.json").closure()["residual"].abs().max() < 1e-4
+    assert (folder / "viewer" / "greater-than.json").is_file()
+
+
+def test_other_parameters_are_refused_and_overwrite_nothing(
+    small: Preset, results: pd.DataFrame
+) -> None:
+    lm = pipeline.load_model(small)
+    before = sorted(p.stat().st_mtime_ns for p in small.folder.rglob("*.safetensors"))
+    other = replace(small, corpus=replace(small.corpus, n_train_tokens=25_600))
+    with pytest.raises(
+        InputError, match="made with other parameters or inputs: .*delete .*--only 0"
+    ):
+        pipeline.prepare_corpus(other, lm)
+    wider = replace(small, transcoders=replace(small.transcoders, expansion=4))
+    with pytest.raises(InputError, match="made with other parameters"):
+        pipeline.train_transcoders(wider, lm, pipeline.prepare_corpus(small, lm))
+    assert sorted(p.stat().st_mtime_ns for p in small.folder.rglob("*.safetensors")) == before
+
+
+def test_a_damaged_dictionary_is_named_with_the_command(
+    small: Preset, results: pd.DataFrame, tmp_path: Path
+) -> None:
+    lm = pipeline.load_model(small)
+    corpus = pipeline.prepare_corpus(small, lm)
+    file = next(small.step(pipeline.TRANSCODERS_STEP).folder.glob("*.safetensors"))
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:-1])
+        with pytest.raises(
+            InputError, match=f"{file.name} is missing or was altered: .* --only 01"
+        ):
+            pipeline.train_transcoders(small, lm, corpus)
+    finally:
+        file.write_bytes(content)
+
+
+def test_layers_out_of_range_are_refused_before_work(small: Preset) -> None:
+    lm = pipeline.load_model(small)
+    corpus = pipeline.prepare_corpus(small, lm)
+    with pytest.raises(InputError, match="layer 4 is out of range"):
+        replace(small.transcoders, layers=(4,)).specs(lm)
+    with pytest.raises(InputError, match="layer 12 is out of range"):
+        pipeline.train_sweep(replace(small, sweep=replace(small.sweep, layer=12)), lm, corpus)
+
+
+def test_markdown_has_a_line_a_row() -> None:
+    table = pd.DataFrame({"claim": ["a"], "verdict": ["b"]})
+    assert pipeline.markdown(table) == "| claim | verdict |\n| --- | --- |\n| a | b |\n"

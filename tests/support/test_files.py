@@ -1,0 +1,166 @@
+"""Artifacts are whole or absent, verified when read, and say what to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tclib.support import runs
+from tclib.support.runs import InputError, Step, load_tensors, new_file, new_folder, save_tensors
+
+
+def step(tmp_path: Path) -> Step:
+    return Step("demo", "01_train_transcoders", tmp_path / "01_train_transcoders")
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with new_file(tmp_path / "a" / "x.txt") as path:
+        path.write_text("whole")
+        assert not (tmp_path / "a" / "x.txt").exists()
+    with pytest.raises(KeyError), new_file(tmp_path / "a" / "x.txt") as path:
+        path.write_text("half")
+        raise KeyError
+    assert (tmp_path / "a" / "x.txt").read_text() == "whole"
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        with new_folder(tmp_path / "x") as folder:
+            (folder / "a").write_text(content)
+    with pytest.raises(KeyError), new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("third")
+        raise KeyError
+    assert (tmp_path / "x" / "a").read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_write_beyond_the_limit_of_the_disk_is_one_error_and_loses_nothing(
+    tmp_path: Path,
+) -> None:
+    """A real failed write, from a file-size limit, in a process of its own."""
+    script = f"""
+import resource, signal, torch
+from pathlib import Path
+from tclib.support.runs import InputError, save_tensors
+path = Path({str(tmp_path)!r}) / "t.safetensors"
+save_tensors(path, {{"a": torch.ones(4)}}, {{}})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_tensors(path, {{"a": torch.ones(1_000_000)}}, {{}})
+except InputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "could not be written" in done.stdout, done.stderr
+    assert "free some disk space" in done.stdout
+    assert torch.equal(load_tensors(tmp_path / "t.safetensors", "")[0]["a"], torch.ones(4))
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3), "b": torch.randn(2, 3).T, "c": torch.tensor(2.5)}
+    save_tensors(tmp_path / "t.safetensors", tensors, {"step": 7})
+    loaded, metadata = load_tensors(tmp_path / "t.safetensors", "")
+    assert metadata == {"step": 7}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "foreign"])
+def test_damaged_tensors_are_named_with_the_remedy(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, {"a": torch.arange(100)}, {})
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:200])
+    elif damage == "flipped":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"a": torch.arange(3)}, path)
+    with pytest.raises(InputError, match=r"t\.safetensors .*: do this$"):
+        load_tensors(path, "do this")
+
+
+def test_a_manifest_records_what_it_took(tmp_path: Path) -> None:
+    one = step(tmp_path)
+    one.folder.mkdir()
+    (one.folder / "values.csv").write_text("a\n1\n")
+    runs.write_manifest(one, {"n": 1, "seed": 3}, {"corpus": "abc"}, 1.25)
+    manifest = runs.read_manifest(one)
+    assert manifest["parameters"] == {"n": 1, "seed": 3}
+    assert set(manifest["outputs"]) == {"values.csv"}
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["wall_seconds"] == 1.25
+    assert runs.is_current(one, {"n": 1, "seed": 3}, {"corpus": "abc"})
+    assert not runs.is_current(one, {"n": 2, "seed": 3}, {"corpus": "abc"})
+    assert not runs.is_current(one, {"n": 1, "seed": 3}, {"corpus": "other"})
+
+
+def test_an_altered_artifact_is_named_with_the_command(tmp_path: Path) -> None:
+    one = step(tmp_path)
+    with pytest.raises(
+        InputError, match="has not been made yet: run `tclib run --preset demo --only 01`"
+    ):
+        runs.read_manifest(one)
+    one.folder.mkdir()
+    (one.folder / "values.csv").write_text("a\n1\n")
+    runs.write_manifest(one, {}, {}, 0.0)
+    (one.folder / "values.csv").write_text("a\n2\n")
+    with pytest.raises(
+        InputError, match=r"values\.csv is missing or was altered: delete .* --only 01"
+    ):
+        runs.read_manifest(one)
+    (one.folder / "manifest.json").write_text('{"half')
+    with pytest.raises(InputError, match=r"manifest\.json is truncated or corrupted"):
+        runs.read_manifest(one)
+
+
+def test_figures_join_the_manifest_without_making_it_stale(tmp_path: Path) -> None:
+    one = step(tmp_path)
+    one.folder.mkdir()
+    runs.write_manifest(one, {}, {}, 0.0)
+    (one.folder / "figure.png").write_bytes(b"png")
+    runs.record_extra(one, one.folder / "figure.png")
+    assert set(json.loads((one.folder / "manifest.json").read_text())["extras"]) == {"figure.png"}
+    (one.folder / "figure.png").write_bytes(b"drawn again")
+    assert runs.is_current(one, {}, {})
+
+
+def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), runs.exclusive(tmp_path / "run"):
+        with pytest.raises(InputError, match="another run"), runs.exclusive(tmp_path / "run"):
+            pass
+        raise KeyError
+    with runs.exclusive(tmp_path / "run"):
+        pass
+
+
+def test_paper_tables_are_read_and_unknown_ones_listed() -> None:
+    rows = runs.paper_table("fig3_pythia410m")
+    assert len(rows) == 9
+    assert rows[0]["kind"] == "sae_mlp_out"
+    with pytest.raises(InputError, match="no paper table 'fig9': expected one of .*table1"):
+        runs.paper_table("fig9")
+
+
+def test_the_commit_is_that_of_the_checkout() -> None:
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=runs.REPOSITORY
+    )
+    if git.returncode != 0 or not os.path.isdir(runs.REPOSITORY / ".git"):
+        pytest.skip("not a git checkout")
+    commit = runs.current_commit()
+    assert commit is not None
+    assert commit.rstrip("+") == git.stdout.strip()

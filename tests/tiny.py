@@ -1,0 +1,240 @@
+"""Tiny random models, transcoders and presets that the tests share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.dictionaries.dictionary import TAKES_K, TAKES_THRESHOLD, Dictionary, DictionaryConfig
+from tclib.models.language_model import LanguageModel
+from tclib.replication.presets import Preset, load_preset
+
+D_MODEL, N_LAYERS, D_VOCAB, N_CTX = 16, 3, 100, 64
+GEOMETRIES = ("gpt2", "neox", "llama")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<bos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, D_VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>", unk_token="<unk>"
+    )
+
+
+def tiny_hf_model(geometry: str, seed: int = 0) -> Any:
+    """A random model whose norms have gains and biases far from 1 and 0."""
+    torch.manual_seed(seed)
+    if geometry == "gpt2":
+        model: Any = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=D_VOCAB,
+                n_positions=N_CTX,
+                n_embd=D_MODEL,
+                n_layer=N_LAYERS,
+                n_head=4,
+                bos_token_id=0,
+                eos_token_id=0,
+            )  # fmt: skip
+        )
+    elif geometry == "neox":
+        model = GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=D_VOCAB,
+                hidden_size=D_MODEL,
+                num_hidden_layers=N_LAYERS,
+                num_attention_heads=4,
+                intermediate_size=32,
+                max_position_embeddings=N_CTX,
+                bos_token_id=0,
+                eos_token_id=0,
+            )  # fmt: skip
+        )
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=D_VOCAB,
+                hidden_size=D_MODEL,
+                num_hidden_layers=N_LAYERS,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=24,
+                max_position_embeddings=N_CTX,
+                bos_token_id=0,
+                eos_token_id=0,
+            )  # fmt: skip
+        )
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_lm(geometry: str = "gpt2", seed: int = 0) -> LanguageModel:
+    return LanguageModel(tiny_hf_model(geometry, seed), tiny_tokenizer(), f"tiny-{geometry}")
+
+
+def random_rows(n_rows: int, n_ctx: int = 16, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(2, D_VOCAB, (n_rows, n_ctx), generator=generator, dtype=torch.int32)
+    rows[:, 0] = 0
+    return rows
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+KINDS = ("relu", "topk", "skip", "batch_topk", "jumprelu")
+
+
+N_FEATURES = 40
+
+
+def random_transcoder(layer: int, kind: str, dtype: torch.dtype = torch.float64) -> Dictionary:
+    generator = torch.Generator().manual_seed(layer)
+
+    def normal(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    config = DictionaryConfig(
+        "transcoder",
+        layer,
+        D_MODEL,
+        D_MODEL,
+        N_FEATURES,
+        "relu" if kind == "skip" else kind,  # type: ignore[arg-type]
+        5 if kind in TAKES_K else None,
+        skip=kind == "skip",
+    )
+    return Dictionary(
+        config,
+        normal(D_MODEL, N_FEATURES),
+        normal(N_FEATURES),
+        normal(N_FEATURES, D_MODEL),
+        normal(D_MODEL),
+        normal(D_MODEL, D_MODEL) if kind == "skip" else None,
+        normal(N_FEATURES).abs() if kind in TAKES_THRESHOLD else None,
+    )
+
+
+def make_lm(geometry: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    lm = tiny_lm(geometry)
+    lm.model.to(dtype)
+    return lm
+
+
+def freeze(
+    geometry: str,
+    kind: str = "relu",
+    dtype: torch.dtype = torch.float64,
+    n_prompts: int = 2,
+    n_pos: int = 7,
+    layers: tuple[int, ...] = (0, 1, 2),
+    seed: int = 0,
+) -> FrozenPrompts:
+    transcoders = [random_transcoder(layer, kind, dtype) for layer in layers]
+    tokens = random_rows(n_prompts, max(n_pos, 1), seed).long()
+    return FrozenPrompts(make_lm(geometry, dtype), tokens, transcoders)
+
+
+def frozen_forward(
+    frozen: FrozenPrompts, embedding: Tensor, acts: dict[int, Tensor]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """The model with patterns and scales frozen and features set to `acts`, by plain matrices.
+
+    Returns (transcoder pre-activations by layer, centred logits).
+    """
+    cache, lm = frozen.cache, frozen.lm
+    stream = embedding if cache.position_embedding is None else embedding + cache.position_embedding
+    pre_acts = {}
+    for layer in range(lm.n_layers):
+        weights = frozen.attention[layer]
+        normalised = lm.final_norm.centre(stream) / cache.attention_scale[layer][..., None]
+        values = torch.einsum("bsd,hdk->bhsk", normalised, weights.W_V) + weights.b_V[:, None]
+        heads = torch.einsum("bhts,bhsk,hkd->btd", cache.pattern[layer], values, weights.W_O)
+        attended = stream + heads + weights.b_O
+        read = lm.final_norm.centre(stream if lm.is_parallel else attended)
+        mlp_in = read / cache.mlp_scale[layer][..., None]
+        if layer in frozen.parts:
+            parts = frozen.parts[layer]
+            pre_acts[layer] = parts.dictionary.pre_acts(mlp_in)
+            output = acts[layer] @ parts.dictionary.W_dec + parts.dictionary.b_dec + parts.error
+            if parts.dictionary.W_skip is not None:
+                output = output + mlp_in @ parts.dictionary.W_skip
+        else:
+            output = cache.mlp_out[layer]
+        stream = attended + output
+    return pre_acts, stream / cache.final_scale[..., None] @ lm.W_U + lm.b_U
+
+
+def measured_acts(frozen: FrozenPrompts) -> dict[int, Tensor]:
+    return {
+        layer: parts.dictionary.encode(frozen.cache.mlp_in[layer])
+        for layer, parts in frozen.parts.items()
+    }
+
+
+def small_preset(runs_dir: Path) -> Preset:
+    """The demo preset with a hundredth of its tokens."""
+    preset = load_preset("demo", runs_dir=runs_dir)
+    training = replace(preset.transcoders.training, n_tokens=5_120, decay_steps=0)
+    sweep = replace(preset.sweep, transcoder_l1=(1e-4, 1e-3), sae_mlp_out_l1=(1e-4, 1e-3))
+    return replace(
+        preset,
+        companions=(),
+        greater_than=replace(
+            preset.greater_than, templates=preset.greater_than.templates[:1], sae_l1=()
+        ),
+        case_studies=replace(
+            preset.case_studies, n_full=1, n_restricted=1, n_rows=60, n_held_out_rows=20
+        ),
+        comparison=replace(preset.comparison, n_features=4, n_rows=60, n_held_out_rows=20),
+        circuits=replace(
+            preset.circuits, n_connection_features=3, n_connection_rows=8, n_ablations=20
+        ),
+        corpus=replace(preset.corpus, n_train_tokens=12_800, n_eval_tokens=2_560),
+        transcoders=replace(preset.transcoders, expansion=2, training=training),
+        sweep=replace(sweep, expansion=2, training=training),
+    )
+
+
+def authors_file(path: Path, config_class: type, **changed: object) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "W_enc": (16, 40),
+        "b_enc": (40,),
+        "W_dec": (40, 16),
+        "b_dec": (16,),
+        "b_dec_out": (16,),
+    }
+    state = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    values = {
+        "is_transcoder": True,
+        "hook_point": "blocks.1.ln2.hook_normalized",
+        "hook_point_layer": 1,
+        "d_in": 16,
+        "d_out": 16,
+        "d_sae": 40,
+        "model_name": "gpt2-small",
+        "device": torch.device("cuda", 0),
+        "dtype": torch.float32,
+    }
+    config = config_class(**{**values, **{k: v for k, v in changed.items() if k in values}})
+    state |= {k: v for k, v in changed.items() if k not in values}  # type: ignore[misc]
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    torch.save({"cfg": config, "state_dict": state}, path)
+    return state

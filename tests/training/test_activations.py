@@ -1,0 +1,144 @@
+"""The harvest: right values, one forward pass, shuffled, stateless, in constant memory."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import random_rows, tiny_lm
+
+from tclib.models.language_model import LanguageModel, Site
+from tclib.support.runs import InputError
+from tclib.training.activations import ActivationCache, Harvest, needed_sites
+
+SITES = (Site("mlp_in", 0), Site("mlp_out", 0), Site("mlp_out", 2))
+
+
+def harvest(lm: LanguageModel, n_rows: int = 12, **changes: int) -> Harvest:
+    settings = {"block_rows": 4, "rows_per_forward": 3, "seed": 0, **changes}
+    return Harvest(lm, random_rows(n_rows), SITES, **settings)
+
+
+def sorted_rows(acts: torch.Tensor) -> torch.Tensor:
+    return acts[acts[:, 0].argsort()]
+
+
+def test_a_pass_holds_every_token_once_at_every_site(lm: LanguageModel) -> None:
+    harvested = harvest(lm)
+    blocks = [harvested.block(i) for i in range(3)]
+    expected = lm.read(random_rows(12).long(), SITES)
+    for site in SITES:
+        found = torch.cat([block[site] for block in blocks])
+        torch.testing.assert_close(
+            sorted_rows(found), sorted_rows(expected[site].flatten(0, 1)), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_sites_share_one_permutation(gpt2_lm: LanguageModel) -> None:
+    block = harvest(gpt2_lm).block(1)
+    mlp_in, mlp_out = block[SITES[0]], block[SITES[1]]
+    mlp = gpt2_lm.model.transformer.h[0]
+    norm = gpt2_lm.mlp_norm(0)
+    with torch.no_grad():
+        again = norm.centre(mlp.mlp(mlp_in * norm.gain + norm.bias))
+    torch.testing.assert_close(mlp_out, again, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_are_shuffled_and_stateless(gpt2_lm: LanguageModel) -> None:
+    first, fresh = harvest(gpt2_lm), harvest(gpt2_lm)
+    first.block(0)
+    assert torch.equal(first.block(2)[SITES[0]], fresh.block(2)[SITES[0]])
+    assert not torch.equal(first.block(0)[SITES[0]], first.block(3)[SITES[0]])
+    other = harvest(gpt2_lm, seed=1)
+    assert not torch.equal(first.block(0)[SITES[0]], other.block(0)[SITES[0]])
+
+
+def test_a_block_may_span_two_passes(gpt2_lm: LanguageModel) -> None:
+    harvested = harvest(gpt2_lm, n_rows=5)
+    indices = torch.cat([harvested._row_indices(i) for i in range(5)])
+    assert torch.equal(torch.bincount(indices), torch.full((5,), 4))
+
+
+def test_the_model_runs_once_whatever_the_number_of_sites(gpt2_lm: LanguageModel) -> None:
+    n_calls = []
+    handle = gpt2_lm._block(0).mlp.register_forward_hook(lambda *_: n_calls.append(1))
+    harvest(gpt2_lm).block(0)
+    handle.remove()
+    assert len(n_calls) == 2  # four rows, three a forward pass
+
+
+def cached(lm: LanguageModel, folder: Path) -> Harvest:
+    """The same harvest, from a cache that has been filled."""
+    plain = harvest(lm)
+    cache = ActivationCache.of(folder, lm, plain.rows)
+    cache.fill(lm, plain.rows, SITES)
+    return replace(plain, cache=cache)
+
+
+def test_cached_activations_are_the_models_in_float16(lm: LanguageModel, tmp_path: Path) -> None:
+    plain, from_disk = harvest(lm), cached(lm, tmp_path)
+    for block_idx in (0, 2, 4):  # the last of the first pass, and one of the second
+        expected, found = plain.block(block_idx), from_disk.block(block_idx)
+        for site in SITES:
+            assert torch.equal(found[site], expected[site].half().float())
+
+
+def test_a_filled_cache_needs_no_forward_pass(
+    gpt2_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_disk = cached(gpt2_lm, tmp_path)
+    monkeypatch.setattr(LanguageModel, "read", None)
+    from_disk.block(0)
+    assert from_disk.cache is not None
+    from_disk.cache.fill(gpt2_lm, from_disk.rows, SITES[:2])
+    with pytest.raises(TypeError):  # a site that is not there yet
+        from_disk.cache.fill(gpt2_lm, from_disk.rows, [Site("mlp_in", 1)])
+
+
+def test_other_rows_and_models_have_other_caches(tmp_path: Path) -> None:
+    rows = random_rows(4)
+    one = ActivationCache.of(tmp_path, tiny_lm("gpt2"), rows)
+    assert one != ActivationCache.of(tmp_path, tiny_lm("gpt2"), rows.flip(0))
+    assert one != ActivationCache.of(tmp_path, tiny_lm("neox"), rows)
+
+
+def test_values_beyond_float16_leave_nothing_behind(
+    gpt2_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LanguageModel.read
+
+    def huge(self: LanguageModel, tokens: torch.Tensor, sites: object) -> dict:
+        return {site: a * 1e6 for site, a in original(self, tokens, sites).items()}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LanguageModel, "read", huge)
+    with pytest.raises(InputError, match="more than float16 holds: set cache_activations to false"):
+        cached(gpt2_lm, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_is_named_before_anything_is_read(
+    gpt2_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    monkeypatch.setattr(LanguageModel, "read", None)
+    with pytest.raises(InputError, match="needs 0.0 GB and .* has 0.0 GB"):
+        cached(gpt2_lm, tmp_path)
+
+
+def test_needed_sites_are_distinct_and_in_order() -> None:
+    pairs = [(Site("mlp_in", 2), Site("mlp_out", 2)), (Site("mlp_out", 2), Site("mlp_out", 2))]
+    assert needed_sites(pairs) == (Site("mlp_in", 2), Site("mlp_out", 2))
+
+
+def test_bad_input_is_named() -> None:
+    lm = tiny_lm()
+    with pytest.raises(InputError, match="corpus is empty"):
+        Harvest(lm, random_rows(0), SITES)
+    with pytest.raises(InputError, match="layer 7 is out of range"):
+        Harvest(lm, random_rows(2), (Site("mlp_in", 7),))
+    with pytest.raises(InputError, match="context of 70 tokens"):
+        Harvest(lm, random_rows(2, n_ctx=70), SITES)

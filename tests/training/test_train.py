@@ -1,0 +1,371 @@
+"""Training: it learns, it resumes exactly, its seed acts, and it stops cleanly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from filelock import FileLock
+from tiny import D_MODEL, random_rows, tiny_lm
+
+from tclib.dictionaries.dictionary import Dictionary, activate, new_dictionary
+from tclib.evaluation.metrics import fvu
+from tclib.models.language_model import LanguageModel, Site
+from tclib.support import runs
+from tclib.support.runs import InputError
+from tclib.training import train as module
+from tclib.training.log import open_tracker
+from tclib.training.train import CHECKPOINT, LOG, DictionarySpec, TrainingConfig, train
+
+SPECS = (
+    DictionarySpec("transcoder", 1, expansion=4, l1_coefficient=0.01),
+    DictionarySpec("sae_mlp_out", 1, expansion=4, l1_coefficient=0.01, loss="authors"),
+    DictionarySpec("sae_mlp_in", 0, "topk", expansion=4, k=3),
+    DictionarySpec("transcoder", 2, "topk", expansion=4, k=3, skip=True, auxk_coefficient=0.1),
+    DictionarySpec("transcoder", 0, "batch_topk", expansion=4, k=3, initial_norm=1.0),
+    DictionarySpec("transcoder", 1, "jumprelu", expansion=4, l0_coefficient=0.1, bandwidth=0.5),
+)
+CONFIG = TrainingConfig(
+    n_tokens=64 * 60,
+    batch_size=64,
+    learning_rate=3e-3,
+    warmup_steps=5,
+    decay_steps=10,
+    seed=0,
+    block_rows=16,
+    rows_per_forward=8,
+    checkpoint_every_steps=7,
+    log_every_steps=5,
+    dead_after_tokens=500,
+)
+ROWS = random_rows(64)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+class Killed(BaseException):
+    """Like a signal: nothing catches it."""
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = module._Run._step
+
+    def step_or_die(self: Any, trainer: Any, block: Any, rows: Any, at: int) -> Any:
+        if at == step:
+            raise Killed
+        return original(self, trainer, block, rows, at)
+
+    monkeypatch.setattr(module._Run, "_step", step_or_die)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(tiny_lm(), ROWS, SPECS, CONFIG, folder)
+    return folder
+
+
+def test_every_kind_learns(tmp_path: Path, lm: LanguageModel) -> None:
+    config = replace(CONFIG, n_tokens=64 * 300)
+    log_of = train(lm, ROWS, SPECS, config, tmp_path / "run")
+    log = pd.read_csv(tmp_path / "run" / LOG)
+    assert len(log_of) == len(SPECS)
+    for spec, dictionary in zip(SPECS, log_of, strict=True):
+        lines = log[log["dictionary"] == spec.name]
+        assert lines["fvu"].iloc[-1] < 0.8 * lines["fvu"].iloc[0]
+        config_of = dictionary.config
+        acts = lm.read(ROWS.long(), {config_of.input_site, config_of.output_site})
+        flat = {site: value.flatten(0, 1) for site, value in acts.items()}
+        reconstruction = dictionary(flat[config_of.input_site]).reconstruction
+        assert fvu(flat[config_of.output_site], reconstruction) < 0.9
+        torch.testing.assert_close(
+            dictionary.W_dec.norm(dim=1), torch.ones(4 * D_MODEL), rtol=1e-5, atol=0
+        )
+
+
+@pytest.mark.parametrize("step", [0, 3, 7, 13, 30, 59])
+def test_a_run_killed_at_any_step_resumes_bit_for_bit(
+    step: int, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        killed_at(step, patch)
+        with pytest.raises(Killed):
+            train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    assert files(tmp_path / "run") == files(uninterrupted)
+    logs = [
+        pd.read_csv(f / LOG).drop(columns="tokens_per_s") for f in (tmp_path / "run", uninterrupted)
+    ]
+    pd.testing.assert_frame_equal(*logs)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "same")
+    train(tiny_lm(), ROWS, SPECS, replace(CONFIG, seed=1), tmp_path / "other")
+    weights = {}
+    for name in ("same", "other"):
+        path = tmp_path / name / f"{SPECS[0].name}.safetensors"
+        weights[name] = Dictionary.load(path).W_enc
+    expected = Dictionary.load(uninterrupted / f"{SPECS[0].name}.safetensors").W_enc
+    assert torch.equal(weights["same"], expected)
+    assert not torch.allclose(weights["other"], expected)
+
+
+def test_a_dictionary_does_not_depend_on_its_company(uninterrupted: Path, tmp_path: Path) -> None:
+    (alone,) = train(tiny_lm(), ROWS, SPECS[:1], CONFIG, tmp_path / "alone")
+    together = Dictionary.load(uninterrupted / f"{SPECS[0].name}.safetensors")
+    torch.testing.assert_close(alone.W_dec, together.W_dec)
+
+
+def test_a_finished_run_is_loaded_not_repeated(
+    uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_at(0, monkeypatch)
+    before = files(uninterrupted)
+    loaded = train(tiny_lm(), ROWS, SPECS, CONFIG, uninterrupted)
+    assert files(uninterrupted) == before
+    assert [d.config.kind for d in loaded] == [spec.kind for spec in SPECS]
+    assert not (uninterrupted / CHECKPOINT).exists()
+
+
+def test_the_log_has_a_line_a_dictionary_and_logged_step(uninterrupted: Path) -> None:
+    log = pd.read_csv(uninterrupted / LOG)
+    expected = sorted({*range(5, 61, 5), *range(7, 61, 7)})
+    assert sorted(log["step"].unique()) == expected
+    assert len(log) == len(expected) * len(SPECS)
+    assert (log["n_tokens"] == 64 * log["step"]).all()
+    topk = log[log["dictionary"].str.contains("topk")]
+    assert (topk["l0"] <= 3).all()
+    assert log["dead_share"].between(0, 1).all()
+
+
+def test_auxk_revives_dead_features(tmp_path: Path) -> None:
+    config = replace(CONFIG, n_tokens=64 * 400, dead_after_tokens=1000, learning_rate=1e-2)
+    spec = DictionarySpec("transcoder", 1, "topk", expansion=16, k=4, auxk_k=16)
+    shares = []
+    for coefficient in (0.0, 1.0):
+        folder = tmp_path / f"aux{coefficient}"
+        train(tiny_lm(), ROWS, [replace(spec, auxk_coefficient=coefficient)], config, folder)
+        shares.append(pd.read_csv(folder / LOG)["dead_share"].iloc[-1])
+    assert shares[1] < 0.95 * shares[0]
+
+
+def test_the_trained_thresholds_give_the_l0_that_was_asked_for(tmp_path: Path) -> None:
+    lm, config = tiny_lm(), replace(CONFIG, n_tokens=64 * 400)
+    batch, cheap, dear = (
+        DictionarySpec("transcoder", 1, "batch_topk", expansion=4, k=3),
+        DictionarySpec("transcoder", 1, "jumprelu", expansion=4, l0_coefficient=0.02),
+        DictionarySpec("transcoder", 1, "jumprelu", expansion=4, l0_coefficient=1.0),
+    )
+    trained = train(lm, ROWS, (batch, cheap, dear), config, tmp_path / "run")
+    x = lm.read(ROWS.long(), [Site("mlp_in", 1)])[Site("mlp_in", 1)].flatten(0, 1)
+    l0 = [float((d.encode(x) > 0).sum(1).double().mean()) for d in trained]
+    assert l0[0] == pytest.approx(3, rel=0.1)
+    assert trained[0].threshold is not None and len(trained[0].threshold.unique()) == 1
+    assert l0[2] < 0.7 * l0[1]
+    assert trained[2].threshold is not None and trained[2].threshold.min() >= 0
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk"])
+def test_the_first_reconstruction_has_the_norm_that_was_asked_for(
+    activation: Any, share: float
+) -> None:
+    k = None if activation == "relu" else 3
+    spec = DictionarySpec("transcoder", 1, activation, 4, 0.01, k=k, initial_norm=share)
+    lm = tiny_lm()
+    config = spec.dictionary_config(lm)
+    acts = lm.read(ROWS.long(), [config.input_site, config.output_site])
+    block = {site: a.flatten(0, 1) for site, a in acts.items()}
+    x, y = block[config.input_site], block[config.output_site]
+    first = new_dictionary(config, torch.Generator().manual_seed(0), x.mean(0), y.mean(0))
+    scaled = module._scaled(first, spec, block, len(x))
+    z = activate(scaled.pre_acts(x), k)
+    found = (z @ scaled.W_dec).norm(dim=1).median() / (y - y.mean(0)).norm(dim=1).median()
+    assert float(found) == pytest.approx(share, rel=1e-4)
+
+
+def test_a_run_from_cached_activations_is_nearly_the_same_and_the_cache_serves_the_next(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, cache_activations=True)
+    lm = tiny_lm()
+    (cached,) = train(lm, ROWS, SPECS[:1], config, tmp_path / "one", tmp_path / "cache")
+    plain = Dictionary.load(uninterrupted / f"{SPECS[0].name}.safetensors")
+    torch.testing.assert_close(cached.W_dec, plain.W_dec, rtol=0, atol=0.05)
+    monkeypatch.setattr(LanguageModel, "read", None)
+    (again,) = train(lm, ROWS, SPECS[:1], config, tmp_path / "two", tmp_path / "cache")
+    assert torch.equal(again.W_dec, cached.W_dec)
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    config = replace(CONFIG, learning_rate=1.0)
+    rates = [config.learning_rate_at(step) for step in range(config.n_steps)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[10:50] == [1.0] * 40
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_bfloat16_and_compile_train_too(tmp_path: Path) -> None:
+    config = replace(CONFIG, n_tokens=64 * 20, precision="bfloat16", compile=True)
+    full = replace(CONFIG, n_tokens=64 * 20)
+    (fast,) = train(tiny_lm(), ROWS, SPECS[:1], config, tmp_path / "fast")
+    (exact,) = train(tiny_lm(), ROWS, SPECS[:1], full, tmp_path / "exact")
+    assert fast.W_enc.dtype == torch.float32
+    torch.testing.assert_close(fast.W_dec, exact.W_dec, atol=0.05, rtol=0)
+
+
+def test_tensorboard_gets_the_log_only_when_asked(tmp_path: Path) -> None:
+    train(tiny_lm(), ROWS, SPECS[:1], replace(CONFIG, n_tokens=640), tmp_path / "plain")
+    asked = replace(CONFIG, n_tokens=640, track="tensorboard")
+    train(tiny_lm(), ROWS, SPECS[:1], asked, tmp_path / "asked")
+    assert not (tmp_path / "plain" / "tensorboard").exists()
+    (events,) = (tmp_path / "asked" / "tensorboard").iterdir()
+    assert events.stat().st_size > 100
+
+
+# -- bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_a_negative_or_nan_l1_is_refused(value: float) -> None:
+    with pytest.raises(InputError, match="l1_coefficient .*: expected a finite number, 0 or more"):
+        DictionarySpec("transcoder", 0, l1_coefficient=value)
+
+
+def test_specs_and_configs_out_of_range_are_refused() -> None:
+    with pytest.raises(InputError, match="needs λ > 0"):
+        DictionarySpec("transcoder", 0)
+    with pytest.raises(InputError, match="l0_coefficient 0.0 for jumprelu: jumprelu needs one"):
+        DictionarySpec("transcoder", 0, "jumprelu")
+    with pytest.raises(InputError, match="l0_coefficient 0.5 for topk"):
+        DictionarySpec("transcoder", 0, "topk", k=3, l0_coefficient=0.5)
+    with pytest.raises(InputError, match="bandwidth 0.0"):
+        DictionarySpec("transcoder", 0, "jumprelu", l0_coefficient=0.5, bandwidth=0.0)
+    with pytest.raises(InputError, match="initial_norm -1.0"):
+        replace(SPECS[0], initial_norm=-1.0)
+    with pytest.raises(InputError, match="loss 'mse'"):
+        replace(SPECS[0], loss="mse")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="learning_rate nan"):
+        replace(CONFIG, learning_rate=math.nan)
+    with pytest.raises(InputError, match="batch_size 0"):
+        replace(CONFIG, batch_size=0)
+    with pytest.raises(InputError, match="log_every_steps 0"):
+        replace(CONFIG, log_every_steps=0)
+    with pytest.raises(InputError, match="at least one batch"):
+        replace(CONFIG, n_tokens=10)
+    with pytest.raises(InputError, match="precision 'fp8'"):
+        replace(CONFIG, precision="fp8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("specs", "rows", "message"),
+    [
+        ([replace(SPECS[0], layer=3)], ROWS, "layer 3 is out of range"),
+        ([SPECS[0], SPECS[0]], ROWS, "no two the same"),
+        ([], ROWS, "at least one"),
+        (SPECS, random_rows(4, n_ctx=70), "context of 70 tokens"),
+        (SPECS, random_rows(0), "corpus is empty"),
+    ],
+)
+def test_bad_runs_are_refused_before_anything_is_written(
+    specs: Any, rows: torch.Tensor, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(tiny_lm(), rows, specs, CONFIG, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_runs_folder_is_refused_and_kept(uninterrupted: Path) -> None:
+    before = files(uninterrupted)
+    with pytest.raises(InputError, match="made with other parameters, model or corpus"):
+        train(tiny_lm(), ROWS, SPECS, replace(CONFIG, seed=5), uninterrupted)
+    assert files(uninterrupted) == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / ".run.lock"),
+        pytest.raises(InputError, match="another run is working in"),
+    ):
+        train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = module._Run._step
+
+    def explode(self: Any, trainer: Any, block: Any, rows: Any, at: int) -> Any:
+        if at == 20:
+            trainer.dictionary.W_dec.fill_(math.inf)
+        return original(self, trainer, block, rows, at)
+
+    monkeypatch.setattr(module._Run, "_step", explode)
+    with pytest.raises(InputError, match=r"loss (nan|inf) at step 21; stopped, the last good"):
+        train(tiny_lm(), ROWS, SPECS[:1], CONFIG, tmp_path / "run")
+    tensors, metadata = runs.load_tensors(tmp_path / "run" / CHECKPOINT, "")
+    assert metadata["step"] == 14
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_a_damaged_checkpoint_is_named_with_what_to_do(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        killed_at(10, patch)
+        with pytest.raises(Killed):
+            train(tiny_lm(), ROWS, SPECS[:1], CONFIG, tmp_path / "run")
+    checkpoint = tmp_path / "run" / CHECKPOINT
+    content = bytearray(checkpoint.read_bytes())
+    if damage == "truncate":
+        del content[len(content) // 2 :]
+    else:
+        content[-10] ^= 1
+    checkpoint.write_bytes(content)
+    with pytest.raises(InputError, match=r"checkpoint.safetensors is .*corrupted.*: delete .*run"):
+        train(tiny_lm(), ROWS, SPECS[:1], CONFIG, tmp_path / "run")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = runs.save_file
+    written: list[Path] = []
+
+    def save_until_full(tensors: Any, path: Path, metadata: Any) -> None:
+        written.append(path)
+        if len(written) == 3:
+            path.write_bytes(b"half of a checkpoint")
+            raise OSError(28, "No space left on device")
+        original(tensors, path, metadata=metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_file", save_until_full)
+        with pytest.raises(InputError, match="No space left on device.*free some disk space"):
+            train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    assert runs.load_tensors(tmp_path / "run" / CHECKPOINT, "")[1]["step"] == 14
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    assert files(tmp_path / "run") == files(uninterrupted)
+
+
+def test_trackers_that_are_unknown_or_missing_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="track 'mlflow'"):
+        open_tracker("mlflow", tmp_path, {})
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        open_tracker("wandb", tmp_path, {})
