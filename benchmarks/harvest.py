@@ -12,7 +12,8 @@ import torch
 from timing import interleaved_medians
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from tclib.models.language_model import LanguageModel, Site
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import Site
 from tclib.text.world import build_tokenizer
 from tclib.training.activations import Harvest
 

@@ -23,7 +23,9 @@ K = 32
 
 def write(folder: Path) -> None:
     from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-    from tclib.dictionaries.formats import write_circuit_tracer, write_saelens, write_sparsify
+    from tclib.dictionaries.formats.circuit_tracer import write_circuit_tracer
+    from tclib.dictionaries.formats.saelens import write_saelens
+    from tclib.dictionaries.formats.sparsify import write_sparsify
 
     generator = torch.Generator().manual_seed(0)
 

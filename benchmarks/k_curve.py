@@ -13,8 +13,9 @@ import torch
 from attribution import random_lm, random_transcoder
 
 from tclib.evaluation.replace import replace_mlp
-from tclib.greater_than.curves import ablation_curve, dictionary_units, rank_by_variance
+from tclib.greater_than.curves import ablation_curve
 from tclib.greater_than.task import GreaterThan
+from tclib.greater_than.units import dictionary_units, rank_by_variance
 
 LAYER, N_PROMPTS, N_POS, N_ANSWERS, N_K = 10, 100, 9, 100, 100
 N_ONE_BY_ONE = 8  # enough to time the slow way

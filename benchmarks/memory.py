@@ -13,7 +13,8 @@ LENGTHS = (200_000, 800_000, 3_200_000)
 def peak_mib(n_tokens: int) -> float:
     from tclib.models.language_model import LanguageModel
     from tclib.text.corpus import CorpusConfig, build_corpus
-    from tclib.training.train import DictionarySpec, TrainingConfig, train
+    from tclib.training.spec import DictionarySpec, TrainingConfig
+    from tclib.training.train import train
 
     lm = LanguageModel.load("demo")
     rows = build_corpus(CorpusConfig(n_train_tokens=100_000, n_eval_tokens=1_000), lm).train

@@ -16,9 +16,10 @@ from pathlib import Path
 import pandas as pd
 
 from tclib.evaluation.evaluate import evaluate
-from tclib.replication import pipeline
+from tclib.replication.model_and_data import load_model, prepare_corpus
 from tclib.replication.presets import load_preset
-from tclib.training.train import CACHE, DictionarySpec, train
+from tclib.training.spec import DictionarySpec
+from tclib.training.train import CACHE, train
 
 WIDTHS = ((192_000, (16,)), (768_000, (4, 8, 16)))  # tokens, expansions
 N_ROWS = 32
@@ -27,8 +28,8 @@ COLUMNS = ["n_tokens", "expansion", "l0", "fvu", "ce_recovered", "dead_share", "
 
 def main(layer: int) -> None:
     preset = load_preset("smollm2")
-    lm = pipeline.load_model(preset)
-    corpus = pipeline.prepare_corpus(preset, lm)
+    lm = load_model(preset)
+    corpus = prepare_corpus(preset, lm)
     config = preset.transcoders
     out = preset.folder / "scaling"
     parts = []

@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tclib.models.language_model import LanguageModel
 from tclib.text.world import build_tokenizer
-from tclib.training.train import DictionarySpec, TrainingConfig, train
+from tclib.training.spec import DictionarySpec, TrainingConfig
+from tclib.training.train import train
 
 LAYER, D_VOCAB, N_CTX = 6, 893, 128
 CONFIG = TrainingConfig(

@@ -11,7 +11,8 @@ from timing import interleaved_medians, print_ratios
 from torch import Tensor, nn
 
 from tclib.dictionaries.dictionary import DictionaryConfig, activate, new_dictionary
-from tclib.training.train import DictionarySpec, DictionaryTrainer, TrainingConfig
+from tclib.training.spec import DictionarySpec, TrainingConfig
+from tclib.training.trainer import DictionaryTrainer
 
 D_MODEL, EXPANSION, BATCH, K = 768, 8, 1024, 32
 N_FEATURES = D_MODEL * EXPANSION

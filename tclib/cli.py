@@ -9,9 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from tclib.replication.collect import collect as collect_run
+from tclib.replication.model_and_data import check_ready, load_model, prepare_corpus
 from tclib.replication.presets import Preset, load_preset, preset_names
+from tclib.support.errors import InputError
+from tclib.support.files import REPOSITORY, exclusive, new_file
 from tclib.support.progress import progress
-from tclib.support.runs import REPOSITORY, InputError, exclusive, new_file
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 EXECUTED = "notebooks"
@@ -48,7 +51,7 @@ def run(
     After a failure, the same command goes on from the notebook that failed. What a notebook finds
     already made from the same parameters, it loads.
     """
-    from tclib.replication.pipeline import check_ready
+    from tclib.replication.model_and_data import check_ready
 
     chosen = load_preset(preset, seed, runs_dir)
     check_ready(chosen)
@@ -64,7 +67,7 @@ def run(
 
 
 def _delete_runs(preset: Preset) -> None:
-    from tclib.replication.pipeline import companion
+    from tclib.replication.sweep import companion
 
     for one in (preset, *(companion(preset, name) for name in preset.companions)):
         shutil.rmtree(one.folder, ignore_errors=True)
@@ -162,9 +165,8 @@ def collect(
     runs_dir: RunsOption = None,
 ) -> None:
     """Copy a run's figures, tables, manifests and executed notebooks, without weights."""
-    from tclib.replication import collect as reference
 
-    kept = reference.collect(load_preset(preset, seed, runs_dir), out)
+    kept = collect_run(load_preset(preset, seed, runs_dir), out)
     size = sum(path.stat().st_size for path in kept)
     typer.echo(f"{out}: {len(kept)} files, {size / 1e6:.1f} MB")
 
@@ -194,9 +196,10 @@ def train(
     import pandas as pd
 
     from tclib.evaluation.evaluate import evaluate
-    from tclib.figures.plots import SAVED_DPI, training_curves
-    from tclib.replication import pipeline
-    from tclib.training.train import LOG, DictionarySpec
+    from tclib.figures.style import SAVED_DPI
+    from tclib.figures.training import training_curves
+    from tclib.training.log import LOG
+    from tclib.training.spec import DictionarySpec
     from tclib.training.train import train as train_dictionaries
 
     chosen = load_preset(preset, seed, runs_dir)
@@ -212,10 +215,10 @@ def train(
         loss=loss,  # type: ignore[arg-type]
         skip=skip,
     )
-    pipeline.check_ready(chosen)
-    lm = pipeline.load_model(chosen)
+    check_ready(chosen)
+    lm = load_model(chosen)
     lm.check_layer(layer)
-    corpus = pipeline.prepare_corpus(chosen, lm)
+    corpus = prepare_corpus(chosen, lm)
     (dictionary,) = train_dictionaries(lm, corpus.train, [spec], chosen.transcoders.training, out)
     training_curves(pd.read_csv(out / LOG)).savefig(out / "training_curves.png", dpi=SAVED_DPI)
     table = evaluate(lm, {spec.name: dictionary}, corpus.evaluation, corpus.train).table
@@ -232,13 +235,12 @@ def evaluate(
     """Evaluate saved dictionaries on a preset's held-out tokens, as CSV."""
     from tclib.dictionaries.dictionary import Dictionary
     from tclib.evaluation.evaluate import evaluate as evaluate_dictionaries
-    from tclib.replication import pipeline
 
     chosen = load_preset(preset, seed, runs_dir)
     dictionaries = {file.stem: Dictionary.load(file) for file in files}
-    pipeline.check_ready(chosen)
-    lm = pipeline.load_model(chosen)
-    corpus = pipeline.prepare_corpus(chosen, lm)
+    check_ready(chosen)
+    lm = load_model(chosen)
+    corpus = prepare_corpus(chosen, lm)
     moved = {name: d.to(lm.device) for name, d in dictionaries.items()}
     table = evaluate_dictionaries(lm, moved, corpus.evaluation, corpus.train).table
     typer.echo(table.to_csv(index=False))
@@ -249,7 +251,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A dictionary of any known format.")],
 ) -> None:
     """Say what a dictionary file or folder holds: format, layer, width, activation, basis."""
-    from tclib.dictionaries.formats import read_any
+    from tclib.dictionaries.formats.any import read_any
 
     found = read_any(path)
     typer.echo(f"format {found.format}, {len(found.dictionaries)} dictionaries")
@@ -275,7 +277,8 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a dictionary between formats, and between bases where a model is given."""
-    from tclib.dictionaries.formats import FORMATS, read_any, to_processed, to_raw, write_any
+    from tclib.dictionaries.bases import to_processed, to_raw
+    from tclib.dictionaries.formats.any import FORMATS, read_any, write_any
     from tclib.models.language_model import LanguageModel
 
     if to not in FORMATS:
@@ -304,7 +307,7 @@ def demo_model(
     """Train a bundled model again: half an hour on one core, and the committed bits come out."""
     import torch
 
-    from tclib.text.world import ModelTraining, train_model
+    from tclib.text.world_models import ModelTraining, train_model
 
     torch.set_num_threads(1)  # sums in another order would give other bits
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tclib import cli
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.replication.presets import PRESETS, load_preset
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 RUNNER = CliRunner()
 

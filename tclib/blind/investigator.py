@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from tclib.blind.predicates import ACTIVE_SHARE, Predicate, Score, score
-from tclib.blind.session import BlindSession, Position
-
-Grade = Literal["success", "mostly", "failure"]
+from tclib.blind.ledger import Position
+from tclib.blind.predicates import ACTIVE_SHARE, Predicate
+from tclib.blind.session import BlindSession
 
 N_POSITIONS = 6
 MIN_SHARE = 0.5  # of the maximum: which activations are looked at, as the paper's thresholds
@@ -30,7 +27,6 @@ N_HEADS = 3
 N_SOURCES = 1_000  # listed one by one; the rest are summed
 N_TOKENS = 40  # of each de-embedding that is read
 MIN_Z, KEPT_SCORE = 2.0, 0.5  # tokens far above the vocabulary's mean, and near the best of them
-SUCCESS_F1, MOSTLY_F1, MOSTLY_AUROC = 0.6, 0.3, 0.9
 
 
 @dataclass
@@ -205,39 +201,3 @@ def _in_words(predicate: Predicate, names: dict[int, str]) -> str:
 
 # ---------------------------------------------------------------------------------------------
 # Grading
-
-
-@dataclass(frozen=True)
-class Graded:
-    """A hypothesis against the feature on held-out text."""
-
-    score: Score
-    grade: Grade
-    threshold: float
-
-
-def grade_predicate(
-    predicate: Predicate,
-    rows: Int[Tensor, "row pos"],
-    acts: Float[Tensor, "row pos"],
-    bos_id: int,
-) -> Graded:
-    """Score a predicate on text that the study did not see, and grade it.
-
-    Active means above a quarter of the maximum there. Success: F1 at least 0.6. Mostly: F1 at least
-    0.3, or AUROC at least 0.9. Else failure. Errors: `InputError` if the feature never fires there.
-    """
-    threshold = ACTIVE_SHARE * float(acts.max())
-    found = score(predicate.holds(rows, bos_id), acts, rows != bos_id, threshold)
-    if found.f1 >= SUCCESS_F1:
-        grade: Grade = "success"
-    elif found.f1 >= MOSTLY_F1 or found.auroc >= MOSTLY_AUROC:
-        grade = "mostly"
-    else:
-        grade = "failure"
-    return Graded(found, grade, threshold)
-
-
-def active_positions(acts: Float[Tensor, "row pos"]) -> Tensor:
-    """Where a feature counts as active when grading."""
-    return acts > ACTIVE_SHARE * acts.max()

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError
-from tclib.text import world as demo
+from tclib.support.errors import InputError
+from tclib.text import world
 from tclib.text.corpus import split_of
 from tclib.text.packing import pack
 
@@ -53,7 +53,7 @@ def labelled_rows(
 def _encoded_documents(
     lm: LanguageModel, seed: int, eval_fraction: float, codes: dict[str, int]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    for document in demo.documents(seed):
+    for document in world.documents(seed):
         if split_of(document.text, eval_fraction) != "evaluation":
             continue
         ids = lm.tokenizer(document.text, add_special_tokens=False)["input_ids"]

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
+from tclib.support.statistics import auroc
 
 ACTIVE_SHARE = 0.25  # of a feature's maximum: above it a feature counts as active
 
@@ -128,18 +129,6 @@ def score(
     correlation = float(np.corrcoef(graded, values)[0, 1]) if spread > 0 else 0.0
     counts = (int(active.sum()), int(said.sum()))
     return Score(precision, recall, f1, auroc(graded, active), correlation, *counts)
-
-
-def auroc(graded: Float[np.ndarray, "item"], positive: Bool[np.ndarray, "item"]) -> float:
-    """Area under the ROC curve, ties counted half; 0.5 where one side is empty."""
-    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
-    if n_positive == 0 or n_negative == 0:
-        return 0.5
-    _, inverse, counts = np.unique(graded, return_inverse=True, return_counts=True)
-    mean_rank = counts.cumsum() - (counts - 1) / 2
-    ranks = mean_rank[inverse]
-    below = ranks[positive].sum() - n_positive * (n_positive + 1) / 2
-    return float(below / (n_positive * n_negative))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import pandas as pd
 
-from tclib.support.runs import InputError, new_file
+from tclib.support.errors import InputError
+from tclib.support.files import new_file
+from tclib.support.statistics import cohens_kappa
 
 Rating = Literal["interpretable", "maybe", "not"]
 KEYS: dict[str, Rating] = {"i": "interpretable", "m": "maybe", "n": "not"}
@@ -80,22 +81,6 @@ class RatingStore:
         """A line an answer: number, rating, context_free."""
         lines = [{"number": number, **answer} for number, answer in sorted(self.answers.items())]
         return pd.DataFrame(lines, columns=["number", "rating", "context_free"])
-
-
-def cohens_kappa(one: Sequence[str], other: Sequence[str]) -> float:
-    """Agreement of two raters beyond chance; 1 is perfect, 0 is chance. NaN where chance is certain.
-
-    Errors: `InputError` for lists of different lengths, or none.
-    """
-    if len(one) != len(other) or not one:
-        raise InputError(
-            f"{len(one)} and {len(other)} ratings: expected the same items, at least one"
-        )
-    kinds = sorted({*one, *other})
-    observed = float(np.mean([a == b for a, b in zip(one, other, strict=True)]))
-    n_pairs = len(one) * len(other)
-    chance = sum(list(one).count(kind) * list(other).count(kind) for kind in kinds) / n_pairs
-    return (observed - chance) / (1 - chance) if chance < 1 else float("nan")
 
 
 def agreement(one: RatingStore, other: RatingStore) -> dict[str, float]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,8 +24,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.circuits.frozen import FrozenPrompts, sources
+from tclib.blind.ledger import GENESIS, BlindnessError, Entry, Position, digest_of, plain
+from tclib.circuits.frozen import FrozenPrompts
 from tclib.circuits.paths import greedy_paths
+from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.features.dashboard import Dashboard, build_dashboard
 from tclib.features.examples import feature_activations, sample_in_bands
@@ -42,38 +43,8 @@ from tclib.features.from_weights import (
     token_table,
 )
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError, new_file
-
-GENESIS = "0" * 64
-
-
-class BlindnessError(InputError):
-    """A question that the rules forbid. The message names the rule, never the text."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """An opaque place in the corpus."""
-
-    example: int
-    pos: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a ledger. `digest` is the hash of the line before it and of everything in this one."""
-
-    index: int
-    kind: str  # begin, question, hypothesis, unblind
-    is_blind: bool
-    question: str
-    arguments: dict[str, Any]
-    answer: Any
-    digest: str
-
-    def body(self) -> dict[str, Any]:
-        """Everything but the digest."""
-        return {name: value for name, value in vars(self).items() if name != "digest"}
+from tclib.support.errors import InputError
+from tclib.support.files import new_file
 
 
 @dataclass
@@ -406,14 +377,14 @@ class BlindSession:
         return _SECRETS[self].lm, dictionary, self.feature if feature is None else feature
 
     def _answer(self, question: str, arguments: dict[str, Any], answer: Any) -> Any:
-        self._record("question", question, arguments, _plain(answer))
+        self._record("question", question, arguments, plain(answer))
         return answer
 
     def _record(self, kind: str, question: str, arguments: dict[str, Any], answer: Any) -> None:
         before = self._ledger[-1].digest if self._ledger else GENESIS
         index = len(self._ledger)
         body = Entry(index, kind, self._is_blind, question, arguments, answer, "").body()
-        self._ledger.append(Entry(**body, digest=_digest(before, body)))
+        self._ledger.append(Entry(**body, digest=digest_of(before, body)))
 
 
 def _summed(sources: pd.DataFrame) -> pd.DataFrame:
@@ -425,91 +396,5 @@ def _summed(sources: pd.DataFrame) -> pd.DataFrame:
     return lines[list(sources.columns)]
 
 
-def _plain(answer: Any) -> Any:
-    """A table as a list of lines, rounded so that a replay on another machine can agree."""
-    if isinstance(answer, pd.DataFrame):
-        return [
-            {str(name): _plain(value) for name, value in line.items()}
-            for line in answer.to_dict(orient="records")
-        ]
-    if isinstance(answer, (float, np.floating)):
-        return float(f"{answer:.5g}")
-    return answer.item() if isinstance(answer, np.generic) else answer
-
-
-def _digest(before: str, body: dict[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------
 # Ledgers on disk
-
-
-def load_ledger(path: Path) -> list[Entry]:
-    """Read a ledger and check its chain.
-
-    Errors: `InputError` naming the first entry that was changed, dropped or reordered, or a question
-    asked after unblinding that claims to be blind.
-    """
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        entries = [Entry(**line) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is no ledger ({error}): save it again") from error
-    before, is_blind = GENESIS, True
-    for index, entry in enumerate(entries):
-        if entry.index != index or entry.digest != _digest(before, entry.body()):
-            raise InputError(
-                f"{path}: entry {index} was changed, dropped or moved since it was written"
-            )
-        if entry.kind == "unblind":
-            is_blind = False
-        if entry.is_blind and not is_blind:
-            raise InputError(f"{path}: entry {index} claims to be blind after the unblinding")
-        before = entry.digest
-    return entries
-
-
-def ledger_summary(entries: list[Entry]) -> pd.DataFrame:
-    """What was asked, in order of first asking: question, times, first arguments, first answer (cut)."""
-    lines: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        shown = {"arguments": str(entry.arguments)[:80], "answer": str(entry.answer)[:80]}
-        line = lines.setdefault(entry.question, {"question": entry.question, "times": 0, **shown})
-        line["times"] += 1
-    return pd.DataFrame(lines.values())
-
-
-def replay(entries: list[Entry], session: BlindSession) -> pd.DataFrame:
-    """Ask a new session every question of a ledger: index, question, agrees.
-
-    Floats agree within one per mille. Errors: `InputError` if the session studies something else.
-    """
-    if session.ledger[0].arguments != entries[0].arguments:
-        raise InputError(
-            f"the ledger is about {entries[0].arguments}, the session about {session.ledger[0].arguments}"
-        )
-    lines = []
-    for entry in entries:
-        if entry.kind != "question":
-            continue
-        ask: Callable[..., Any] = getattr(session, entry.question)
-        arguments = dict(entry.arguments)
-        if "example" in arguments:
-            arguments["position"] = Position(arguments.pop("example"), arguments.pop("pos"))
-        if arguments.get("head") is not None:
-            arguments["head"] = tuple(arguments["head"])
-        agrees = _same(_plain(ask(**arguments)), entry.answer)
-        lines.append({"index": entry.index, "question": entry.question, "agrees": agrees})
-    return pd.DataFrame(lines, columns=["index", "question", "agrees"])
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, float) and isinstance(other, (int, float)):
-        return bool(np.isclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True))
-    return bool(one == other)

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import torch
 
 from tclib.circuits.graph import AttributionGraph, edges_between
-from tclib.support.runs import InputError, new_file
+from tclib.support.errors import InputError
+from tclib.support.files import new_file
 
 FORMAT = "tclib-attribution-graph-1"
 VIEWER_SCHEMA = 1

@@ -22,20 +22,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.evaluation.metrics import to_numpy
 from tclib.models.architectures import AttentionWeights
-from tclib.models.language_model import ForwardCache, LanguageModel
-from tclib.support.runs import InputError
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import ForwardCache
+from tclib.support.errors import InputError
 
 SourceKind = Literal[
     "feature",
@@ -164,7 +163,6 @@ class FrozenPrompts:
             raise InputError(
                 f"{lm.name} gives non-finite values on these prompts: check its weights and its dtype"
             )
-        self._local: dict[tuple[int, int], LocalSources] = {}
         self.parts = {layer: self._split(layer, d) for layer, d in self.transcoders.items()}
 
     @property
@@ -205,13 +203,6 @@ class FrozenPrompts:
     def patterns(self) -> Float[Tensor, "layer batch head dst src"]:
         """Attention patterns of all layers."""
         return torch.stack(self.cache.pattern)
-
-    def local_sources(self, prompt: int, pos: int) -> LocalSources:
-        """Sources at one token, collected once."""
-        place = (prompt, pos)
-        if place not in self._local:
-            self._local[place] = _collect_local(self, prompt, pos)
-        return self._local[place]
 
     def _split(self, layer: int, dictionary: Dictionary) -> LayerParts:
         x, y = self.cache.mlp_in[layer], self.cache.mlp_out[layer]
@@ -329,212 +320,8 @@ def target_values(cache: ForwardCache, target: Target) -> Float[Tensor, "batch"]
 # Sources
 
 
-@dataclass(frozen=True)
-class Sources:
-    """All sources of one target, as columns of equal length.
-
-    contribution = activation × weight: `activation` is input-dependent (z of a feature, the pattern
-    entry of a head, 1 for what is always there, all over σ), `weight` is the source's vector dotted
-    with the target's input-invariant direction. `kind` indexes `KINDS`; columns that do not apply to
-    a kind hold −1.
-    """
-
-    target: Target
-    value: float
-    kind: Int[np.ndarray, "source"]
-    layer: Int[np.ndarray, "source"]
-    head: Int[np.ndarray, "source"]
-    feature: Int[np.ndarray, "source"]
-    pos: Int[np.ndarray, "source"]
-    activation: Float[np.ndarray, "source"]
-    weight: Float[np.ndarray, "source"]
-
-    @cached_property
-    def contribution(self) -> Float[np.ndarray, "source"]:
-        """activation × weight."""
-        return self.activation * self.weight
-
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        """A line a source, kinds by name."""
-        names = ("layer", "head", "feature", "pos", "activation", "weight", "contribution")
-        columns = {name: getattr(self, name) for name in names}
-        return pd.DataFrame({"kind": np.array(KINDS)[self.kind], **columns})
-
-    @property
-    def total(self) -> float:
-        """The sum of all contributions; equals `value` to rounding."""
-        return float(self.contribution.sum())
-
-    @property
-    def residual(self) -> float:
-        """(total − value), over the largest magnitude that was summed."""
-        size = max(abs(self.value), float(np.abs(self.contribution).max()))
-        return (self.total - self.value) / size if size else 0.0
-
-
-def sources(frozen: FrozenPrompts, targets: Sequence[Target]) -> list[Sources]:
-    """The complete list of sources of each target (module equation), for any batch of targets."""
-    if not targets:
-        return []
-    directions = torch.stack([target.direction for target in targets])
-    written = torch.einsum("lhkd,nd->nlhk", frozen.W_O, directions)
-    return [_sources_of(frozen, *pair) for pair in zip(targets, written, strict=True)]
-
-
-def _sources_of(
-    frozen: FrozenPrompts, target: Target, written: Float[Tensor, "layer head d_head"]
-) -> Sources:
-    """All sources of one target; `written` is W_O v of every head."""
-    scale = frozen.scale(target.site, target.prompt, target.pos)
-    columns = [
-        _constant_columns(target, scale),
-        _local_columns(frozen, target),
-        _head_columns(frozen, target, written),
-    ]
-    joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
-    joined["activation"] = joined["activation"] * scale
-    return Sources(target, frozen.value(target), **joined)
-
-
-_Columns = dict[str, np.ndarray]
-
-
-def _constant_columns(target: Target, scale: float) -> _Columns:
-    """The constant is not read from the stream: its weight undoes the scale."""
-    return {
-        "kind": np.array([KINDS.index("constant")]),
-        "layer": np.array([target.site.layer]),
-        "head": np.array([-1]),
-        "feature": np.array([-1]),
-        "pos": np.array([target.pos]),
-        "activation": np.ones(1),
-        "weight": np.array([target.constant / scale]),
-    }
-
-
-def _local_columns(frozen: FrozenPrompts, target: Target) -> _Columns:
-    """Sources at the target's own token: embeddings, MLP parts, attention biases."""
-    local = frozen.local_sources(target.prompt, target.pos)
-    n_mlp = local.n_before[len(frozen.mlp_layers(target.site))]
-    n_attention = len(frozen.attention_layers(target.site))
-    bias_weight = local.attention_bias[:n_attention] @ target.direction
-    weight = torch.cat([local.vectors[:n_mlp] @ target.direction, bias_weight])
-    bias_kind = KINDS.index("attention_bias")
-    none = np.full(n_attention, -1)
-    return {
-        "kind": np.concatenate([local.kind[:n_mlp], np.full(n_attention, bias_kind)]),
-        "layer": np.concatenate([local.layer[:n_mlp], np.arange(n_attention)]),
-        "head": np.full(n_mlp + n_attention, -1),
-        "feature": np.concatenate([local.feature[:n_mlp], none]),
-        "pos": np.full(n_mlp + n_attention, target.pos),
-        "activation": np.concatenate([local.activation[:n_mlp], np.ones(n_attention)]),
-        "weight": to_numpy(weight),
-    }
-
-
-def _head_columns(
-    frozen: FrozenPrompts, target: Target, written: Float[Tensor, "layer head d_head"]
-) -> _Columns:
-    """Heads by source token (Eq. 8)."""
-    n_layers, n_src = len(frozen.attention_layers(target.site)), target.pos + 1
-    values = frozen.values[:n_layers, target.prompt, :, :n_src]
-    weight = torch.einsum("lhsk,lhk->lhs", values, written[:n_layers])
-    pattern = frozen.patterns[:n_layers, target.prompt, :, target.pos, :n_src]
-    layer, head, pos = np.indices(tuple(weight.shape)).reshape(3, -1)
-    return {
-        "kind": np.full(layer.size, KINDS.index("head")),
-        "layer": layer,
-        "head": head,
-        "feature": np.full(layer.size, -1),
-        "pos": pos,
-        "activation": to_numpy(pattern.reshape(-1)),
-        "weight": to_numpy(weight.reshape(-1)),
-    }
-
-
 # ---------------------------------------------------------------------------------------------
 # What stands at one token
-
-
-@dataclass(frozen=True)
-class LocalSources:
-    """Everything but heads that the stream at one token may hold, by layer from the bottom.
-
-    `n_before[l]` sources were written before MLP l; `vectors` are what each adds per unit of its
-    activation. `attention_bias` has a row a layer: b_O and the value biases times the pattern's sum.
-    """
-
-    kind: Int[np.ndarray, "source"]
-    layer: Int[np.ndarray, "source"]
-    feature: Int[np.ndarray, "source"]
-    activation: Float[np.ndarray, "source"]
-    vectors: Float[Tensor, "source d_model"]
-    n_before: list[int]
-    attention_bias: Float[Tensor, "layer d_model"]
-
-
-class _Group(NamedTuple):
-    """Sources of one kind and layer at one token."""
-
-    kind: SourceKind
-    layer: int
-    vectors: Tensor
-    feature: Tensor | None = None
-    activation: Tensor | None = None
-
-
-def _collect_local(frozen: FrozenPrompts, prompt: int, pos: int) -> LocalSources:
-    groups, n_before = _embedding_groups(frozen, prompt, pos), []
-    for layer in range(frozen.lm.n_layers):
-        n_before.append(sum(len(group.vectors) for group in groups))
-        groups += _mlp_groups(frozen, layer, prompt, pos)
-    n_before.append(sum(len(group.vectors) for group in groups))
-    sizes = [len(group.vectors) for group in groups]
-    features = [
-        -np.ones(n) if g.feature is None else to_numpy(g.feature)
-        for g, n in zip(groups, sizes, strict=True)
-    ]
-    acts = [
-        np.ones(n) if g.activation is None else to_numpy(g.activation)
-        for g, n in zip(groups, sizes, strict=True)
-    ]
-    pattern_sums = frozen.patterns[:, prompt, :, pos].sum(-1)
-    return LocalSources(
-        kind=np.repeat([KINDS.index(group.kind) for group in groups], sizes),
-        layer=np.repeat([group.layer for group in groups], sizes),
-        feature=np.concatenate(features).astype(np.int64),
-        activation=np.concatenate(acts),
-        vectors=torch.cat([group.vectors for group in groups]),
-        n_before=n_before,
-        attention_bias=frozen.b_O + torch.einsum("lh,lhd->ld", pattern_sums, frozen.value_bias),
-    )
-
-
-def _embedding_groups(frozen: FrozenPrompts, prompt: int, pos: int) -> list[_Group]:
-    cache, place = frozen.cache, (prompt, pos)
-    groups = [_Group("embedding", -1, cache.token_embedding[place][None])]
-    if cache.position_embedding is not None:
-        groups.append(_Group("position", -1, cache.position_embedding[place][None]))
-    return groups
-
-
-def _mlp_groups(frozen: FrozenPrompts, layer: int, prompt: int, pos: int) -> list[_Group]:
-    """Features, decoder bias, error and skip of a layer with a transcoder, else its whole output."""
-    place = (prompt, pos)
-    if layer not in frozen.parts:
-        return [_Group("mlp", layer, frozen.cache.mlp_out[layer][place][None])]
-    split = frozen.parts[layer]
-    here = split.active.at(prompt, pos, frozen.n_pos)
-    feature = split.active.feature[here]
-    groups = [
-        _Group("feature", layer, split.dictionary.W_dec[feature], feature, split.active.acts[here]),
-        _Group("decoder_bias", layer, split.dictionary.b_dec[None]),
-        _Group("error", layer, split.error[place][None]),
-    ]
-    if split.skip is not None:
-        groups.append(_Group("skip", layer, split.skip[place][None]))
-    return groups
 
 
 # ---------------------------------------------------------------------------------------------

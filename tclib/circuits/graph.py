@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,8 +24,9 @@ from torch import Tensor
 from tclib.circuits.edges import DirectEffects, Heads, Readers
 from tclib.circuits.frozen import FrozenPrompts, ReadSite, Target, node_name
 from tclib.circuits.influence import EdgeMatrix, node_influence
+from tclib.circuits.roots import Roots, check_roots, equal_roots, top_logits
+from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.runs import InputError
 
 INPUT_KINDS = frozenset({"feature", "error", "mlp", "embedding", "head"})  # that carry influence
 BIAS_KINDS = frozenset({"position", "attention_bias", "decoder_bias"})
@@ -112,40 +112,6 @@ class AttributionGraph:
         )
 
 
-class Roots(NamedTuple):
-    """What a graph explains, and how much each counts."""
-
-    targets: list[Target]
-    weights: list[float]
-    token_ids: list[int]  # −1 where a root is not one logit
-
-
-def top_logits(
-    frozen: FrozenPrompts,
-    prompt: int = 0,
-    pos: int = -1,
-    max_logits: int = 10,
-    probability: float = 0.95,
-) -> Roots:
-    """The most likely next tokens: as few as reach `probability`, at most `max_logits`.
-
-    Their weights are their probabilities. Errors: `InputError` for a share outside (0, 1].
-    """
-    if not 0 < probability <= 1 or max_logits < 1:
-        raise InputError(
-            f"probability {probability}, max_logits {max_logits}: expected a share in (0, 1] and at least 1"
-        )
-    best = frozen.cache.logits[prompt, pos].softmax(-1).topk(min(max_logits, frozen.lm.d_vocab))
-    enough = int((best.values.cumsum(0) < probability).sum()) + 1
-    ids, shares = best.indices[:enough].tolist(), best.values[:enough].tolist()
-    names = frozen.lm.token_strings(ids)
-    targets = [
-        frozen.logit_target({i: 1.0}, pos, prompt, name=f"logit {name!r}")
-        for i, name in zip(ids, names, strict=True)
-    ]
-    return Roots(targets, shares, ids)
-
-
 def attribution_graph(
     frozen: FrozenPrompts,
     roots: Sequence[Target] | None = None,
@@ -169,8 +135,8 @@ def attribution_graph(
 
     Errors: `InputError` for roots of another prompt, no nodes asked for, or too large a graph.
     """
-    chosen = top_logits(frozen, prompt) if roots is None else _equal_roots(roots)
-    _check_roots(chosen.targets, prompt, max_feature_nodes)
+    chosen = top_logits(frozen, prompt) if roots is None else equal_roots(roots)
+    check_roots(chosen.targets, prompt, max_feature_nodes)
     effects = DirectEffects(frozen, prompt, heads)
     columns = effects.table()
     in_reach = _in_reach(columns, chosen.targets, heads)
@@ -416,26 +382,6 @@ def _constants(frozen: FrozenPrompts, features: pd.DataFrame, roots: Roots) -> n
 
 # ---------------------------------------------------------------------------------------------
 # Checks
-
-
-def _equal_roots(roots: Sequence[Target]) -> Roots:
-    n_roots = len(roots)
-    return Roots(list(roots), [1 / max(1, n_roots)] * n_roots, [-1] * n_roots)
-
-
-def _check_roots(roots: Sequence[Target], prompt: int, max_feature_nodes: int) -> None:
-    if not roots:
-        raise InputError("no roots: give at least one target, or None for the most likely logits")
-    strangers = [root.name for root in roots if root.prompt != prompt]
-    if strangers:
-        raise InputError(
-            f"roots {strangers} are of another prompt than {prompt}: one graph explains one prompt"
-        )
-    inner = [root.name for root in roots if root.site.part == "attention"]
-    if inner:
-        raise InputError(f"roots {inner} read attention: expected features or logits")
-    if max_feature_nodes < 1:
-        raise InputError(f"max_feature_nodes {max_feature_nodes}: expected at least 1")
 
 
 def _check_memory(n_rows: int, n_columns: int, itemsize: int, limit_gib: float) -> None:

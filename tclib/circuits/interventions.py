@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tclib.circuits.frozen import FrozenPrompts, Target, target_values
 from tclib.circuits.graph import AttributionGraph, total_effects
-from tclib.models.language_model import ForwardCache
-from tclib.support.runs import InputError
+from tclib.models.running import ForwardCache
+from tclib.support.errors import InputError
 
 ROWS_PER_FORWARD = 32
 

@@ -20,17 +20,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from tclib.circuits.frozen import (
-    KINDS,
-    FrozenPrompts,
-    ReadSite,
-    SourceKind,
-    Sources,
-    Target,
-    node_name,
-    sources,
-)
-from tclib.support.runs import InputError
+from tclib.circuits.frozen import KINDS, FrozenPrompts, ReadSite, SourceKind, Target, node_name
+from tclib.circuits.sources import Sources, sources
+from tclib.support.errors import InputError
 
 EXPANDABLE: frozenset[SourceKind] = frozenset({"feature", "head", "skip"})
 Signs = Literal["both", "positive"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tclib.circuits.graph import INPUT_KINDS, AttributionGraph, with_influence
 from tclib.circuits.influence import edge_influence, node_influence, threshold_for
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 ALWAYS_KEPT = ("embedding", "root")
 ERROR_KINDS = ("error", "mlp")

@@ -22,8 +22,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.models.language_model import LanguageModel, Site
-from tclib.support.runs import InputError, load_tensors, save_tensors
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import Site
+from tclib.support.errors import InputError
+from tclib.support.files import load_tensors, save_tensors
 
 Kind = Literal["transcoder", "sae_mlp_out", "sae_mlp_in"]
 Activation = Literal["relu", "topk", "batch_topk", "jumprelu"]

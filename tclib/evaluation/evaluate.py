@@ -21,9 +21,11 @@ from torch import Tensor
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation import metrics
 from tclib.evaluation.replace import replace_site, set_mlp_out
-from tclib.models.language_model import LanguageModel, Site
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import Site
+from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.runs import InputError
+from tclib.support.statistics import bootstrap_means, interval
 from tclib.text.corpus import check_disjoint
 
 BOOTSTRAP_SEED = 0
@@ -184,8 +186,8 @@ def _table_line(
     mean_ablated = row_ce[f"mean_ablated L{config.layer}"].mean()
     ce = row_ce[name].mean()
     increase = (row_ce[name] - row_ce["original"]).to_numpy()
-    resampled = metrics.bootstrap_means(increase, np.random.default_rng(BOOTSTRAP_SEED))
-    low, high = metrics.interval(resampled)
+    resampled = bootstrap_means(increase, np.random.default_rng(BOOTSTRAP_SEED))
+    low, high = interval(resampled)
     assert sums.n_fired is not None
     return {
         "name": name,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -112,28 +111,3 @@ class ReconstructionSums:
         assert self._shifted_sum is not None
         total = self._shifted_square - float(self._shifted_sum.pow(2).sum()) / self.n_tokens
         return self.squared_error / total
-
-
-def bootstrap_means(
-    values: Float[np.ndarray, "row *columns"],
-    generator: np.random.Generator,
-    n_resamples: int = 2_000,
-) -> Float[np.ndarray, "resample *columns"]:
-    """Means over resampled rows. Rows, not tokens: tokens of one row are not independent."""
-    n_rows = len(values)
-    draws = (generator.integers(0, n_rows, n_rows) for _ in range(n_resamples))
-    return np.stack([values[draw].mean(0) for draw in draws])
-
-
-def interval(
-    means: Float[np.ndarray, "resample *columns"], level: float = 0.95
-) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval over resamples: (low, high)."""
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
-    return low, high
-
-
-def to_numpy(values: Tensor) -> np.ndarray:
-    """A tensor as float64 on the CPU, for tables."""
-    return values.double().cpu().numpy()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 
 @contextmanager

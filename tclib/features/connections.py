@@ -14,14 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.features.from_weights import (
-    activation_quantiles,
-    mean_pullbacks,
-    pullback,
-    spearman,
-    top_k_overlap,
-)
+from tclib.features.from_weights import activation_quantiles, mean_pullbacks, pullback
 from tclib.models.language_model import LanguageModel
+from tclib.support.statistics import spearman, top_k_overlap
 
 OVERLAP_KS = (10, 20, 50)  # as in the paper's walkthrough
 MIN_QUANTILE = 0.2  # tokens count where a feature exceeds this quantile of its positive activations

@@ -22,7 +22,7 @@ from tclib.features.from_weights import (
     token_table,
 )
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 CONTEXT = 10  # tokens shown on either side
 N_HISTOGRAM_BINS = 40

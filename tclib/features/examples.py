@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.models.language_model import LanguageModel
+from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.runs import InputError
 
 ROWS_PER_FORWARD = 16
 N_BANDS = 5

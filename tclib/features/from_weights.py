@@ -20,18 +20,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.evaluation.metrics import to_numpy
 from tclib.features.examples import feature_activations
-from tclib.models.language_model import LanguageModel, Site
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import Site
+from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.runs import InputError
 
 
 class Head(NamedTuple):
@@ -256,22 +255,6 @@ def feature_table(scores: Float[Tensor, "n_features"], k: int = 10) -> pd.DataFr
     return pd.DataFrame(
         {"feature": strongest.cpu().numpy(), "score": scores[strongest].double().cpu().numpy()}
     )
-
-
-def top_k_overlap(one: Float[Tensor, "item"], other: Float[Tensor, "item"], k: int) -> float:
-    """Share of the k highest of one that are among the k highest of the other (paper: 30/25/14 %)."""
-    if not 1 <= k <= len(one):
-        raise InputError(f"k {k}: expected 1 to {len(one)}")
-    tops = [set(scores.argsort(descending=True)[:k].tolist()) for scores in (one, other)]
-    return len(tops[0] & tops[1]) / k
-
-
-def spearman(one: Float[Tensor, "item"], other: Float[Tensor, "item"]) -> float:
-    """Rank correlation; ties share their mean rank. NaN for fewer than three items."""
-    if len(one) < 3:
-        return float("nan")
-    ranks = [pd.Series(to_numpy(scores)).rank().to_numpy() for scores in (one, other)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _check_feature(dictionary: Dictionary, feature: int) -> None:

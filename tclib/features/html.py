@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from tclib.features.dashboard import Dashboard, Example
-from tclib.support.runs import new_file
+from tclib.support.files import new_file
 
 _STYLE = """
 .tc {font: 14px/1.5 system-ui, sans-serif; color: CanvasText; background: Canvas; color-scheme: light dark;

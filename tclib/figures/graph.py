@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
 from tclib.circuits.graph import AttributionGraph, edges_between
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 SLOT_INCHES, ROW_INCHES = 0.46, 0.42
 SLOTS_A_ROW = 4

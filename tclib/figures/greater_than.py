@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 STYLE: dict[str, dict[str, Any]] = {
@@ -187,23 +189,29 @@ def harmful_figure(curves: pd.DataFrame, features: pd.DataFrame, summary: dict[s
     return figure
 
 
-def proxy_figure(shares: pd.DataFrame) -> Figure:
-    """Share of interpretable features by the proxy's threshold, with intervals, and of context-free ones."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.8), layout="constrained")
-    styles = {"transcoder": ("#0072B2", "o", -0.006), "sae_mlp_out": ("#D55E00", "s", 0.006)}
-    titles = {"interpretable": "interpretable", "context_free": "interpretable and context-free"}
-    for axis, (column, title) in zip(axes, titles.items(), strict=True):
-        for kind, own in shares.groupby("kind"):
-            colour, marker, shift = styles.get(str(kind), ("#009E73", "^", 0.0))
-            x = own["threshold"] + shift
-            axis.plot(x, own[column], color=colour, marker=marker, label=str(kind))
-            if column == "interpretable":
-                errors = np.abs(own[["low", "high"]].to_numpy().T - own[column].to_numpy())
-                axis.errorbar(x, own[column], errors, fmt="none", ecolor=colour, capsize=3)
-        axis.set_ylim(0, 1)
-        axis.set_xlabel("Threshold on F1 (0.6 is used)")
-        axis.set_ylabel("Share of the features drawn")
-        axis.set_title(title, fontsize=9)
-        axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=8, frameon=False)
+def probability_heatmap(
+    probabilities: np.ndarray,
+    title: str,
+    numbers: Sequence[int] = range(100),
+    answers: Sequence[int] = range(100),
+) -> Figure:
+    """p(answer | first year): rows are the prompt's YY, columns the predicted YY, or its tens digit."""
+    figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
+    is_digits = len(answers) <= 10
+    # A square-root-like scale: late first years leave few answers, which share all the mass.
+    scale = PowerNorm(0.4, vmin=0)
+    extent = (answers[0] - 0.5, answers[-1] + 0.5, numbers[0] - 0.5, numbers[-1] + 0.5)
+    image = axis.imshow(
+        probabilities, origin="lower", cmap="viridis", norm=scale, aspect="auto", extent=extent
+    )
+    edge = [number / 10 - 0.5 if is_digits else number for number in numbers]
+    axis.plot(edge, list(numbers), color="white", linewidth=0.8, linestyle="--")
+    axis.set_xlim(extent[:2])
+    axis.set_xlabel(
+        "Predicted tens digit of the second year" if is_digits else "Predicted second year YY"
+    )
+    axis.set_ylabel("First year YY in the prompt")
+    axis.set_title(title)
+    kind = "10 digits" if is_digits else f"{len(answers)} YY tokens"
+    figure.colorbar(image, ax=axis, label=f"Probability among the {kind}")
     return figure

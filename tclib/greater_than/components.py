@@ -22,8 +22,8 @@ from tclib.dictionaries.dictionary import Dictionary
 from tclib.features.from_weights import Head
 from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
+from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.runs import InputError
 
 Ablation = Literal["mean", "zero"]
 ABLATIONS: tuple[Ablation, ...] = ("mean", "zero")

@@ -15,7 +15,7 @@ are unembedded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -23,85 +23,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.dictionaries.dictionary import Dictionary
 from tclib.greater_than.task import GreaterThan
-from tclib.models.language_model import LanguageModel, LowerRun
+from tclib.greater_than.units import Units
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import LowerRun
+from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.runs import InputError
 
 TOKENS_PER_FORWARD = 16_384  # prompts × positions × values of k
 
 
-@dataclass(frozen=True)
-class Units:
-    """What one MLP's output is made of on the task's prompts: rest + Σ_i acts_i W_dec[i]."""
-
-    name: str
-    acts: Float[Tensor, "prompt pos unit"]
-    W_dec: Float[Tensor, "unit d_model"]
-    rest: Float[Tensor, "prompt pos d_model"]
-
-    @property
-    def n_units(self) -> int:
-        return self.acts.shape[-1]
-
-    def output(self) -> Float[Tensor, "prompt pos d_model"]:
-        """The MLP's output with every unit kept."""
-        return self.rest + self.acts @ self.W_dec
-
-    def without(self, unit: int) -> Units:
-        """The units with one of them silent."""
-        acts = self.acts.clone()
-        acts[..., unit] = 0.0
-        return replace(self, acts=acts)
-
-
-def dictionary_units(dictionary: Dictionary, below: LowerRun, name: str = "") -> Units:
-    """Features of a transcoder or of an SAE on mlp_out.
-
-    Errors: `InputError` for another layer than the run's, or an SAE on mlp_in.
-    """
-    config = dictionary.config
-    if config.layer != below.layer:
-        raise InputError(
-            f"a dictionary of layer {config.layer} for MLP {below.layer}: expected the same"
-        )
-    if config.kind == "sae_mlp_in":
-        raise InputError("an sae_mlp_in does not write the MLP's output: expected another kind")
-    x = below.mlp_out if config.kind == "sae_mlp_out" else below.mlp_in
-    rest = dictionary.b_dec.expand_as(below.mlp_out)
-    if dictionary.W_skip is not None:
-        rest = rest + x @ dictionary.W_skip
-    return Units(name or config.kind, dictionary.encode(x), dictionary.W_dec, rest)
-
-
-def neuron_units(lm: LanguageModel, below: LowerRun) -> Units:
-    """The MLP's own neurons; their output bias stays when they are ablated."""
-    weights = lm.neuron_weights(below.layer)
-    rest = weights.b_out.expand_as(below.mlp_out)
-    return Units("neurons", below.neuron_acts, weights.W_out, rest)
-
-
-def random_direction_units(units: Units, generator: torch.Generator) -> Units:
-    """The same activations writing random directions of the same norms: a control."""
-    random = torch.randn(units.W_dec.shape, generator=generator).to(units.W_dec)
-    norms = units.W_dec.norm(dim=1, keepdim=True)
-    return replace(
-        units, name="random directions", W_dec=random / random.norm(dim=1, keepdim=True) * norms
-    )
-
-
 # ---------------------------------------------------------------------------------------------
 # Rankings
-
-
-def rank_by_variance(units: Units, task: GreaterThan) -> Int[Tensor, "unit"]:
-    """By the variance of the activation at the last position, over all prompts (the paper's ranking).
-
-    Over prompts of the first template, so that sentences do not count as variation.
-    """
-    first = torch.tensor([t == task.template_idx[0] for t in task.template_idx])
-    return units.acts[first.to(units.acts.device), -1].var(0).argsort(descending=True, stable=True)
 
 
 def rank_by_attribution(

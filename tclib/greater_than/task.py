@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 PAPER_TEMPLATE = "The war lasted from 17{yy:02d} to 17"
 DEMO_TEMPLATE = "The war lasted from the year 17{yy:02d} to the year 17"

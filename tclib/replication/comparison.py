@@ -27,16 +27,18 @@ from tclib.blind.latents import LabelledRows, label_scores, labelled_rows, recov
 from tclib.blind.predicates import ACTIVE_SHARE, fit_predicate, score
 from tclib.blind.ratings import Item, Rating
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.evaluation.metrics import bootstrap_means, interval
 from tclib.features.dashboard import build_dashboard
 from tclib.features.examples import feature_activations, live_features
 from tclib.features.html import dashboard_html, save_page
 from tclib.models.language_model import LanguageModel
+from tclib.replication.paper import paper_table
 from tclib.replication.presets import Preset
-from tclib.replication.report import Line, claim_line
+from tclib.replication.verdicts import Line, claim_line
+from tclib.support.errors import InputError
+from tclib.support.files import new_file
 from tclib.support.progress import progress
-from tclib.support.runs import InputError, Step, new_file, paper_table
-from tclib.support.steps import ensure, weight_hashes, write_csv
+from tclib.support.statistics import bootstrap_means, interval
+from tclib.support.steps import Step, ensure, weight_hashes, write_csv
 from tclib.text.corpus import Corpus
 
 STEP = "05_interpretability_comparison"

@@ -13,10 +13,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tclib.dictionaries.dictionary import TAKES_K, Activation, Kind
 from tclib.greater_than.task import PAPER_TEMPLATE
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import DATA, REPOSITORY, InputError, Step
+from tclib.support.errors import InputError
+from tclib.support.files import DATA, REPOSITORY
+from tclib.support.steps import Step
 from tclib.text.corpus import CorpusConfig
 from tclib.training.gradients import Loss
-from tclib.training.train import DictionarySpec, TrainingConfig
+from tclib.training.spec import DictionarySpec, TrainingConfig
 
 PRESETS = REPOSITORY / "notebooks" / "presets"
 _STRICT = ConfigDict(extra="forbid")  # a misspelt key is an error

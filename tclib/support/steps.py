@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import json
+import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import pandas as pd
+from torch import Tensor
 
-from tclib.dictionaries.dictionary import Dictionary
-from tclib.support.runs import (
-    MANIFEST,
-    InputError,
-    Step,
-    is_current,
-    new_file,
-    read_manifest,
-    record_extra,
-    tensors_hash,
-    write_manifest,
-)
+from tclib.support.errors import InputError
+from tclib.support.files import REPOSITORY, file_hash, json_ready, new_file, tensors_hash
 
 
 def ensure(
@@ -47,7 +45,13 @@ def ensure(
     return read_manifest(step)
 
 
-def weight_hashes(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
+class Weighted(Protocol):
+    """What has weights by name: a dictionary."""
+
+    def parameters(self) -> dict[str, Tensor]: ...
+
+
+def weight_hashes(dictionaries: Mapping[str, Weighted]) -> dict[str, str]:
     """A hash of each dictionary's weights, by name: what a step made from them depends on."""
     return {name: tensors_hash(d.parameters()) for name, d in dictionaries.items()}
 
@@ -63,3 +67,119 @@ def write_csv(table: pd.DataFrame, step: Step, name: str) -> None:
     """Write `<name>.csv` into the step's folder, whole or not at all."""
     with new_file(step.folder / f"{name}.csv") as path:
         table.to_csv(path, index=False)
+
+
+MANIFEST = "manifest.json"
+
+
+RECORDED_PACKAGES = ("tclib", "torch", "transformers", "datasets", "safetensors", "numpy", "pandas")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a preset's run and the command that makes it again."""
+
+    preset: str
+    name: str
+    folder: Path
+
+    @property
+    def remedy(self) -> str:
+        return (
+            f"delete {self.folder} and run "
+            f"`tclib run --preset {self.preset} --only {self.name[:2]}`"
+        )
+
+
+def write_manifest(
+    step: Step,
+    parameters: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    wall_seconds: float,
+    folder: Path | None = None,
+    summary: Mapping[str, Any] | None = None,
+) -> None:
+    """Write manifest.json for everything that lies in `folder` (the step's own by default)."""
+    folder = folder or step.folder
+    outputs = {
+        str(path.relative_to(folder)): file_hash(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
+    }
+    manifest = {
+        "preset": step.preset,
+        "step": step.name,
+        "parameters": json_ready(parameters),
+        "summary": json_ready(summary or {}),
+        "inputs": dict(inputs),
+        "outputs": outputs,
+        "versions": package_versions(),
+        "commit": current_commit(),
+        "wall_seconds": round(wall_seconds, 2),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    with new_file(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_manifest(step: Step) -> dict[str, Any]:
+    """The manifest of a finished step, with every output's hash checked.
+
+    Errors: `InputError` naming the file and the command if something is missing or was altered.
+    """
+    path = step.folder / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            f"{step.folder} has not been made yet: run "
+            f"`tclib run --preset {step.preset} --only {step.name[:2]}`"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is truncated or corrupted: {step.remedy}") from error
+    for name, expected in manifest["outputs"].items():
+        output = step.folder / name
+        if not output.is_file() or file_hash(output) != expected:
+            raise InputError(f"{output} is missing or was altered: {step.remedy}")
+    return manifest
+
+
+def record_extra(step: Step, path: Path) -> None:
+    """Note a figure or table, and its hash, in the step's manifest; these may be made anew any time."""
+    manifest_path = step.folder / MANIFEST
+    manifest = json.loads(manifest_path.read_text())
+    manifest.setdefault("extras", {})[path.name] = file_hash(path)
+    with new_file(manifest_path) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def is_current(step: Step, parameters: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    """Whether the step was already made, from these very parameters and inputs."""
+    if not (step.folder / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(step)
+    return manifest["parameters"] == json_ready(parameters) and manifest["inputs"] == dict(inputs)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    versions = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def current_commit() -> str | None:
+    """The commit of this checkout, marked `+` when the tree differs from it; None outside git."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if dirty.strip() else "")

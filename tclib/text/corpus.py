@@ -7,19 +7,13 @@ seed, and named by a content hash.
 
 from __future__ import annotations
 
-import ast
-import bz2
 import hashlib
-import importlib.util
 import itertools
-import re
 import sysconfig
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
-from xml.etree import ElementTree
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,20 +21,22 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tclib.models.language_model import LanguageModel
-from tclib.models.locate import check_hub_reachable
+from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.runs import InputError
-from tclib.text import world as demo
+from tclib.text import world
+from tclib.text.documents import (
+    bundled_dump,
+    dataset_documents,
+    docstring_documents,
+    text_documents,
+    wikipedia_articles,
+)
 from tclib.text.packing import pack
 
 CorpusKind = Literal["demo", "text", "docstrings", "wikipedia", "huggingface"]
 Split = Literal["train", "evaluation"]
 
-MIN_DOCSTRING_CHARACTERS = 200
-TEXT_DOCUMENT_CHARACTERS = 2_000
 TOKENIZER_BATCH = 1_000
-STREAM_SHUFFLE_BUFFER = 10_000
-BUNDLED_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 
 @dataclass(frozen=True)
@@ -188,7 +184,7 @@ def _token_ids(texts: Iterator[str], lm: LanguageModel) -> Iterator[list[int]]:
 
 def _documents(config: CorpusConfig) -> Iterator[str]:
     if config.kind == "demo":
-        return (document.text for document in demo.documents(config.seed))
+        return (document.text for document in world.documents(config.seed))
     if config.kind == "text":
         return text_documents(Path(config.source).expanduser())
     if config.kind == "docstrings":
@@ -198,142 +194,3 @@ def _documents(config: CorpusConfig) -> Iterator[str]:
         dump = Path(config.source).expanduser() if config.source else bundled_dump()
         return (article.text for article in wikipedia_articles(dump))
     return dataset_documents(config.source, config.seed)
-
-
-def text_documents(path: Path) -> Iterator[str]:
-    """Documents of a text file, or of every .txt and .md file below a folder.
-
-    A document is a run of paragraphs of about 2,000 characters.
-    """
-    if not path.exists():
-        raise InputError(f"text {path}: no such file or folder")
-    files = [path] if path.is_file() else sorted([*path.rglob("*.txt"), *path.rglob("*.md")])
-    if not any(file.stat().st_size for file in files):
-        raise InputError(f"text {path}: empty; expected at least one non-empty .txt or .md file")
-    return itertools.chain.from_iterable(_paragraph_runs(file) for file in files)
-
-
-def _paragraph_runs(file: Path) -> Iterator[str]:
-    run: list[str] = []
-    for paragraph in file.read_text(errors="replace").split("\n\n"):
-        if paragraph.strip():
-            run.append(paragraph.strip())
-        if sum(map(len, run)) >= TEXT_DOCUMENT_CHARACTERS:
-            yield "\n\n".join(run)
-            run = []
-    if run:
-        yield "\n\n".join(run)
-
-
-def docstring_documents(root: Path) -> Iterator[str]:
-    """Docstrings of 200 characters or more of every Python file below `root`, in path order."""
-    files = sorted(root.rglob("*.py"))
-    if not files:
-        raise InputError(f"docstrings of {root}: no Python files there")
-    return itertools.chain.from_iterable(map(_docstrings, files))
-
-
-def _docstrings(file: Path) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError, RecursionError):
-        return
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        if isinstance(node, documented):
-            text = (ast.get_docstring(node) or "").strip()
-            if len(text) >= MIN_DOCSTRING_CHARACTERS:
-                yield text
-
-
-class Article(NamedTuple):
-    """A Wikipedia article as plain text."""
-
-    title: str
-    text: str
-
-
-def bundled_dump() -> Path:
-    """The 106 articles of the English Wikipedia that the package gensim carries for its own tests.
-
-    Errors: `InputError` where gensim (which need not be importable) or mwparserfromhell is missing.
-    """
-    _check_parser()
-    found = importlib.util.find_spec("gensim")
-    if found is None or not found.submodule_search_locations:
-        raise InputError(
-            "corpus wikipedia reads the articles that the package gensim carries: install it with "
-            "`make smollm2`, or name a dump (.xml.bz2) as the corpus's source"
-        )
-    return Path(found.submodule_search_locations[0]) / "test" / "test_data" / BUNDLED_DUMP
-
-
-def wikipedia_articles(dump: Path) -> Iterator[Article]:
-    """Articles of a MediaWiki dump (.xml.bz2) without redirects, references, pictures and tables.
-
-    Errors: `InputError` for a dump that is missing, cut short or no MediaWiki XML, or without
-    mwparserfromhell.
-    """
-    _check_parser()
-    import mwparserfromhell
-
-    if not dump.is_file():
-        raise InputError(f"Wikipedia dump {dump}: no such file")
-    for title, markup in _article_markup(dump):
-        plain = mwparserfromhell.parse(_UNREAD_MARKUP.sub("", markup)).strip_code()
-        if plain.strip():
-            yield Article(title, plain.strip())
-
-
-def _check_parser() -> None:
-    try:
-        import mwparserfromhell  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "corpus wikipedia needs the package mwparserfromhell: run `make smollm2`"
-        ) from error
-
-
-# References, comments, and links to pictures and categories: not a sentence's own text.
-_UNREAD_MARKUP = re.compile(
-    r"<ref[^>/]*/>|<ref[^>]*>.*?</ref>|<!--.*?-->"
-    r"|\[\[(?:File|Image|Category):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]",
-    re.DOTALL,
-)
-
-
-def _article_markup(dump: Path) -> Iterator[tuple[str, str]]:
-    """Title and markup of every page of the article namespace that is no redirect."""
-    try:
-        with bz2.open(dump) as file:
-            for _, element in ElementTree.iterparse(file):
-                if not element.tag.endswith("}page"):
-                    continue
-                ns = element.tag.removesuffix("page")
-                is_article = element.findtext(f"{ns}ns") == "0"
-                if is_article and element.find(f"{ns}redirect") is None:
-                    markup = element.findtext(f"{ns}revision/{ns}text") or ""
-                    yield element.findtext(f"{ns}title") or "", markup
-                element.clear()
-    except (OSError, EOFError, ElementTree.ParseError) as error:
-        raise InputError(
-            f"Wikipedia dump {dump}: {error}: expected a whole MediaWiki export, .xml.bz2"
-        ) from error
-
-
-def dataset_documents(dataset_id: str, seed: int) -> Iterator[str]:
-    """The `text` column of a Hugging Face dataset's training split, streamed and shuffled."""
-    local = Path(dataset_id).expanduser().exists()
-    if not local:
-        check_hub_reachable(f"dataset {dataset_id!r} is streamed from the Hugging Face hub")
-    import datasets
-
-    stream = datasets.load_dataset(dataset_id, split="train", streaming=True)
-    if stream.features is not None and "text" not in stream.features:
-        raise InputError(
-            f"dataset {dataset_id!r} has columns {sorted(stream.features)}: expected one named text"
-        )
-    shuffled = stream.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE_BUFFER)
-    return (example["text"] for example in shuffled)

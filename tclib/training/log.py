@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import math
+import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
+from tclib.support.files import new_file
+from tclib.training.trainer import Measurement
 
 _PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
 
@@ -69,3 +75,57 @@ class _TensorBoard:
 
 def _flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{d}/{k}": v for d, line in measured.items() for k, v in line.items()}
+
+
+LOG = "training_log.csv"
+
+
+LOG_COLUMNS = (
+    "step",
+    "n_tokens",
+    "dictionary",
+    "loss",
+    "l0",
+    "fvu",
+    "dead_share",
+    "tokens_per_s",
+)
+
+
+class Meter:
+    """Tokens a second since the run (or its resumption) began."""
+
+    def __init__(self) -> None:
+        self._began: float = time.perf_counter()
+        self._first_tokens: int | None = None
+
+    def tokens_per_s(self, n_tokens: int) -> float:
+        now = time.perf_counter()
+        if self._first_tokens is None:
+            self._first_tokens, self._began = n_tokens, now
+            return math.nan
+        return (n_tokens - self._first_tokens) / max(now - self._began, 1e-9)
+
+
+def append_log(
+    path: Path, step: int, n_tokens: int, measured: dict[str, Measurement], speed: float
+) -> None:
+    """Add a line a dictionary to the log, and the header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(LOG_COLUMNS)
+        for name, line in measured.items():
+            writer.writerow([step, n_tokens, name, *asdict(line).values(), round(speed, 1)])
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Keep the lines up to `step`: what was logged after the checkpoint will be logged again."""
+    if not path.exists():
+        return
+    with open(path, newline="") as file:
+        kept = [row for row in csv.reader(file) if row[:1] == ["step"] or int(row[0]) <= step]
+    with new_file(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows(kept)

@@ -8,9 +8,10 @@ import torch
 from tiny import random_rows, tiny_lm
 
 from tclib.blind.latents import LabelledRows, label_scores, labelled_rows, recovered_latents
-from tclib.blind.predicates import Predicate, auroc, fit_predicate, score
+from tclib.blind.predicates import Predicate, fit_predicate, score
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
+from tclib.support.statistics import auroc
 
 ROWS = torch.tensor([[0, 5, 6, 7, 5, 8], [0, 7, 7, 5, 0, 5]], dtype=torch.int32)
 

@@ -13,22 +13,19 @@ import pytest
 import torch
 from tiny import random_rows, small_preset
 
+from tclib.blind.ledger import load_ledger
 from tclib.blind.predicates import Predicate
-from tclib.blind.ratings import (
-    Item,
-    RatingStore,
-    agreement,
-    cohens_kappa,
-    counts_by_origin,
-    rating_widget,
-)
-from tclib.blind.session import load_ledger
-from tclib.figures import greater_than as task_figures
+from tclib.blind.ratings import Item, RatingStore, agreement, counts_by_origin, rating_widget
+from tclib.figures.comparison import proxy_figure
 from tclib.models.language_model import LanguageModel
-from tclib.replication import case_studies, comparison, pipeline
+from tclib.replication import case_studies, comparison
 from tclib.replication.comparison import Comparison, proxy_rating, rating_of
+from tclib.replication.model_and_data import prepare_corpus
 from tclib.replication.presets import Preset
-from tclib.support.runs import InputError
+from tclib.replication.sweep import train_sweep
+from tclib.replication.transcoders import train_transcoders
+from tclib.support.errors import InputError
+from tclib.support.statistics import cohens_kappa
 
 mpl.use("Agg")
 
@@ -142,8 +139,8 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
 @pytest.fixture(scope="module")
 def compared(preset: Preset) -> Comparison:
     lm = LanguageModel.load("demo")
-    corpus = pipeline.prepare_corpus(preset, lm)
-    sweep = pipeline.train_sweep(preset, lm, corpus).dictionaries
+    corpus = prepare_corpus(preset, lm)
+    sweep = train_sweep(preset, lm, corpus).dictionaries
     return comparison.make_comparison(preset, lm, corpus, sweep)
 
 
@@ -170,15 +167,15 @@ def test_proxy_shares_and_intervals_are_of_the_items(compared: Comparison) -> No
     assert low <= value <= high
     for word in ("*Paper:*", "*Ours:*", "*Differs because*"):
         assert word in comparison.caption(compared, 0)
-    assert len(task_figures.proxy_figure(shares).axes) == 2
+    assert len(proxy_figure(shares).axes) == 2
     assert set(compared.latents["kind"]) == {"transcoder", "sae_mlp_out"}
     assert compared.latents["f1"].between(0, 1).all()
 
 
 def test_case_studies_leave_ledgers_dashboards_and_grades(preset: Preset) -> None:
     lm = LanguageModel.load("demo")
-    corpus = pipeline.prepare_corpus(preset, lm)
-    transcoders = pipeline.train_transcoders(preset, lm, corpus).dictionaries
+    corpus = prepare_corpus(preset, lm)
+    transcoders = train_transcoders(preset, lm, corpus).dictionaries
     studies = case_studies.make_case_studies(preset, lm, corpus, transcoders)
     assert studies.table["kind"].tolist() == ["full", "restricted"]
     assert set(studies.table["grade"]) <= {"success", "mostly", "failure"}
@@ -198,7 +195,7 @@ def test_case_studies_leave_ledgers_dashboards_and_grades(preset: Preset) -> Non
 
 def test_a_pair_needs_both_kinds(preset: Preset) -> None:
     lm = LanguageModel.load("demo")
-    corpus = pipeline.prepare_corpus(preset, lm)
-    transcoders = pipeline.train_transcoders(preset, lm, corpus).dictionaries
+    corpus = prepare_corpus(preset, lm)
+    transcoders = train_transcoders(preset, lm, corpus).dictionaries
     with pytest.raises(InputError, match="expected both kinds"):
         comparison.choose_pair(lm, transcoders, corpus.evaluation)

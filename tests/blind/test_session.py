@@ -14,13 +14,15 @@ import pytest
 import torch
 from tiny import random_rows, random_transcoder, tiny_lm
 
-from tclib.blind.investigator import _in_words, grade_predicate, investigate
+from tclib.blind.grading import grade_predicate
+from tclib.blind.investigator import _in_words, investigate
+from tclib.blind.ledger import BlindnessError, Position, load_ledger, replay
 from tclib.blind.predicates import Predicate
-from tclib.blind.session import BlindnessError, BlindSession, Position, load_ledger, replay
+from tclib.blind.session import BlindSession
 from tclib.features.examples import feature_activations
 from tclib.features.from_weights import LoneTokens
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 ROWS = random_rows(40)
 POSITION = Position(3, 9)

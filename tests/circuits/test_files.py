@@ -19,7 +19,7 @@ from tclib.circuits.files import (
 )
 from tclib.circuits.graph import AttributionGraph, attribution_graph
 from tclib.circuits.prune import prune, sum_over_tokens
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 
 def small_graph(dtype: torch.dtype = torch.float64) -> AttributionGraph:

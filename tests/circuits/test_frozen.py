@@ -24,9 +24,10 @@ from tiny import (
 )
 from torch import Tensor
 
-from tclib.circuits.frozen import FrozenPrompts, Sources, Target, sources
+from tclib.circuits.frozen import FrozenPrompts, Target
+from tclib.circuits.sources import Sources, sources
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 
 def all_targets(frozen: FrozenPrompts, stride: int = 1) -> list[Target]:

@@ -23,9 +23,11 @@ from tiny import (
 from torch import Tensor
 
 from tclib.circuits.edges import Heads
-from tclib.circuits.frozen import FrozenPrompts, sources
-from tclib.circuits.graph import AttributionGraph, attribution_graph, top_logits
-from tclib.support.runs import InputError
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.graph import AttributionGraph, attribution_graph
+from tclib.circuits.roots import top_logits
+from tclib.circuits.sources import sources
+from tclib.support.errors import InputError
 
 HEADS: tuple[Heads, ...] = ("summed", "nodes")
 

@@ -21,8 +21,9 @@ from tclib.circuits.graph import attribution_graph, total_effects
 from tclib.circuits.interventions import ablated_values, ablation_table
 from tclib.features.connections import compare_connections
 from tclib.features.examples import live_features
-from tclib.features.from_weights import mean_pullback, pullback, spearman, top_k_overlap
-from tclib.support.runs import InputError
+from tclib.features.from_weights import mean_pullback, pullback
+from tclib.support.errors import InputError
+from tclib.support.statistics import spearman, top_k_overlap
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

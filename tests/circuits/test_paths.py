@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import GEOMETRIES, freeze
 
-from tclib.circuits.frozen import KINDS, FrozenPrompts, Target, sources
+from tclib.circuits.frozen import KINDS, FrozenPrompts, Target
 from tclib.circuits.paths import (
     EXPANDABLE,
     Node,
@@ -21,7 +21,8 @@ from tclib.circuits.paths import (
     root_node,
     step_back,
 )
-from tclib.support.runs import InputError
+from tclib.circuits.sources import sources
+from tclib.support.errors import InputError
 
 
 def nodes_of(frozen: FrozenPrompts, target: Target) -> list[tuple[Node, float]]:

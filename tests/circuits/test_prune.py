@@ -17,7 +17,7 @@ from tclib.circuits.graph import (
 )
 from tclib.circuits.influence import edge_influence, node_influence, threshold_for
 from tclib.circuits.prune import graph_scores, prune, prune_to_size, sum_over_tokens, supernodes
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 
 def hand_graph() -> AttributionGraph:

@@ -10,8 +10,8 @@ import torch
 from tiny import D_MODEL, tiny_lm
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig, activate, new_dictionary
-from tclib.models.language_model import Site
-from tclib.support.runs import InputError
+from tclib.models.running import Site
+from tclib.support.errors import InputError
 
 CONFIG = DictionaryConfig("transcoder", 1, d_in=2, d_out=3, n_features=4)
 
@@ -161,7 +161,7 @@ def test_weights_of_another_shape_are_refused() -> None:
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
-    from tclib.support.runs import save_tensors
+    from tclib.support.files import save_tensors
 
     save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {"format": "other"})
     with pytest.raises(InputError, match="does not hold a tclib dictionary"):

@@ -16,11 +16,20 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from tclib.cli import app
-from tclib.dictionaries import formats
+from tclib.dictionaries.bases import to_processed, to_raw
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.dictionaries.formats.authors import read_authors
+from tclib.dictionaries.formats.circuit_tracer import (
+    TRACER_THRESHOLD,
+    read_circuit_tracer,
+    write_circuit_tracer,
+)
+from tclib.dictionaries.formats.saelens import read_saelens, write_saelens
+from tclib.dictionaries.formats.sparsify import read_sparsify, write_sparsify
 from tclib.evaluation.replace import replace_mlp
-from tclib.models.language_model import LanguageModel, Site
-from tclib.support.runs import InputError
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import Site
+from tclib.support.errors import InputError
 
 
 def transcoder(layer: int = 1, kind: str = "relu", basis: str = "processed") -> Dictionary:
@@ -40,8 +49,8 @@ def assert_same(one: Dictionary, other: Dictionary) -> None:
 @pytest.mark.parametrize("basis", ["processed", "raw"])
 def test_saelens_and_back_is_bit_exact(tmp_path: Path, kind: str, basis: str) -> None:
     one = transcoder(1, kind, basis)
-    formats.write_saelens(one, tmp_path / "out")
-    assert_same(one, formats.read_saelens(tmp_path / "out"))
+    write_saelens(one, tmp_path / "out")
+    assert_same(one, read_saelens(tmp_path / "out"))
     cfg = json.loads((tmp_path / "out" / "cfg.json").read_text())
     assert cfg["apply_b_dec_to_input"] is False
     assert int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6
@@ -53,8 +62,8 @@ def test_saelens_and_back_is_bit_exact(tmp_path: Path, kind: str, basis: str) ->
 @pytest.mark.parametrize("kind", ["relu", "skip", "jumprelu"])
 def test_circuit_tracer_and_back_is_bit_exact(tmp_path: Path, kind: str) -> None:
     several = {layer: transcoder(layer, kind) for layer in range(3)}
-    formats.write_circuit_tracer(several, tmp_path / "set")
-    found = formats.read_circuit_tracer(tmp_path / "set")
+    write_circuit_tracer(several, tmp_path / "set")
+    found = read_circuit_tracer(tmp_path / "set")
     for layer, one in several.items():
         assert_same(one, found[layer])
     shape = load_file(tmp_path / "set" / "layer_0.safetensors")["W_enc"].shape
@@ -66,11 +75,11 @@ def test_a_trained_batch_topk_dictionary_is_written_as_the_jumprelu_one_that_it_
 ) -> None:
     one = transcoder(0, "batch_topk")
     x = torch.randn(9, D_MODEL, generator=torch.Generator().manual_seed(0))
-    formats.write_saelens(one, tmp_path / "lens")
-    formats.write_circuit_tracer({0: one}, tmp_path / "set")
+    write_saelens(one, tmp_path / "lens")
+    write_circuit_tracer({0: one}, tmp_path / "set")
     for found in (
-        formats.read_saelens(tmp_path / "lens"),
-        formats.read_circuit_tracer(tmp_path / "set")[0],
+        read_saelens(tmp_path / "lens"),
+        read_circuit_tracer(tmp_path / "set")[0],
     ):
         assert (found.config.activation, found.config.k) == ("jumprelu", None)
         for name, weight in one.parameters().items():
@@ -82,27 +91,27 @@ def test_thresholds_below_zero_are_cut_where_a_relu_stands_before_them_and_else_
     tmp_path: Path,
 ) -> None:
     one = transcoder(0, "jumprelu")
-    formats.write_saelens(one, tmp_path / "lens")
-    formats.write_circuit_tracer({0: one}, tmp_path / "set")
+    write_saelens(one, tmp_path / "lens")
+    write_circuit_tracer({0: one}, tmp_path / "set")
     for path, name in (
         (tmp_path / "lens" / "sae_weights.safetensors", "threshold"),
-        (tmp_path / "set" / "layer_0.safetensors", formats.TRACER_THRESHOLD),
+        (tmp_path / "set" / "layer_0.safetensors", TRACER_THRESHOLD),
     ):
         tensors = load_file(path)
         tensors[name][3] = -1.0
         save_file(tensors, path)
-    threshold = formats.read_saelens(tmp_path / "lens").threshold
+    threshold = read_saelens(tmp_path / "lens").threshold
     assert threshold is not None and threshold[3] == 0
     with pytest.raises(InputError, match="threshold -1: expected 0 or more"):
-        formats.read_circuit_tracer(tmp_path / "set")
+        read_circuit_tracer(tmp_path / "set")
 
 
 def test_sparsify_and_back_is_bit_exact(tmp_path: Path) -> None:
     one = transcoder(1, "topk", "raw")
     one.config = replace(one.config, model="")
     folder = tmp_path / "layers.1.mlp"
-    formats.write_sparsify(one, folder)
-    assert_same(one, formats.read_sparsify(folder))
+    write_sparsify(one, folder)
+    assert_same(one, read_sparsify(folder))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -111,7 +120,7 @@ def test_raw_and_processed_do_the_same_to_the_model(geometry: str, kind: str) ->
     """A raw transcoder, applied by hand to the MLP's own input, and its processed form in replace_mlp."""
     lm, raw = tiny_lm(geometry), transcoder(1, kind, "raw")
     rows = random_rows(4).long()
-    processed = formats.to_processed(raw, lm)
+    processed = to_processed(raw, lm)
     norm = lm.mlp_norm(1)
 
     def by_hand(mlp_in: Tensor, _mlp_out: Tensor) -> Tensor:
@@ -123,10 +132,10 @@ def test_raw_and_processed_do_the_same_to_the_model(geometry: str, kind: str) ->
     with replace_mlp(lm, processed):
         found = lm.logits(rows)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    back = formats.to_processed(formats.to_raw(processed, lm), lm)
+    back = to_processed(to_raw(processed, lm), lm)
     for name, weight in processed.parameters().items():
         torch.testing.assert_close(back.parameters()[name], weight, rtol=1e-5, atol=1e-6)
-    assert formats.to_processed(processed, lm) is processed
+    assert to_processed(processed, lm) is processed
 
 
 # -- the authors' checkpoints ---------------------------------------------------------------------
@@ -138,7 +147,7 @@ def test_the_authors_file_is_read_with_its_input_bias_folded(
     path = tmp_path / "one.pt"
     state = authors_file(path, runner_config)
     del sys.modules["sae_training.config"], sys.modules["sae_training"]  # a reader has neither
-    found = formats.read_authors(path)
+    found = read_authors(path)
     assert (found.config.layer, found.config.model) == (1, "gpt2-small")
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
     z = torch.relu((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"])
@@ -164,13 +173,13 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
     path = tmp_path / "evil.pt"
     torch.save({"cfg": _Payload(str(proof)), "state_dict": {}}, path)
     with pytest.raises(InputError, match="asks for .*open.*nothing else is ever run"):
-        formats.read_authors(path)
+        read_authors(path)
     assert not proof.exists()
     torch.load(path, weights_only=False)  # the payload is real: an ordinary reader runs it
     assert proof.exists()
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(InputError, match="truncated or no torch file"):
-        formats.read_authors(tmp_path / "plain.pt")
+        read_authors(tmp_path / "plain.pt")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +201,7 @@ def test_authors_files_that_do_not_fit_are_named(
 ) -> None:
     authors_file(tmp_path / "one.pt", runner_config, **changed)
     with pytest.raises(InputError, match=message):
-        formats.read_authors(tmp_path / "one.pt")
+        read_authors(tmp_path / "one.pt")
 
 
 def test_truncated_files_are_named(tmp_path: Path, runner_config: type) -> None:
@@ -200,17 +209,17 @@ def test_truncated_files_are_named(tmp_path: Path, runner_config: type) -> None:
     content = (tmp_path / "one.pt").read_bytes()
     (tmp_path / "one.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"one.pt is truncated or no torch file"):
-        formats.read_authors(tmp_path / "one.pt")
+        read_authors(tmp_path / "one.pt")
     with pytest.raises(InputError, match="no such file"):
-        formats.read_authors(tmp_path / "none.pt")
-    formats.write_saelens(transcoder(), tmp_path / "s")
+        read_authors(tmp_path / "none.pt")
+    write_saelens(transcoder(), tmp_path / "s")
     weights = tmp_path / "s" / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
     with pytest.raises(InputError, match="truncated or damaged"):
-        formats.read_saelens(tmp_path / "s")
+        read_saelens(tmp_path / "s")
     weights.unlink()
     with pytest.raises(InputError, match="is missing"):
-        formats.read_saelens(tmp_path / "s")
+        read_saelens(tmp_path / "s")
 
 
 def edit_json(path: Path, **changed: object) -> None:
@@ -232,21 +241,21 @@ def edit_json(path: Path, **changed: object) -> None:
 def test_saelens_folders_that_do_not_fit_are_named(
     tmp_path: Path, changed: dict[str, object], message: str
 ) -> None:
-    formats.write_saelens(transcoder(), tmp_path / "s")
+    write_saelens(transcoder(), tmp_path / "s")
     edit_json(tmp_path / "s" / "cfg.json", **changed)
     with pytest.raises(InputError, match=message):
-        formats.read_saelens(tmp_path / "s")
+        read_saelens(tmp_path / "s")
 
 
 def test_circuit_tracer_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "set"
-    formats.write_circuit_tracer({0: transcoder(0), 1: transcoder(1)}, folder)
+    write_circuit_tracer({0: transcoder(0), 1: transcoder(1)}, folder)
     config = (folder / "config.yaml").read_text()
     tensors = load_file(folder / "layer_1.safetensors")
 
     def refused(message: str) -> None:
         with pytest.raises(InputError, match=message):
-            formats.read_circuit_tracer(folder)
+            read_circuit_tracer(folder)
 
     save_file(
         {**tensors, "activation_function.threshold": torch.ones(41)}, folder / "layer_1.safetensors"
@@ -267,16 +276,16 @@ def test_circuit_tracer_folders_that_do_not_fit_are_named(tmp_path: Path) -> Non
         ({0: transcoder(0, "topk")}, "cannot hold"),
     ):
         with pytest.raises(InputError, match=message):
-            formats.write_circuit_tracer(bad, tmp_path / "bad")
+            write_circuit_tracer(bad, tmp_path / "bad")
     mixed = {0: transcoder(0), 1: transcoder(1, basis="raw")}
     with pytest.raises(InputError, match="one basis"):
-        formats.write_circuit_tracer(mixed, tmp_path / "bad")
+        write_circuit_tracer(mixed, tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 
 
 def test_sparsify_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "h.1.mlp"
-    formats.write_sparsify(transcoder(1, "topk", "raw"), folder)
+    write_sparsify(transcoder(1, "topk", "raw"), folder)
     original = (folder / "cfg.json").read_text()
     for changed, message in (
         ({"transcode": False}, "an autoencoder"),
@@ -287,14 +296,14 @@ def test_sparsify_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
         (folder / "cfg.json").write_text(original)
         edit_json(folder / "cfg.json", **changed)  # type: ignore[arg-type]
         with pytest.raises(InputError, match=message):
-            formats.read_sparsify(folder)
+            read_sparsify(folder)
     folder.rename(tmp_path / "embed")
     with pytest.raises(InputError, match="expected one like h.8.mlp"):
-        formats.read_sparsify(tmp_path / "embed")
+        read_sparsify(tmp_path / "embed")
     with pytest.raises(InputError, match="convert with to_raw"):
-        formats.write_sparsify(transcoder(1, "topk"), tmp_path / "bad")
+        write_sparsify(transcoder(1, "topk"), tmp_path / "bad")
     with pytest.raises(InputError, match="cannot hold a relu"):
-        formats.write_sparsify(transcoder(1, "relu", "raw"), tmp_path / "bad")
+        write_sparsify(transcoder(1, "relu", "raw"), tmp_path / "bad")
 
 
 def test_convert_and_inspect_on_the_command_line(tmp_path: Path) -> None:
@@ -322,7 +331,7 @@ def test_convert_and_inspect_on_the_command_line(tmp_path: Path) -> None:
     assert_same(one, Dictionary.load(tmp_path / "two.safetensors"))
     raw = ("--to", "saelens", "--basis", "raw", "--model", "demo")
     run("convert", tmp_path / "s", tmp_path / "raw", *raw)
-    assert formats.read_saelens(tmp_path / "raw").config.basis == "raw"
+    assert read_saelens(tmp_path / "raw").config.basis == "raw"
     for arguments, message in (
         (("convert", tmp_path / "s", tmp_path / "x", "--to", "onnx"), "format 'onnx'"),
         (("convert", tmp_path / "s", tmp_path / "raw"), "is there already"),

@@ -8,17 +8,19 @@ import pytest
 import torch
 from tiny import authors_file, tiny_lm
 
-from tclib.dictionaries import published
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.dictionaries.published import FILE_NAME, load_published
 from tclib.evaluation.replace import replace_mlp
-from tclib.support.runs import InputError, paper_table
+from tclib.replication.paper import paper_table
+from tclib.replication.published import prompt_activation, prompt_activation_table
+from tclib.support.errors import InputError
 
 
 def write_three(folder: Path, config_class: type) -> None:
     folder.mkdir()
     for layer in range(3):
         authors_file(
-            folder / published.FILE_NAME.format(layer=layer),
+            folder / FILE_NAME.format(layer=layer),
             config_class,
             hook_point=f"blocks.{layer}.ln2.hook_normalized",
             hook_point_layer=layer,
@@ -28,7 +30,7 @@ def write_three(folder: Path, config_class: type) -> None:
 @pytest.fixture
 def transcoders(tmp_path: Path, runner_config: type) -> dict[int, Dictionary]:
     write_three(tmp_path / "hub", runner_config)
-    return published.load_published(range(3), tmp_path / "hub")
+    return load_published(range(3), tmp_path / "hub")
 
 
 def test_a_folder_of_published_files_is_loaded_by_layer(
@@ -36,11 +38,11 @@ def test_a_folder_of_published_files_is_loaded_by_layer(
 ) -> None:
     assert [transcoders[layer].config.layer for layer in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="blocks.3.*is missing: download"):
-        published.load_published(range(4), tmp_path / "hub")
-    wrong = tmp_path / "hub" / published.FILE_NAME.format(layer=3)
-    (tmp_path / "hub" / published.FILE_NAME.format(layer=2)).rename(wrong)
+        load_published(range(4), tmp_path / "hub")
+    wrong = tmp_path / "hub" / FILE_NAME.format(layer=3)
+    (tmp_path / "hub" / FILE_NAME.format(layer=2)).rename(wrong)
     with pytest.raises(InputError, match="holds layer 2, its name says 3"):
-        published.load_published([3], tmp_path / "hub")
+        load_published([3], tmp_path / "hub")
 
 
 def test_without_the_hub_one_sentence_says_so(
@@ -48,28 +50,28 @@ def test_without_the_hub_one_sentence_says_so(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="pchlenski/gpt2-transcoders"):
-        published.load_published([0])
+        load_published([0])
 
 
 def test_activations_are_those_of_the_model_with_lower_layers_replaced(
     transcoders: dict[int, Dictionary],
 ) -> None:
     lm = tiny_lm()
-    plain = published.prompt_activation(lm, transcoders, 2, 7, "w5 w9 w5 w3", "w5")
+    plain = prompt_activation(lm, transcoders, 2, 7, "w5 w9 w5 w3", "w5")
     tokens = lm.tokenize("w5 w9 w5 w3")
     site = transcoders[2].config.input_site
     acts = transcoders[2].encode(lm.read(tokens, {site})[site])
     assert plain == pytest.approx(float(acts[0, 3, 7]), rel=1e-5)
     with replace_mlp(lm, transcoders[0]), replace_mlp(lm, transcoders[1]):
         acts = transcoders[2].encode(lm.read(tokens[:, 1:], {site})[site])
-    replaced = published.prompt_activation(
+    replaced = prompt_activation(
         lm, transcoders, 2, 7, "w5 w9 w5 w3", "w5", prepend_bos=False, replaced=range(2)
     )
     assert replaced == pytest.approx(float(acts[0, 2, 7]), rel=1e-5)
     with pytest.raises(InputError, match="has no token 'w8'"):
-        published.prompt_activation(lm, transcoders, 2, 7, "w5", "w8")
+        prompt_activation(lm, transcoders, 2, 7, "w5", "w8")
     with pytest.raises(InputError, match=r"no transcoders at layers \[5\]"):
-        published.prompt_activation(lm, transcoders, 2, 7, "w5", "w5", replaced=[5])
+        prompt_activation(lm, transcoders, 2, 7, "w5", "w5", replaced=[5])
 
 
 def test_every_published_activation_gets_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +83,8 @@ def test_every_published_activation_gets_a_verdict(monkeypatch: pytest.MonkeyPat
         seen.append(arguments)
         return next(given) + (1.0 if len(seen) == 1 else 0.004)
 
-    monkeypatch.setattr(published, "prompt_activation", first_is_off)
-    table = published.prompt_activation_table(tiny_lm(), {})
+    monkeypatch.setattr("tclib.replication.published.prompt_activation", first_is_off)
+    table = prompt_activation_table(tiny_lm(), {})
     assert table["verdict"].tolist() == ["mismatch", *["reproduced"] * (len(rows) - 1)]
     assert {tuple(arguments[7]) for arguments in seen} >= {(), tuple(range(8))}
     assert torch.tensor(table["difference"]).max() == pytest.approx(1.0)

@@ -12,9 +12,18 @@ from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig, new_dict
 from tclib.evaluation import metrics
 from tclib.evaluation.evaluate import Evaluation, evaluate, mean_mlp_out
 from tclib.evaluation.replace import replace_mlp
-from tclib.models.language_model import LanguageModel, Site
-from tclib.replication import report
-from tclib.support.runs import InputError
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import Site
+from tclib.replication.sweep import (
+    ce_gap,
+    ce_gap_table,
+    paper_sweep,
+    shared_l0,
+    sweep_claim,
+    who_wins,
+)
+from tclib.replication.transcoders import dead_feature_claim
+from tclib.support.errors import InputError
 
 ROWS = random_rows(10, seed=3)
 ROWS[3, 5] = 0  # a BOS in the middle
@@ -113,15 +122,15 @@ def synthetic(gap: float, noise: float, n_rows: int = 200) -> Evaluation:
 @pytest.mark.parametrize(("gap", "winner"), [(0.02, "transcoder"), (-0.02, "SAE"), (0.0, "tie")])
 def test_a_planted_gap_is_found_with_its_sign(gap: float, winner: str) -> None:
     noise = 0.01 if gap else 0.05
-    gaps = report.ce_gap_table(synthetic(gap, noise))
+    gaps = ce_gap_table(synthetic(gap, noise))
     assert set(gaps["winner"]) == {winner}
     assert ((gaps["low"] <= gap) & (gap <= gaps["high"])).all()
     assert gaps["l0"].iloc[0] == pytest.approx(5) and gaps["l0"].iloc[-1] == pytest.approx(60)
 
 
 def test_the_gap_of_the_published_points_is_the_papers() -> None:
-    paper = report.paper_sweep()
-    gaps = report.ce_gap(paper, np.array([55.069, 109.873]))
+    paper = paper_sweep()
+    gaps = ce_gap(paper, np.array([55.069, 109.873]))
     assert gaps.min() > 0.003 and gaps.max() < 0.008
 
 
@@ -129,20 +138,18 @@ def test_curves_that_share_no_l0_are_not_compared() -> None:
     table = pd.DataFrame(
         {"kind": ["transcoder", "transcoder", "sae_mlp_out"], "l0": [1.0, 2.0, 50.0], "ce": 1.0}
     )
-    assert len(report.shared_l0(table)) == 0
-    assert report.who_wins(pd.DataFrame(columns=["l0", "winner"])) == (
+    assert len(shared_l0(table)) == 0
+    assert who_wins(pd.DataFrame(columns=["l0", "winner"])) == (
         "the two kinds share no range of L0"
     )
 
 
 def test_verdicts_follow_the_numbers() -> None:
-    assert report.sweep_claim("x", synthetic(0.02, 0.001))["verdict"] == "reproduced"
-    assert report.sweep_claim("x", synthetic(-0.02, 0.001))["verdict"] == "not reproduced"
+    assert sweep_claim("x", synthetic(0.02, 0.001))["verdict"] == "reproduced"
+    assert sweep_claim("x", synthetic(-0.02, 0.001))["verdict"] == "not reproduced"
 
 
 def test_dead_shares_stand_beside_the_published_ones() -> None:
-    line = report.dead_feature_claim(
-        Evaluation(pd.DataFrame({"dead_share": [0.0, 0.01]}), pd.DataFrame())
-    )
+    line = dead_feature_claim(Evaluation(pd.DataFrame({"dead_share": [0.0, 0.01]}), pd.DataFrame()))
     assert line["paper"].startswith("about 11% (gpt2 layer 8); about 51% (pythia-410m layer 15)")
     assert line["ours"] == "0.0% to 1.0% over layers"

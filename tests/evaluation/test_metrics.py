@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tclib.evaluation import metrics
+from tclib.support.statistics import bootstrap_means, interval
 
 
 def test_l0_counts_active_features_a_token() -> None:
@@ -67,16 +68,16 @@ def test_sums_over_batches_equal_the_metrics_of_the_whole() -> None:
 
 def test_bootstrap_interval_has_the_width_of_the_standard_error() -> None:
     rows = np.random.default_rng(0).normal(1.0, 2.0, 400)
-    means = metrics.bootstrap_means(rows, np.random.default_rng(1))
-    low, high = metrics.interval(means)
+    means = bootstrap_means(rows, np.random.default_rng(1))
+    low, high = interval(means)
     assert low < rows.mean() < high
     assert (high - low) == pytest.approx(2 * 1.96 * rows.std() / 20, rel=0.1)
-    again = metrics.bootstrap_means(rows, np.random.default_rng(1))
+    again = bootstrap_means(rows, np.random.default_rng(1))
     assert (means == again).all()
 
 
 def test_bootstrap_resamples_rows_of_a_table_together() -> None:
     rows = np.stack([np.arange(50.0), -np.arange(50.0)], axis=1)
-    means = metrics.bootstrap_means(rows, np.random.default_rng(0), n_resamples=50)
+    means = bootstrap_means(rows, np.random.default_rng(0), n_resamples=50)
     assert means.shape == (50, 2)
     np.testing.assert_allclose(means.sum(1), 0.0, atol=1e-9)

@@ -8,8 +8,9 @@ from tiny import D_MODEL, random_rows
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig, new_dictionary
 from tclib.evaluation.replace import replace_mlp, replace_mlp_input, replace_site, set_mlp_out
-from tclib.models.language_model import LanguageModel, Site
-from tclib.support.runs import InputError
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import Site
+from tclib.support.errors import InputError
 
 TOKENS = random_rows(3).long()
 

@@ -22,7 +22,7 @@ from tclib.features.examples import (
 )
 from tclib.features.html import dashboard_html, save_page
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 
 def transcoder(layer: int = 1, kind: str = "relu") -> Dictionary:

@@ -17,11 +17,13 @@ from tiny import (
     random_transcoder,
 )
 
-from tclib.circuits.frozen import FrozenPrompts, sources
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.sources import sources
 from tclib.features import from_weights as features
 from tclib.features.from_weights import Head, LoneTokens
-from tclib.models.language_model import Site
-from tclib.support.runs import InputError
+from tclib.models.running import Site
+from tclib.support.errors import InputError
+from tclib.support.statistics import spearman, top_k_overlap
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -161,10 +163,10 @@ def test_tables_are_sorted_and_name_tokens() -> None:
 def test_overlap_and_rank_correlation_by_hand() -> None:
     one = torch.tensor([4.0, 3.0, 2.0, 1.0])
     other = torch.tensor([4.0, 1.0, 2.0, 3.0])
-    assert features.top_k_overlap(one, other, 2) == 0.5
-    assert features.spearman(one, one) == pytest.approx(1.0)
-    assert features.spearman(one, -one) == pytest.approx(-1.0)
-    assert features.spearman(one, other) == pytest.approx(0.2)
+    assert top_k_overlap(one, other, 2) == 0.5
+    assert spearman(one, one) == pytest.approx(1.0)
+    assert spearman(one, -one) == pytest.approx(-1.0)
+    assert spearman(one, other) == pytest.approx(0.2)
 
 
 def test_bad_input_is_named() -> None:
@@ -183,4 +185,4 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match="never exceeds 1000"):
         features.mean_pullback(lm, later, 0, first, random_rows(2), min_activation=1000.0)
     with pytest.raises(InputError, match="k 5: expected 1 to 4"):
-        features.top_k_overlap(torch.ones(4), torch.ones(4), 5)
+        top_k_overlap(torch.ones(4), torch.ones(4), 5)

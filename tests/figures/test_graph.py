@@ -13,7 +13,7 @@ from tiny import freeze
 from tclib.circuits.graph import BIAS_KINDS, INPUT_KINDS, AttributionGraph, attribution_graph
 from tclib.circuits.prune import prune, sum_over_tokens
 from tclib.figures.graph import NODE_STYLE, layered_graph
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 mpl.use("Agg")
 

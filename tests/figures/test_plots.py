@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tclib.figures import plots
-from tclib.replication import report
-from tclib.support import runs
-from tclib.support.runs import Step
+from tclib.figures.greater_than import probability_heatmap
+from tclib.figures.style import save_figure
+from tclib.figures.training import layer_faithfulness, sparsity_faithfulness, training_curves
+from tclib.replication.sweep import paper_sweep
+from tclib.support.steps import Step, write_manifest
 
 mpl.use("Agg")
 
@@ -31,7 +32,7 @@ def sweep_table() -> pd.DataFrame:
 
 
 def test_figure_3_has_a_panel_a_model_and_the_papers_points_in_the_last() -> None:
-    figure = plots.sparsity_faithfulness({"ours": sweep_table()}, report.paper_sweep())
+    figure = sparsity_faithfulness({"ours": sweep_table()}, paper_sweep())
     ours, paper = figure.axes
     lines = {line.get_label(): line.get_xydata() for line in ours.lines}
     np.testing.assert_allclose(lines["transcoder"], [[10, 1.2], [20, 1.1]])
@@ -54,7 +55,7 @@ def test_training_curves_have_a_line_a_dictionary_in_every_panel() -> None:
             "dead_share": 0.0,
         }
     )
-    figure = plots.training_curves(log)
+    figure = training_curves(log)
     assert [len(axis.lines) for axis in figure.axes] == [2, 2, 2, 2]
     np.testing.assert_allclose(figure.axes[0].lines[1].get_xydata(), [[1, 2], [2, 1]])
 
@@ -63,15 +64,15 @@ def test_layer_bars_are_the_tables() -> None:
     table = pd.DataFrame(
         {"layer": [0, 1], "l0": [5, 6], "fvu": [0.1, 0.2], "ce_recovered": [0.9, 0.8]}
     )
-    figure = plots.layer_faithfulness(table)
+    figure = layer_faithfulness(table)
     assert [bar.get_height() for bar in figure.axes[1].patches] == [0.1, 0.2]
 
 
 def test_a_saved_figure_is_in_the_manifest(tmp_path) -> None:
     step = Step("demo", "00_model_and_data", tmp_path / "00")
     step.folder.mkdir()
-    runs.write_manifest(step, {}, {}, 0.0)
-    plots.save_figure(plots.probability_heatmap(np.eye(100), "title"), step, "heat")
+    write_manifest(step, {}, {}, 0.0)
+    save_figure(probability_heatmap(np.eye(100), "title"), step, "heat")
     extras = __import__("json").loads((step.folder / "manifest.json").read_text())["extras"]
     assert set(extras) == {"heat.png", "heat.pdf"}
     assert (step.folder / "heat.png").stat().st_size > 5000

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import D_VOCAB, GEOMETRIES, freeze, random_rows, random_transcoder, tiny_lm
 
-from tclib.circuits.frozen import sources
+from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.replace import replace_mlp, set_mlp_out
 from tclib.greater_than.components import (
@@ -27,19 +27,21 @@ from tclib.greater_than.curves import (
     Curve,
     ablation_curve,
     crossing,
-    dictionary_units,
     k_grid,
     leave_one_out,
     metric_of,
-    neuron_units,
-    random_direction_units,
     rank_by_attribution,
-    rank_by_variance,
     steepest_drop,
 )
 from tclib.greater_than.task import GreaterThan
+from tclib.greater_than.units import (
+    dictionary_units,
+    neuron_units,
+    random_direction_units,
+    rank_by_variance,
+)
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 
 def make_task(n_prompts: int = 12, n_answers: int = 9) -> GreaterThan:

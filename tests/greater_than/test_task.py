@@ -17,7 +17,7 @@ from tclib.greater_than.task import (
     mean_probability_difference,
 )
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 YEARS = [f"{year:02d}" for year in range(100)]
 

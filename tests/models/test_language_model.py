@@ -11,9 +11,10 @@ import torch
 from tiny import GEOMETRIES, N_LAYERS, random_rows, tiny_hf_model, tiny_lm, tiny_tokenizer
 
 from tclib.models.architectures import Norm
-from tclib.models.language_model import LanguageModel, Site
+from tclib.models.language_model import LanguageModel
 from tclib.models.locate import _dequantise, locate
-from tclib.support.runs import InputError
+from tclib.models.running import Site
+from tclib.support.errors import InputError
 
 
 def save_tiny(geometry: str, folder: Path) -> Path:

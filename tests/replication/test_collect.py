@@ -11,16 +11,17 @@ import pytest
 from typer.testing import CliRunner
 
 from tclib.cli import app
-from tclib.replication import collect as reference
+from tclib.replication import collect as collect_module
+from tclib.replication.collect import collect
 from tclib.replication.presets import load_preset
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 
 
 def test_small_files_are_kept_and_weights_and_paths_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preset = replace(load_preset("demo"), runs_dir=tmp_path / "runs")
-    monkeypatch.setattr(reference, "MAX_BYTES", 5_000)
+    monkeypatch.setattr(collect_module, "MAX_BYTES", 5_000)
     step = preset.folder / "06_greater_than"
     (preset.folder / "activations" / "x").mkdir(parents=True)
     step.mkdir()
@@ -39,7 +40,7 @@ def test_small_files_are_kept_and_weights_and_paths_are_not(
     cell.metadata["papermill"] = {"duration": 1.0}
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/a"}})
     nbformat.write(notebook, preset.folder / "notebooks" / "06.ipynb")
-    kept = reference.collect(preset, tmp_path / "kept")
+    kept = collect(preset, tmp_path / "kept")
     assert {path.relative_to(tmp_path / "kept").as_posix() for path in kept} == {
         "06_greater_than/curves.csv",
         "06_greater_than/figure_4.png",
@@ -53,7 +54,7 @@ def test_small_files_are_kept_and_weights_and_paths_are_not(
 
 def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist: run `tclib run --preset demo` first"):
-        reference.collect(replace(load_preset("demo"), runs_dir=tmp_path), tmp_path / "kept")
+        collect(replace(load_preset("demo"), runs_dir=tmp_path), tmp_path / "kept")
     arguments = ["collect", str(tmp_path / "kept"), "--runs-dir", str(tmp_path)]
     assert CliRunner().invoke(app, arguments).exit_code != 0
     assert not (tmp_path / "kept").exists()

@@ -15,13 +15,29 @@ from tiny import small_preset
 from tclib.circuits.frozen import FrozenPrompts
 from tclib.dictionaries.dictionary import new_dictionary
 from tclib.features.from_weights import Head
-from tclib.figures import greater_than as task_figures
+from tclib.figures.greater_than import (
+    ablation_figure,
+    component_figure,
+    feature_curve_figure,
+    harmful_figure,
+)
 from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
-from tclib.replication import greater_than, greater_than_report, pipeline
-from tclib.replication.greater_than import GreaterThanResults
+from tclib.replication import greater_than
+from tclib.replication.greater_than import (
+    GreaterThanResults,
+    ablation_caption,
+    components_caption,
+    feature_curves_caption,
+    greater_than_claims,
+    greater_than_table,
+    harmful_caption,
+    run_greater_than,
+)
+from tclib.replication.model_and_data import prepare_corpus
 from tclib.replication.presets import Preset
-from tclib.support.runs import InputError
+from tclib.replication.transcoders import train_transcoders
+from tclib.support.errors import InputError
 
 mpl.use("Agg")
 
@@ -40,7 +56,7 @@ def lm() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def results(preset: Preset, lm: LanguageModel) -> GreaterThanResults:
-    return pipeline.run_greater_than(preset, lm, pipeline.prepare_corpus(preset, lm))
+    return run_greater_than(preset, lm, prepare_corpus(preset, lm))
 
 
 def test_the_mlp_and_the_head_are_those_that_matter(results: GreaterThanResults) -> None:
@@ -73,8 +89,8 @@ def test_curves_begin_and_end_where_they_must(results: GreaterThanResults) -> No
 def test_replacing_one_mlp_after_the_other_agrees_with_the_curves_ends(
     preset: Preset, lm: LanguageModel, results: GreaterThanResults
 ) -> None:
-    corpus = pipeline.prepare_corpus(preset, lm)
-    transcoders = pipeline.train_transcoders(preset, lm, corpus).dictionaries
+    corpus = prepare_corpus(preset, lm)
+    transcoders = train_transcoders(preset, lm, corpus).dictionaries
     table = greater_than.make_replacements(preset, lm, transcoders).set_index("layer")
     assert list(table.index) == list(range(lm.n_layers))
     own = table.loc[results.summary["layer"]]
@@ -129,7 +145,7 @@ def test_a_second_time_everything_is_loaded(
         raise AssertionError("made again")
 
     monkeypatch.setattr(greater_than, "analyse", fail)
-    again = pipeline.run_greater_than(preset, lm, pipeline.prepare_corpus(preset, lm))
+    again = run_greater_than(preset, lm, prepare_corpus(preset, lm))
     pd.testing.assert_frame_equal(again.curves, results.curves)
     assert again.summary == results.summary
 
@@ -146,20 +162,20 @@ def test_a_layer_without_a_transcoder_is_named(
 
 def test_figures_and_captions_hold_what_was_computed(results: GreaterThanResults) -> None:
     summary, curves = results.summary, results.curves
-    axes = task_figures.ablation_figure(curves, summary).axes
+    axes = ablation_figure(curves, summary).axes
     shown = {line.get_label(): line for line in axes[0].lines}
     own = curves[(curves["units"] == "neurons") & (curves["ranking"] == "variance")]
     np.testing.assert_allclose(shown["neurons"].get_ydata(), own["value"])
-    large = task_figures.feature_curve_figure(results.feature_curves).axes
+    large = feature_curve_figure(results.feature_curves).axes
     assert large[0].get_title() == f"feature {summary['top_features'][0]}"
     assert len(large) == 10
-    assert task_figures.harmful_figure(curves, results.feature_curves, summary).axes
-    assert task_figures.component_figure(results.components).axes
+    assert harmful_figure(curves, results.feature_curves, summary).axes
+    assert component_figure(results.components).axes
     captions = [
-        greater_than_report.components_caption(results),
-        greater_than_report.feature_curves_caption(results),
-        greater_than_report.ablation_caption(results),
-        greater_than_report.harmful_caption(results),
+        components_caption(results),
+        feature_curves_caption(results),
+        ablation_caption(results),
+        harmful_caption(results),
     ]
     for caption in captions:
         for word in ("*Paper:*", "*Ours:*", "*Differs because*"):
@@ -169,17 +185,17 @@ def test_figures_and_captions_hold_what_was_computed(results: GreaterThanResults
 
 def test_published_figures_are_checked_and_mismatches_shown(results: GreaterThanResults) -> None:
     summary = dict(results.summary, original=0.8829, all_features=0.70)
-    table = greater_than_report.greater_than_table(summary, results.curves, is_published=True)
+    table = greater_than_table(summary, results.curves, is_published=True)
     verdicts = table.set_index("quantity")["verdict"]
     assert verdicts["probability_difference_original"] == "reproduced"
     assert verdicts["probability_difference_transcoder_all_features"] == "mismatch"
-    elsewhere = greater_than_report.greater_than_table(summary, results.curves, is_published=False)
+    elsewhere = greater_than_table(summary, results.curves, is_published=False)
     assert set(elsewhere["verdict"]) == {"other model"}
 
 
 def test_verdicts_follow_the_numbers(results: GreaterThanResults) -> None:
     def verdicts(**changed: object) -> list[str]:
-        claims = greater_than_report.greater_than_claims({**results.summary, **changed}, "x")
+        claims = greater_than_claims({**results.summary, **changed}, "x")
         return [line["verdict"] for line in claims]
 
     good = verdicts(

@@ -10,9 +10,14 @@ import pytest
 from tiny import small_preset
 
 from tclib.circuits.files import load_json
-from tclib.replication import circuits, pipeline
+from tclib.replication import circuits, model_and_data, transcoders
+from tclib.replication.model_and_data import DATA_STEP, load_model, prepare_corpus
 from tclib.replication.presets import Preset
-from tclib.support.runs import InputError, read_manifest
+from tclib.replication.results import make_results, markdown
+from tclib.replication.sweep import SWEEP_STEP, train_sweep
+from tclib.replication.transcoders import TRANSCODERS_STEP, train_transcoders
+from tclib.support.errors import InputError
+from tclib.support.steps import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Preset:
 
 @pytest.fixture(scope="module")
 def results(small: Preset) -> pd.DataFrame:
-    return pipeline.make_results(small)
+    return make_results(small)
 
 
 def test_results_are_made_from_nothing_with_every_earlier_step(
@@ -31,7 +36,7 @@ def test_results_are_made_from_nothing_with_every_earlier_step(
     assert list(results.columns) == ["claim", "paper", "ours", "verdict"]
     assert len(results) == 13
     steps = {path.name for path in small.folder.iterdir() if path.is_dir()}
-    made = {pipeline.DATA_STEP, pipeline.TRANSCODERS_STEP, pipeline.SWEEP_STEP, circuits.STEP}
+    made = {DATA_STEP, TRANSCODERS_STEP, SWEEP_STEP, circuits.STEP}
     assert made <= steps
     for name in steps:
         manifest = read_manifest(small.step(name))
@@ -44,10 +49,11 @@ def test_a_second_time_everything_is_loaded(
     def fail(*_arguments: object) -> None:
         raise AssertionError("made again")
 
-    for name in ("build_corpus", "train", "evaluate"):
-        monkeypatch.setattr(pipeline, name, fail)
+    monkeypatch.setattr(model_and_data, "build_corpus", fail)
+    for name in ("train", "evaluate"):
+        monkeypatch.setattr(transcoders, name, fail)
     monkeypatch.setattr(circuits, "attribution_graph", fail)
-    pd.testing.assert_frame_equal(pipeline.make_results(small), results)
+    pd.testing.assert_frame_equal(make_results(small), results)
 
 
 def test_the_circuit_step_holds_a_graph_that_adds_up(small: Preset, results: pd.DataFrame) -> None:
@@ -65,45 +71,45 @@ def test_the_circuit_step_holds_a_graph_that_adds_up(small: Preset, results: pd.
 def test_other_parameters_are_refused_and_overwrite_nothing(
     small: Preset, results: pd.DataFrame
 ) -> None:
-    lm = pipeline.load_model(small)
+    lm = load_model(small)
     before = sorted(p.stat().st_mtime_ns for p in small.folder.rglob("*.safetensors"))
     other = replace(small, corpus=replace(small.corpus, n_train_tokens=25_600))
     with pytest.raises(
         InputError, match="made with other parameters or inputs: .*delete .*--only 0"
     ):
-        pipeline.prepare_corpus(other, lm)
+        prepare_corpus(other, lm)
     wider = replace(small, transcoders=replace(small.transcoders, expansion=4))
     with pytest.raises(InputError, match="made with other parameters"):
-        pipeline.train_transcoders(wider, lm, pipeline.prepare_corpus(small, lm))
+        train_transcoders(wider, lm, prepare_corpus(small, lm))
     assert sorted(p.stat().st_mtime_ns for p in small.folder.rglob("*.safetensors")) == before
 
 
 def test_a_damaged_dictionary_is_named_with_the_command(
     small: Preset, results: pd.DataFrame, tmp_path: Path
 ) -> None:
-    lm = pipeline.load_model(small)
-    corpus = pipeline.prepare_corpus(small, lm)
-    file = next(small.step(pipeline.TRANSCODERS_STEP).folder.glob("*.safetensors"))
+    lm = load_model(small)
+    corpus = prepare_corpus(small, lm)
+    file = next(small.step(TRANSCODERS_STEP).folder.glob("*.safetensors"))
     content = file.read_bytes()
     try:
         file.write_bytes(content[:-1])
         with pytest.raises(
             InputError, match=f"{file.name} is missing or was altered: .* --only 01"
         ):
-            pipeline.train_transcoders(small, lm, corpus)
+            train_transcoders(small, lm, corpus)
     finally:
         file.write_bytes(content)
 
 
 def test_layers_out_of_range_are_refused_before_work(small: Preset) -> None:
-    lm = pipeline.load_model(small)
-    corpus = pipeline.prepare_corpus(small, lm)
+    lm = load_model(small)
+    corpus = prepare_corpus(small, lm)
     with pytest.raises(InputError, match="layer 4 is out of range"):
         replace(small.transcoders, layers=(4,)).specs(lm)
     with pytest.raises(InputError, match="layer 12 is out of range"):
-        pipeline.train_sweep(replace(small, sweep=replace(small.sweep, layer=12)), lm, corpus)
+        train_sweep(replace(small, sweep=replace(small.sweep, layer=12)), lm, corpus)
 
 
 def test_markdown_has_a_line_a_row() -> None:
     table = pd.DataFrame({"claim": ["a"], "verdict": ["b"]})
-    assert pipeline.markdown(table) == "| claim | verdict |\n| --- | --- |\n| a | b |\n"
+    assert markdown(table) == "| claim | verdict |\n| --- | --- |\n| a | b |\n"

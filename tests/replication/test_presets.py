@@ -9,8 +9,8 @@ import yaml
 
 from tclib.replication import presets
 from tclib.replication.presets import load_preset, preset_names
-from tclib.replication.report import paper_sweep
-from tclib.support.runs import InputError
+from tclib.replication.sweep import paper_sweep
+from tclib.support.errors import InputError
 
 PAPER = ("gpt2", "pythia-410m", "pythia-1.4b")
 

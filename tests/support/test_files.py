@@ -11,8 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from tclib.support import runs
-from tclib.support.runs import InputError, Step, load_tensors, new_file, new_folder, save_tensors
+from tclib.replication.paper import paper_table
+from tclib.support.errors import InputError
+from tclib.support.files import (
+    REPOSITORY,
+    exclusive,
+    load_tensors,
+    new_file,
+    new_folder,
+    save_tensors,
+)
+from tclib.support.steps import (
+    Step,
+    current_commit,
+    is_current,
+    read_manifest,
+    record_extra,
+    write_manifest,
+)
 
 
 def step(tmp_path: Path) -> Step:
@@ -48,7 +64,8 @@ def test_a_write_beyond_the_limit_of_the_disk_is_one_error_and_loses_nothing(
     script = f"""
 import resource, signal, torch
 from pathlib import Path
-from tclib.support.runs import InputError, save_tensors
+from tclib.support.errors import InputError
+from tclib.support.files import save_tensors
 path = Path({str(tmp_path)!r}) / "t.safetensors"
 save_tensors(path, {{"a": torch.ones(4)}}, {{}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -97,15 +114,15 @@ def test_a_manifest_records_what_it_took(tmp_path: Path) -> None:
     one = step(tmp_path)
     one.folder.mkdir()
     (one.folder / "values.csv").write_text("a\n1\n")
-    runs.write_manifest(one, {"n": 1, "seed": 3}, {"corpus": "abc"}, 1.25)
-    manifest = runs.read_manifest(one)
+    write_manifest(one, {"n": 1, "seed": 3}, {"corpus": "abc"}, 1.25)
+    manifest = read_manifest(one)
     assert manifest["parameters"] == {"n": 1, "seed": 3}
     assert set(manifest["outputs"]) == {"values.csv"}
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["wall_seconds"] == 1.25
-    assert runs.is_current(one, {"n": 1, "seed": 3}, {"corpus": "abc"})
-    assert not runs.is_current(one, {"n": 2, "seed": 3}, {"corpus": "abc"})
-    assert not runs.is_current(one, {"n": 1, "seed": 3}, {"corpus": "other"})
+    assert is_current(one, {"n": 1, "seed": 3}, {"corpus": "abc"})
+    assert not is_current(one, {"n": 2, "seed": 3}, {"corpus": "abc"})
+    assert not is_current(one, {"n": 1, "seed": 3}, {"corpus": "other"})
 
 
 def test_an_altered_artifact_is_named_with_the_command(tmp_path: Path) -> None:
@@ -113,54 +130,54 @@ def test_an_altered_artifact_is_named_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match="has not been made yet: run `tclib run --preset demo --only 01`"
     ):
-        runs.read_manifest(one)
+        read_manifest(one)
     one.folder.mkdir()
     (one.folder / "values.csv").write_text("a\n1\n")
-    runs.write_manifest(one, {}, {}, 0.0)
+    write_manifest(one, {}, {}, 0.0)
     (one.folder / "values.csv").write_text("a\n2\n")
     with pytest.raises(
         InputError, match=r"values\.csv is missing or was altered: delete .* --only 01"
     ):
-        runs.read_manifest(one)
+        read_manifest(one)
     (one.folder / "manifest.json").write_text('{"half')
     with pytest.raises(InputError, match=r"manifest\.json is truncated or corrupted"):
-        runs.read_manifest(one)
+        read_manifest(one)
 
 
 def test_figures_join_the_manifest_without_making_it_stale(tmp_path: Path) -> None:
     one = step(tmp_path)
     one.folder.mkdir()
-    runs.write_manifest(one, {}, {}, 0.0)
+    write_manifest(one, {}, {}, 0.0)
     (one.folder / "figure.png").write_bytes(b"png")
-    runs.record_extra(one, one.folder / "figure.png")
+    record_extra(one, one.folder / "figure.png")
     assert set(json.loads((one.folder / "manifest.json").read_text())["extras"]) == {"figure.png"}
     (one.folder / "figure.png").write_bytes(b"drawn again")
-    assert runs.is_current(one, {}, {})
+    assert is_current(one, {}, {})
 
 
 def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), runs.exclusive(tmp_path / "run"):
-        with pytest.raises(InputError, match="another run"), runs.exclusive(tmp_path / "run"):
+    with pytest.raises(KeyError), exclusive(tmp_path / "run"):
+        with pytest.raises(InputError, match="another run"), exclusive(tmp_path / "run"):
             pass
         raise KeyError
-    with runs.exclusive(tmp_path / "run"):
+    with exclusive(tmp_path / "run"):
         pass
 
 
 def test_paper_tables_are_read_and_unknown_ones_listed() -> None:
-    rows = runs.paper_table("fig3_pythia410m")
+    rows = paper_table("fig3_pythia410m")
     assert len(rows) == 9
     assert rows[0]["kind"] == "sae_mlp_out"
     with pytest.raises(InputError, match="no paper table 'fig9': expected one of .*table1"):
-        runs.paper_table("fig9")
+        paper_table("fig9")
 
 
 def test_the_commit_is_that_of_the_checkout() -> None:
     git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=runs.REPOSITORY
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPOSITORY
     )
-    if git.returncode != 0 or not os.path.isdir(runs.REPOSITORY / ".git"):
+    if git.returncode != 0 or not os.path.isdir(REPOSITORY / ".git"):
         pytest.skip("not a git checkout")
-    commit = runs.current_commit()
+    commit = current_commit()
     assert commit is not None
     assert commit.rstrip("+") == git.stdout.strip()

@@ -15,9 +15,10 @@ import torch
 from tiny import random_rows
 
 from tclib.models.language_model import LanguageModel
-from tclib.support.runs import InputError
+from tclib.support.errors import InputError
 from tclib.text import corpus as module
-from tclib.text.corpus import CorpusConfig, build_corpus, check_disjoint, split_of, text_documents
+from tclib.text.corpus import CorpusConfig, build_corpus, check_disjoint, split_of
+from tclib.text.documents import text_documents
 from tclib.text.packing import pack
 
 SMALL = CorpusConfig(n_ctx=16, n_train_tokens=1600, n_eval_tokens=320)
@@ -127,7 +128,7 @@ def test_a_dump_that_is_missing_cut_short_or_no_xml_is_named(tmp_path: Path) -> 
 def test_without_its_packages_the_wikipedia_corpus_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(InputError, match="install it with `make smollm2`"):
         module.bundled_dump()
     monkeypatch.setitem(sys.modules, "mwparserfromhell", None)

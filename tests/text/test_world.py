@@ -13,15 +13,15 @@ import pytest
 from tclib.greater_than.task import GreaterThan, mean_probability_difference
 from tclib.models.language_model import LanguageModel
 from tclib.models.locate import BUNDLED
-from tclib.support.runs import InputError
-from tclib.text import world as demo
+from tclib.support.errors import InputError
+from tclib.text import grammar, world, world_models
 
-DOCUMENTS = list(itertools.islice(demo.documents(3), 4000))
+DOCUMENTS = list(itertools.islice(world.documents(3), 4000))
 
 
 def test_there_are_at_least_twelve_kinds_and_all_are_written() -> None:
-    assert len(demo.KINDS) >= 12
-    assert {d.kind for d in DOCUMENTS} == {kind.__name__ for kind in demo.KINDS}
+    assert len(grammar.KINDS) >= 12
+    assert {d.kind for d in DOCUMENTS} == {kind.__name__ for kind in grammar.KINDS}
 
 
 def test_every_token_has_a_label_of_its_kind_and_a_surprisal() -> None:
@@ -65,8 +65,8 @@ def test_comparisons_and_scores_are_true() -> None:
 
 
 def test_the_same_seed_gives_the_same_documents_and_another_does_not() -> None:
-    again = list(itertools.islice(demo.documents(3), 100))
-    other = list(itertools.islice(demo.documents(4), 100))
+    again = list(itertools.islice(world.documents(3), 100))
+    other = list(itertools.islice(world.documents(4), 100))
     assert again == DOCUMENTS[:100] and other != DOCUMENTS[:100]
 
 
@@ -75,18 +75,18 @@ def test_surprisal_of_a_document_is_the_log_probability_of_its_choices() -> None
         def random(self) -> float:
             return 0.0
 
-    writer = demo.Writer(Fixed(), kind="estimate")
-    demo.estimate(writer)
-    choices = [len(demo.COSTLY), 4, len(demo.COST_KINDS), 90, 2]
+    writer = grammar.Writer(Fixed(), kind="estimate")
+    grammar.estimate(writer)
+    choices = [len(grammar.WORDS.costly), 4, len(grammar.WORDS.cost_kinds), 90, 2]
     assert sum(writer.surprisals) == pytest.approx(sum(map(math.log, choices)))
-    weighted = demo.Writer(random.Random(0), kind="x")
+    weighted = grammar.Writer(random.Random(0), kind="x")
     weighted.weighted({"a": 1.0, "b": 0.0})
     weighted.say(" a")
     assert weighted.surprisals == [0.0]
 
 
 def test_the_tokenizer_reads_every_document_back_exactly() -> None:
-    tokenizer = demo.build_tokenizer()
+    tokenizer = world.build_tokenizer()
     ids = tokenizer.get_vocab()
     assert len(ids) <= 2000
     for document in DOCUMENTS[:500]:
@@ -96,22 +96,22 @@ def test_the_tokenizer_reads_every_document_back_exactly() -> None:
 
 
 def test_numbers_are_two_digit_tokens() -> None:
-    tokens = demo.build_tokenizer().tokenize("The siege lasted from the year 1735 to the year 17")
+    tokens = world.build_tokenizer().tokenize("The siege lasted from the year 1735 to the year 17")
     assert tokens[6:8] == [" 17", "35"] and tokens[-1] == " 17"
 
 
 def test_the_bundled_tokenizers_are_those_of_the_world() -> None:
     for name in BUNDLED:
-        assert LanguageModel.load(name).tokenizer.get_vocab() == demo.build_tokenizer().get_vocab()
+        assert LanguageModel.load(name).tokenizer.get_vocab() == world.build_tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize("name", list(BUNDLED))
 def test_the_committed_models_have_the_losses_on_their_cards(name: str) -> None:
     lm = LanguageModel.load(name, device="cpu")
     card = json.loads((BUNDLED[name] / "card.json").read_text())
-    pairs = demo.held_out_pairs(lm.n_ctx)
-    loss = demo.held_out_loss(lm.model, pairs, lm.tokenizer.get_vocab())
-    bound = demo.surprisal_bound([second for _, second in pairs])
+    pairs = world.held_out_pairs(lm.n_ctx)
+    loss = world_models.held_out_loss(lm.model, pairs, lm.tokenizer.get_vocab())
+    bound = world.surprisal_bound([second for _, second in pairs])
     assert loss == pytest.approx(card["held_out_loss_nats"], abs=1e-3)
     assert bound == pytest.approx(card["derivation_bound_nats"])
     assert loss < card["derivation_bound_nats"] + 0.05
@@ -126,14 +126,14 @@ def test_the_bundled_gpt2_compares_years() -> None:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "neox"])
 def test_training_learns_writes_a_model_and_repeats(architecture: str, tmp_path: Path) -> None:
-    config = demo.ModelTraining(
+    config = world_models.ModelTraining(
         architecture, n_layers=1, d_model=32, n_heads=2, n_ctx=32, n_steps=30, rows_per_step=8,
         warmup_steps=5,
     )  # fmt: skip
-    first = demo.train_model(config, tmp_path / "a")
-    again = demo.train_model(config, tmp_path / "b")
+    first = world_models.train_model(config, tmp_path / "a")
+    again = world_models.train_model(config, tmp_path / "b")
     assert first == again
-    uniform = math.log(len(demo.vocabulary()))
+    uniform = math.log(len(world.vocabulary()))
     assert first["held_out_loss_nats"] < uniform - 0.5
     weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in "ab"]
     assert weights[0] == weights[1]
@@ -142,4 +142,4 @@ def test_training_learns_writes_a_model_and_repeats(architecture: str, tmp_path:
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="architecture 'mamba'"):
-        demo.train_model(demo.ModelTraining("mamba"), tmp_path / "x")
+        world_models.train_model(world_models.ModelTraining("mamba"), tmp_path / "x")

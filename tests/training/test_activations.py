@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny import random_rows, tiny_lm
 
-from tclib.models.language_model import LanguageModel, Site
-from tclib.support.runs import InputError
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import Site
+from tclib.support.errors import InputError
 from tclib.training.activations import ActivationCache, Harvest, needed_sites
 
 SITES = (Site("mlp_in", 0), Site("mlp_out", 0), Site("mlp_out", 2))

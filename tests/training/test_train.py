@@ -15,12 +15,16 @@ from tiny import D_MODEL, random_rows, tiny_lm
 
 from tclib.dictionaries.dictionary import Dictionary, activate, new_dictionary
 from tclib.evaluation.metrics import fvu
-from tclib.models.language_model import LanguageModel, Site
-from tclib.support import runs
-from tclib.support.runs import InputError
+from tclib.models.language_model import LanguageModel
+from tclib.models.running import Site
+from tclib.support import files as files_module
+from tclib.support.errors import InputError
+from tclib.support.files import load_tensors
 from tclib.training import train as module
-from tclib.training.log import open_tracker
-from tclib.training.train import CHECKPOINT, LOG, DictionarySpec, TrainingConfig, train
+from tclib.training.log import LOG, open_tracker
+from tclib.training.spec import DictionarySpec, TrainingConfig
+from tclib.training.train import CHECKPOINT, train
+from tclib.training.trainer import scaled as scaled_dictionary
 
 SPECS = (
     DictionarySpec("transcoder", 1, expansion=4, l1_coefficient=0.01),
@@ -188,7 +192,7 @@ def test_the_first_reconstruction_has_the_norm_that_was_asked_for(
     block = {site: a.flatten(0, 1) for site, a in acts.items()}
     x, y = block[config.input_site], block[config.output_site]
     first = new_dictionary(config, torch.Generator().manual_seed(0), x.mean(0), y.mean(0))
-    scaled = module._scaled(first, spec, block, len(x))
+    scaled = scaled_dictionary(first, spec, block, len(x))
     z = activate(scaled.pre_acts(x), k)
     found = (z @ scaled.W_dec).norm(dim=1).median() / (y - y.mean(0)).norm(dim=1).median()
     assert float(found) == pytest.approx(share, rel=1e-4)
@@ -314,7 +318,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(module._Run, "_step", explode)
     with pytest.raises(InputError, match=r"loss (nan|inf) at step 21; stopped, the last good"):
         train(tiny_lm(), ROWS, SPECS[:1], CONFIG, tmp_path / "run")
-    tensors, metadata = runs.load_tensors(tmp_path / "run" / CHECKPOINT, "")
+    tensors, metadata = load_tensors(tmp_path / "run" / CHECKPOINT, "")
     assert metadata["step"] == 14
     assert all(t.isfinite().all() for t in tensors.values())
 
@@ -341,7 +345,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = runs.save_file
+    original = files_module.save_file
     written: list[Path] = []
 
     def save_until_full(tensors: Any, path: Path, metadata: Any) -> None:
@@ -352,10 +356,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(
         original(tensors, path, metadata=metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_file", save_until_full)
+        patch.setattr(files_module, "save_file", save_until_full)
         with pytest.raises(InputError, match="No space left on device.*free some disk space"):
             train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
-    assert runs.load_tensors(tmp_path / "run" / CHECKPOINT, "")[1]["step"] == 14
+    assert load_tensors(tmp_path / "run" / CHECKPOINT, "")[1]["step"] == 14
     assert not list((tmp_path / "run").glob(".*.tmp"))
     train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
     assert files(tmp_path / "run") == files(uninterrupted)

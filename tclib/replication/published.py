@@ -1,15 +1,4 @@
-"""Every published figure that the released GPT-2 transcoders can be held against, without training.
-
-    greater_than.csv        the metric, the k-curve, the order of features (step 06 holds ours)
-    prompt_activations.csv  activations at prompts, lower MLPs replaced or not
-    paths.csv               attributions of paths to the root, to the two digits that were printed
-    closure.csv             a feature's value, its bias and its share of transcoder errors
-    whole_model.csv         loss with many MLPs replaced at once
-    pullback_overlap.csv    input-invariant against input-dependent connections
-    dead_features.csv       features that never fire
-
-The last three depend on text: ours is the preset's, so that their tolerance is wider and stated.
-"""
+"""Every published figure that the released GPT-2 transcoders can be held against, without training."""
 
 from __future__ import annotations
 
@@ -17,32 +6,160 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tclib.circuits.frozen import FrozenPrompts, Target, sources
+from tclib.circuits.frozen import FrozenPrompts, Target
 from tclib.circuits.paths import Node, step_back
+from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.dictionaries.published import layer_range, prompt_activation_table
 from tclib.evaluation import metrics
 from tclib.evaluation.replace import replace_mlp, set_mlp_out
 from tclib.features.connections import compare_connections
 from tclib.features.examples import firing_frequency
 from tclib.models.language_model import LanguageModel
+from tclib.replication.greater_than import greater_than_table, run_greater_than
+from tclib.replication.model_and_data import load_model, prepare_corpus
+from tclib.replication.paper import paper_table
+from tclib.replication.presets import Preset
+from tclib.replication.transcoders import train_transcoders
+from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.runs import InputError, paper_table
+from tclib.support.steps import (
+    ensure,
+    weight_hashes,
+    write_csv,
+)
+
+TOLERANCE = 0.005
+
+
+@torch.no_grad()
+def prompt_activation(
+    lm: LanguageModel,
+    transcoders: Mapping[int, Dictionary],
+    layer: int,
+    feature: int,
+    prompt: str,
+    at_token: str,
+    prepend_bos: bool = True,
+    replaced: Iterable[int] = (),
+) -> float:
+    """A feature's activation at the last occurrence of a token, with some MLPs replaced.
+
+    Errors: `InputError` for a token that does not occur, or a layer without a transcoder.
+    """
+    missing = sorted({layer, *replaced} - set(transcoders))
+    if missing:
+        raise InputError(
+            f"no transcoders at layers {missing}: there are some at {sorted(transcoders)}"
+        )
+    tokens = lm.tokenize(prompt)
+    tokens = tokens if prepend_bos else tokens[:, 1:]
+    places = [i for i, t in enumerate(lm.token_strings(tokens[0].tolist())) if t == at_token]
+    if not places:
+        raise InputError(f"{prompt!r} has no token {at_token!r}")
+    site = transcoders[layer].config.input_site
+    with ExitStack() as stack:
+        for lower in replaced:
+            stack.enter_context(replace_mlp(lm, transcoders[lower]))
+        mlp_in = lm.read(tokens, {site})[site]
+    return float(transcoders[layer].encode(mlp_in)[0, places[-1], feature])
+
+
+def prompt_activation_table(
+    lm: LanguageModel, transcoders: Mapping[int, Dictionary]
+) -> pd.DataFrame:
+    """Every published activation beside ours: paper, ours, difference, verdict (within 0.005)."""
+    lines = []
+    for row in paper_table("prompt_activations"):
+        ours = prompt_activation(
+            lm,
+            transcoders,
+            int(row["layer"]),
+            int(row["feature"]),
+            row["prompt"],
+            row["at_token"],
+            row["prepend_bos"] == "true",
+            layer_range(row["transcoder_layers_replaced"]),
+        )
+        difference = ours - float(row["activation"])
+        verdict = "reproduced" if abs(difference) <= TOLERANCE else "mismatch"
+        shown = {
+            name: row[name] for name in ("layer", "feature", "prompt", "transcoder_layers_replaced")
+        }
+        shown |= {"paper": float(row["activation"]), "ours": ours}  # type: ignore[dict-item]
+        lines.append({**shown, "difference": difference, "verdict": verdict})
+    return pd.DataFrame(lines)
+
+
+def layer_range(text: str) -> range:
+    """none → no layers, 0-7 → 0 to 7."""
+    if text == "none":
+        return range(0)
+    first, last = text.split("-")
+    return range(int(first), int(last) + 1)
+
+
+CHECKS_STEP = "07_published_checks"
+
+
+def make_published_checks(preset: Preset) -> pd.DataFrame:
+    """Notebook 07 at `gpt2-published`: every figure of data/paper that needs no training, with verdicts.
+
+    Errors: `InputError` at a preset of other transcoders.
+    """
+    if not preset.transcoders.published:
+        raise InputError(f"preset {preset.name} trains its own transcoders: nothing to check")
+    lm = load_model(preset)
+    corpus = prepare_corpus(preset, lm)
+    transcoders = train_transcoders(preset, lm, corpus).dictionaries
+    found = run_greater_than(preset, lm, corpus)
+    step = preset.step(CHECKS_STEP)
+    inputs = {"model": preset.model, "corpus": corpus.content_hash} | weight_hashes(transcoders)
+
+    def make() -> Mapping[str, Any]:
+        compared = greater_than_table(found.summary, found.curves, True)
+        by_layer = {d.config.layer: d for d in transcoders.values()}
+        table = published_table(lm, by_layer, corpus.evaluation, compared)
+        write_csv(table, step, "checks")
+        return {
+            "n_checks": len(table),
+            "n_reproduced": int((table["verdict"] == "reproduced").sum()),
+        }
+
+    ensure(step, {"n_eval_rows": len(corpus.evaluation)}, inputs, make)
+    return pd.read_csv(step.folder / "checks.csv")
+
 
 COLUMNS = ("source", "quantity", "paper", "ours", "difference", "tolerance", "verdict")
+
+
 ROOT_ANSWERS = ("40", "20")  # the authors' root is W_U of "40" minus W_U of "20"
+
+
 CLOSURE_PROMPT = "Oh, that rifle model is a 6M"
+
+
 CLOSURE_FEATURE = (8, 89)
+
+
 WHOLE_MODEL_TOLERANCE = 0.1  # nats: other text of the same kind
+
+
 OVERLAP_TOLERANCE = 0.1
+
+
 DEAD_TOLERANCE = 0.15  # of the published count, which was read off a histogram
+
+
 ROWS_PER_FORWARD = 32
+
+
 _NODE = re.compile(r"(mlp|attn|embed)(\d+)(?:tc)?(?:\[(\d+)\])?@(-?\d+)")
 
 
@@ -93,10 +210,6 @@ def _as_checks(table: pd.DataFrame, source: str, name: str) -> pd.DataFrame:
         place = "L" + table["layer"].astype(str) + "." + table["feature"].astype(str)
         shown["quantity"] = place + " at " + table["prompt"] + ", replaced: " + where
     return shown[list(COLUMNS)]
-
-
-# ---------------------------------------------------------------------------------------------
-# Paths
 
 
 def parse_path(text: str, n_pos: int) -> tuple[list[Node], str]:
@@ -187,10 +300,6 @@ def _token_id(lm: LanguageModel, text: str) -> int:
     return int(ids[0])
 
 
-# ---------------------------------------------------------------------------------------------
-# One feature's parts
-
-
 def closure_table(lm: LanguageModel, transcoders: Mapping[int, Dictionary]) -> pd.DataFrame:
     """The published value, bias and error share of one feature; the rest of that table is a graph's."""
     published = {row["quantity"]: float(row["value"]) for row in paper_table("closure")}
@@ -208,10 +317,6 @@ def closure_table(lm: LanguageModel, transcoders: Mapping[int, Dictionary]) -> p
         check_line("closure", name, published[name], value, 0.005) for name, value in ours.items()
     ]
     return pd.DataFrame(lines, columns=list(COLUMNS))
-
-
-# ---------------------------------------------------------------------------------------------
-# What depends on text
 
 
 @torch.no_grad()

@@ -1,0 +1,70 @@
+"""Any known format, recognised by its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.dictionaries.formats.authors import read_authors
+from tclib.dictionaries.formats.circuit_tracer import read_circuit_tracer, write_circuit_tracer
+from tclib.dictionaries.formats.saelens import read_saelens, write_saelens
+from tclib.dictionaries.formats.sparsify import read_sparsify, write_sparsify
+from tclib.support.errors import InputError
+
+Format = Literal["tclib", "saelens", "circuit-tracer", "sparsify", "authors"]
+
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+class Found(NamedTuple):
+    """What lies at a path: its format, and the dictionaries by layer."""
+
+    format: Format
+    dictionaries: dict[int, Dictionary]
+
+
+def read_any(path: Path) -> Found:
+    """Recognise a format by its files and read it. Errors: `InputError` if none is recognised."""
+    if path.suffix == ".pt":
+        one = read_authors(path)
+        return Found("authors", {one.config.layer: one})
+    if path.suffix == ".safetensors" and path.is_file():
+        one = Dictionary.load(path)
+        return Found("tclib", {one.config.layer: one})
+    if (path / "sae_weights.safetensors").is_file():
+        one = read_saelens(path)
+        return Found("saelens", {one.config.layer: one})
+    if (path / "sae.safetensors").is_file():
+        one = read_sparsify(path)
+        return Found("sparsify", {one.config.layer: one})
+    if (path / "config.yaml").is_file():
+        return Found("circuit-tracer", read_circuit_tracer(path))
+    raise InputError(
+        f"{path}: no known dictionary; expected a .safetensors of tclib, a .pt of the authors, or a folder "
+        "of SAELens (sae_weights.safetensors), sparsify (sae.safetensors) or circuit-tracer (config.yaml)"
+    )
+
+
+def write_any(dictionaries: Mapping[int, Dictionary], out: Path, kind: Format) -> None:
+    """Write in a format. Errors: `InputError` for one that holds a single dictionary, or is read only."""
+    if kind == "circuit-tracer":
+        write_circuit_tracer(dictionaries, out)
+        return
+    if kind == "authors":
+        raise InputError(
+            "the authors' .pt is read only: a pickle is never written; choose another format"
+        )
+    if len(dictionaries) != 1:
+        raise InputError(
+            f"{kind} holds one dictionary, not layers {sorted(dictionaries)}: one at a time"
+        )
+    (one,) = dictionaries.values()
+    if kind == "saelens":
+        write_saelens(one, out)
+    elif kind == "sparsify":
+        write_sparsify(one, out)
+    else:
+        one.save(out)

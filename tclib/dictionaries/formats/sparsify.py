@@ -1,0 +1,96 @@
+"""eai-sparsify: a folder a hookpoint, with cfg.json and sae.safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
+from tclib.dictionaries.formats.parts import (
+    check_exportable,
+    check_tensors,
+    for_saving,
+    read_json,
+    read_tensors,
+)
+from tclib.support.errors import InputError
+from tclib.support.files import new_folder
+
+
+def read_sparsify(folder: Path) -> Dictionary:
+    """A sparsify transcoder of one hookpoint (h.8.mlp, layers.8.mlp): raw basis, ReLU before top-k.
+
+    Errors: `InputError` for an autoencoder, group-max, multi-topk, or tensors that do not fit.
+    """
+    config = read_json(folder / "cfg.json")
+    if not config.get("transcode", False):
+        raise InputError(f"{folder}: transcode is false, an autoencoder; expected a transcoder")
+    if config.get("activation", "topk") != "topk":
+        raise InputError(f"{folder}: activation {config['activation']!r}; expected topk")
+    parts = folder.name.split(".")
+    numbers = [part for part in parts if part.isdigit()]
+    if parts[-1] != "mlp" or len(numbers) != 1:
+        raise InputError(f"{folder}: hookpoint {folder.name!r}; expected one like h.8.mlp")
+    d_in = int(config["d_in"])
+    n_features = int(config.get("num_latents") or d_in * int(config["expansion_factor"]))
+    tensors = read_tensors(folder / "sae.safetensors")
+    skip = bool(config.get("skip_connection", False))
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (n_features, d_in),
+        "encoder.bias": (n_features,),
+        "W_dec": (n_features, d_in),
+        "b_dec": (d_in,),
+    }
+    shapes |= {"W_skip": (d_in, d_in)} if skip else {}
+    check_tensors(folder, tensors, shapes)
+    own = DictionaryConfig(
+        "transcoder",
+        int(numbers[0]),
+        d_in,
+        d_in,
+        n_features,
+        "topk",
+        int(config["k"]),
+        skip,
+        basis="raw",
+    )
+    return Dictionary(
+        own,
+        tensors["encoder.weight"].T,
+        tensors["encoder.bias"],
+        tensors["W_dec"],
+        tensors["b_dec"],
+        tensors["W_skip"].T.contiguous() if skip else None,
+    )
+
+
+def write_sparsify(dictionary: Dictionary, folder: Path) -> None:
+    """A sparsify folder of a raw-basis top-k transcoder. Errors: `InputError` for any other."""
+    check_exportable(dictionary, "sparsify", ("topk",))
+    config = dictionary.config
+    if config.basis != "raw":
+        raise InputError("sparsify reads the MLP's raw input: convert with to_raw first")
+    tensors = {
+        "encoder.weight": dictionary.W_enc.T,
+        "encoder.bias": dictionary.b_enc,
+        "W_dec": dictionary.W_dec,
+        "b_dec": dictionary.b_dec,
+    }
+    if dictionary.W_skip is not None:
+        tensors["W_skip"] = dictionary.W_skip.T
+    document = {
+        "activation": "topk",
+        "expansion_factor": max(1, config.n_features // config.d_in),
+        "normalize_decoder": True,
+        "num_latents": config.n_features,
+        "k": config.k,
+        "multi_topk": False,
+        "skip_connection": config.skip,
+        "transcode": True,
+        "d_in": config.d_in,
+    }
+    with new_folder(folder) as temporary:
+        save_file(for_saving(tensors), temporary / "sae.safetensors")
+        (temporary / "cfg.json").write_text(json.dumps(document, indent=2))

@@ -1,0 +1,30 @@
+"""The figure of the interpretability comparison."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+
+def proxy_figure(shares: pd.DataFrame) -> Figure:
+    """Share of interpretable features by the proxy's threshold, with intervals, and of context-free ones."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.8), layout="constrained")
+    styles = {"transcoder": ("#0072B2", "o", -0.006), "sae_mlp_out": ("#D55E00", "s", 0.006)}
+    titles = {"interpretable": "interpretable", "context_free": "interpretable and context-free"}
+    for axis, (column, title) in zip(axes, titles.items(), strict=True):
+        for kind, own in shares.groupby("kind"):
+            colour, marker, shift = styles.get(str(kind), ("#009E73", "^", 0.0))
+            x = own["threshold"] + shift
+            axis.plot(x, own[column], color=colour, marker=marker, label=str(kind))
+            if column == "interpretable":
+                errors = np.abs(own[["low", "high"]].to_numpy().T - own[column].to_numpy())
+                axis.errorbar(x, own[column], errors, fmt="none", ecolor=colour, capsize=3)
+        axis.set_ylim(0, 1)
+        axis.set_xlabel("Threshold on F1 (0.6 is used)")
+        axis.set_ylabel("Share of the features drawn")
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=8, frameon=False)
+    return figure

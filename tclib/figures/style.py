@@ -1,0 +1,52 @@
+"""Colours, markers and how a figure is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from tclib.support.steps import Step, record_extra
+
+# Colour-blind safe (Okabe and Ito), and different in print: each kind has a marker of its own.
+KIND_STYLE: dict[str, dict[str, Any]] = {
+    "transcoder": {"color": "#0072B2", "marker": "o", "label": "transcoder"},
+    "sae_mlp_out": {"color": "#D55E00", "marker": "s", "label": "SAE on mlp_out"},
+    "sae_mlp_in": {"color": "#009E73", "marker": "^", "label": "SAE on mlp_in"},
+}
+
+
+FAMILY_STYLE: dict[str, dict[str, Any]] = {
+    **KIND_STYLE,
+    "transcoder topk": {**KIND_STYLE["transcoder"], "label": "transcoder, top-k"},
+    "sae_mlp_out topk": {**KIND_STYLE["sae_mlp_out"], "label": "SAE on mlp_out, top-k"},
+    "transcoder skip topk": {
+        "color": "#56B4E9",
+        "marker": "D",
+        "label": "transcoder, top-k with skip",
+    },
+    "transcoder skip": {"color": "#56B4E9", "marker": "D", "label": "transcoder with skip"},
+    "transcoder batch_topk": {
+        "color": "#009E73",
+        "marker": "^",
+        "label": "transcoder, batch top-k",
+    },
+    "transcoder jumprelu": {"color": "#CC79A7", "marker": "v", "label": "transcoder, JumpReLU"},
+}
+
+
+OTHER_STYLE: dict[str, Any] = {"color": "0.4", "marker": "x"}
+
+
+SAVED_DPI = 150
+
+
+def save_figure(figure: Figure, step: Step, name: str) -> Figure:
+    """Write `<name>.png` and `<name>.pdf` into the step's folder and its manifest; return it."""
+    for suffix in ("png", "pdf"):
+        path = step.folder / f"{name}.{suffix}"
+        figure.savefig(path, dpi=SAVED_DPI, bbox_inches="tight")
+        record_extra(step, path)
+    plt.close(figure)  # or a notebook would show it twice
+    return figure

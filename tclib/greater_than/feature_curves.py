@@ -1,0 +1,93 @@
+"""What features of one MLP read through a head, and what they promote (paper Figure 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.features.from_weights import Head, direct_logit_attribution, pullback, reading_direction
+from tclib.greater_than.components import (
+    head_contributions,
+)
+from tclib.greater_than.task import (
+    GreaterThan,
+)
+from tclib.models.language_model import LanguageModel
+
+N_LAYER_0_FEATURES = 10  # over which the authors' de-embedding score is summed
+
+
+def feature_curves(
+    frozen: FrozenPrompts,
+    task: GreaterThan,
+    by_layer: Mapping[int, Dictionary],
+    dictionary: Dictionary,
+    head: Head,
+    features: list[int],
+) -> pd.DataFrame:
+    """Two curves over the answers for each feature, and what the head really brings (Figure 4).
+
+    Columns: feature, rank, answer, dla (logits a unit of activation, relative to the vocabulary's
+    mean), de_embedding (the authors': Σ over the strongest layer-0 features through the head of
+    weight × direct de-embedding; NaN without a transcoder at layer 0), exact (what the head brings to
+    the pre-activation from the number's token, by prompt; NaN for the digit form's other digits).
+    """
+    lm, layer = frozen.lm, dictionary.config.layer
+    lines = []
+    scale = frozen.cache.mlp_scale[layer][:, -1, None]
+    for rank, feature in enumerate(features, start=1):
+        dla = direct_logit_attribution(lm, dictionary, feature)[task.answer_ids]
+        score = _authors_de_embedding(lm, by_layer, dictionary, feature, head, task)
+        direction = lm.final_norm.centre(dictionary.encoder_direction(feature))
+        directions = direction.expand(frozen.n_prompts, -1) / scale
+        brought = head_contributions(frozen, directions)[:, head.layer, head.head, task.subject_pos]
+        exact = _mean_by_answer(brought, task)
+        activation = _mean_by_answer(
+            dictionary.encode(frozen.cache.mlp_in[layer][:, -1])[:, feature], task
+        )
+        for i, answer in enumerate(task.answers):
+            lines.append(
+                {
+                    "feature": feature,
+                    "rank": rank,
+                    "answer": answer,
+                    "dla": float(dla[i]),
+                    "de_embedding": float(score[i]),
+                    "exact": exact.get(answer, np.nan),
+                    "activation": activation.get(answer, np.nan),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def _authors_de_embedding(
+    lm: LanguageModel,
+    by_layer: Mapping[int, Dictionary],
+    dictionary: Dictionary,
+    feature: int,
+    head: Head,
+    task: GreaterThan,
+) -> Float[Tensor, "answer"]:
+    """Σ over the ten layer-0 features with the largest weight through the head: weight × W_E f_enc."""
+    if 0 not in by_layer or head.layer == 0:
+        return torch.full((len(task.answers),), float("nan"))
+    first = by_layer[0]
+    weights = pullback(lm, dictionary, feature, first, head)
+    strongest = weights.topk(min(N_LAYER_0_FEATURES, len(weights))).indices
+    reads = torch.stack([reading_direction(lm, first, int(i)) for i in strongest])
+    return lm.W_E[task.answer_ids] @ reads.T @ weights[strongest]
+
+
+def _mean_by_answer(values: Float[Tensor, "prompt"], task: GreaterThan) -> dict[int, float]:
+    """Mean over the prompts whose number (or tens digit) is each answer."""
+    asked = [n if task.form == "years" else n // 10 for n in task.numbers]
+    frame = pd.DataFrame({"answer": asked, "value": values.double().cpu().numpy()})
+    means = frame.groupby("answer")["value"].mean()
+    return {int(answer): float(mean) for answer, mean in zip(means.index, means, strict=True)}

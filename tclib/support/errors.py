@@ -1,0 +1,7 @@
+"""The one error that users see."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input. The message names the value, what was expected and what to do."""

@@ -1,0 +1,132 @@
+"""Files and folders: whole or not at all, hashed, locked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tclib.support.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+DATA = REPOSITORY / "data"
+
+
+HEADER_KEY = "tclib"
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
+
+    Errors: `InputError` when the disk is full or the folder cannot be written; what `path` held
+    before is left as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} could not be written ({error}): free some disk space and run it again; "
+            "what was there before is kept"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it replaces `path` on success, vanishes on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one run; a second run at the same time gets an `InputError`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"another run is working in {folder}: wait for it to end, or choose another runs_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, types and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file whose header holds `metadata` (as JSON) and a checksum."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"metadata": dict(metadata), "sha256": tensors_hash(whole)}
+    with new_file(path) as temporary:
+        # One key: safetensors writes several in no fixed order, and equal runs must give equal bytes.
+        save_file(whole, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+
+
+def load_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: (tensors, metadata).
+
+    Errors: `InputError` naming the file and `remedy` if it is missing, truncated or altered.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: {remedy}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is truncated or corrupted ({error}): {remedy}") from error
+    if "sha256" not in header:
+        raise InputError(f"{path} was not written by tclib (no checksum in its header): {remedy}")
+    if tensors_hash(tensors) != header["sha256"]:
+        raise InputError(f"{path} is corrupted (its checksum does not match): {remedy}")
+    return tensors, header["metadata"]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_ready(value: Any) -> Any:
+    """`value` as it comes back from JSON."""
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,162 @@
+"""One dictionary in training: its first weights, its Adam step, its state."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tclib.dictionaries.dictionary import (
+    TAKES_K,
+    Dictionary,
+    DictionaryConfig,
+    activate,
+)
+from tclib.training.activations import Block
+from tclib.training.gradients import StepResult, step_result
+from tclib.training.spec import DictionarySpec, TrainingConfig
+
+THRESHOLD_RATE = 0.01  # a batch's share in batch_topk's running threshold
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of the training log, for one dictionary."""
+
+    loss: float
+    l0: float
+    fvu: float
+    dead_share: float
+
+
+class DictionaryTrainer:
+    """One dictionary, its Adam state, and how long each feature has been silent."""
+
+    def __init__(
+        self, spec: DictionarySpec, dictionary: Dictionary, config: TrainingConfig
+    ) -> None:
+        self.spec = spec
+        self.dictionary = dictionary
+        self._config = config
+        self._objective = spec.objective()
+        # Adam walks the memory of W_enc.T, which is the contiguous one.
+        self._stored = {name: _contiguous(t) for name, t in dictionary.parameters().items()}
+        self._adam = torch.optim.Adam(self._stored.values(), config.learning_rate, fused=True)
+        self.tokens_since_fired = torch.zeros(
+            dictionary.config.n_features, dtype=torch.int64, device=dictionary.b_enc.device
+        )
+        self._step_result = torch.compile(step_result) if config.compile else step_result
+
+    def step(self, block: Block, rows: slice, learning_rate: float) -> StepResult:
+        """One Adam step on a slice of the block, then unit-norm decoder rows."""
+        x = block[self.dictionary.config.input_site][rows]
+        y = block[self.dictionary.config.output_site][rows]
+        dead = self.dead if self._objective.auxk_coefficient else None
+        with self._autocast():
+            result = self._step_result(self.dictionary, x, y, self._objective, dead)
+        self._remove_parallel_component(result.gradients)
+        for name, gradient in result.gradients.items():
+            parameter = self._stored[name]
+            parameter.grad = _contiguous(gradient).to(parameter.dtype)
+        self._adam.param_groups[0]["lr"] = learning_rate
+        self._adam.step()
+        self._normalise_decoder()
+        self._keep_threshold(result)
+        self.tokens_since_fired += len(x)
+        self.tokens_since_fired[result.fired] = 0
+        return result
+
+    @property
+    def dead(self) -> Tensor:
+        """Features that have been silent for `dead_after_tokens` or longer."""
+        return self.tokens_since_fired >= self._config.dead_after_tokens
+
+    def measure(self, result: StepResult, block: Block, rows: slice) -> Measurement:
+        """The log line of a step: its loss, L0 and FVU on its own batch, and the dead share."""
+        y = block[self.dictionary.config.output_site][rows]
+        total = (y - y.mean(0)).pow(2).sum()
+        return Measurement(
+            loss=float(result.loss),
+            l0=result.l0,
+            fvu=float(result.squared_error / total),
+            dead_share=float(self.dead.float().mean()),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        tensors = {f"parameter.{name}": t for name, t in self._stored.items()}
+        for name, parameter in self._stored.items():
+            for key, value in self._adam.state[parameter].items():
+                tensors[f"adam.{name}.{key}"] = value
+        return {**tensors, "tokens_since_fired": self.tokens_since_fired}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state` returned, in place."""
+        self.tokens_since_fired.copy_(tensors["tokens_since_fired"])
+        for name, parameter in self._stored.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+            prefix = f"adam.{name}."
+            self._adam.state[parameter] = {
+                key.removeprefix(prefix): value.to(
+                    value.device if value.ndim == 0 else parameter.device
+                )
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+
+    def _autocast(self) -> Any:
+        if self._config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.dictionary.b_enc.device.type, torch.bfloat16)
+
+    def _remove_parallel_component(self, gradients: dict[str, Tensor]) -> None:
+        """Take out of each decoder row's gradient what would only change the row's norm."""
+        gradient, W_dec = gradients["W_dec"], self._stored["W_dec"]
+        along = torch.linalg.vecdot(gradient, W_dec.to(gradient.dtype)).unsqueeze(1)
+        gradient.addcmul_(W_dec.to(gradient.dtype), along, value=-1.0)
+
+    def _keep_threshold(self, result: StepResult) -> None:
+        """jumprelu's thresholds stay at 0 or above; batch_topk's is a running mean of the batches'."""
+        threshold = self.dictionary.threshold
+        if result.threshold is not None and threshold is not None:
+            is_first = not bool(threshold.any())
+            threshold.lerp_(result.threshold, 1.0 if is_first else THRESHOLD_RATE)
+        elif threshold is not None:
+            threshold.clamp_(min=0.0)
+
+    def _normalise_decoder(self) -> None:
+        W_dec = self._stored["W_dec"]
+        W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12))
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """`tensor`, or its transpose where that is the contiguous one."""
+    return tensor if tensor.is_contiguous() else tensor.T
+
+
+def scaled(dictionary: Dictionary, spec: DictionarySpec, block: Block, n_tokens: int) -> Dictionary:
+    """The encoder times what gives the first reconstruction `initial_norm` times the output's norm.
+
+    With outputs of norm 100 and the paper's start, features that are late to grow never win a place
+    among the k largest: over half of them die.
+    """
+    config = dictionary.config
+    x = block[config.input_site][:n_tokens].cpu()
+    y = block[config.output_site][:n_tokens].cpu() - dictionary.b_dec
+    pre = dictionary.pre_acts(x)
+    z = activate(pre, config.k if config.activation in TAKES_K else None)
+    wanted = spec.initial_norm * y.norm(dim=1).median()
+    scale = float(wanted / (z @ dictionary.W_dec).norm(dim=1).median().clamp_min(1e-12))
+    tensors = dictionary.parameters()
+    scaled = {name: tensors[name] * scale for name in ("W_enc", "b_enc")}
+    return Dictionary(config, **{**tensors, **scaled})
+
+
+def init_generator(seed: int, config: DictionaryConfig) -> torch.Generator:
+    """The initial weights depend on the seed, the kind and the layer, not on the company."""
+    digest = hashlib.sha256(f"{seed} {config.kind} {config.layer}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
