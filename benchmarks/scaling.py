@@ -16,8 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from tclib.evaluation.evaluate import evaluate
-from tclib.replication.model_and_data import load_model, prepare_corpus
-from tclib.replication.presets import load_preset
+from tclib.replication.run import open_run
 from tclib.training.spec import DictionarySpec
 from tclib.training.train import CACHE, train
 
@@ -27,9 +26,8 @@ COLUMNS = ["n_tokens", "expansion", "l0", "fvu", "ce_recovered", "dead_share", "
 
 
 def main(layer: int) -> None:
-    preset = load_preset("smollm2")
-    lm = load_model(preset)
-    corpus = prepare_corpus(preset, lm)
+    run = open_run("smollm2")
+    preset, lm, corpus = run.preset, run.lm, run.corpus
     config = preset.transcoders
     out = preset.folder / "scaling"
     parts = []

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from tclib.replication.collect import collect as collect_run
-from tclib.replication.model_and_data import check_ready, load_model, prepare_corpus
+from tclib.replication.model_and_data import check_ready
 from tclib.replication.presets import Preset, load_preset, preset_names
+from tclib.replication.run import Run
 from tclib.support.errors import InputError
 from tclib.support.files import REPOSITORY, exclusive, new_file
 from tclib.support.progress import progress
@@ -67,9 +68,8 @@ def run(
 
 
 def _delete_runs(preset: Preset) -> None:
-    from tclib.replication.sweep import companion
 
-    for one in (preset, *(companion(preset, name) for name in preset.companions)):
+    for one in (preset, *(run.preset for run in Run(preset).companions)):
         shutil.rmtree(one.folder, ignore_errors=True)
 
 
@@ -216,9 +216,9 @@ def train(
         skip=skip,
     )
     check_ready(chosen)
-    lm = load_model(chosen)
+    lm = Run(chosen).lm
     lm.check_layer(layer)
-    corpus = prepare_corpus(chosen, lm)
+    corpus = Run(chosen).corpus
     (dictionary,) = train_dictionaries(lm, corpus.train, [spec], chosen.transcoders.training, out)
     training_curves(pd.read_csv(out / LOG)).savefig(out / "training_curves.png", dpi=SAVED_DPI)
     table = evaluate(lm, {spec.name: dictionary}, corpus.evaluation, corpus.train).table
@@ -239,8 +239,8 @@ def evaluate(
     chosen = load_preset(preset, seed, runs_dir)
     dictionaries = {file.stem: Dictionary.load(file) for file in files}
     check_ready(chosen)
-    lm = load_model(chosen)
-    corpus = prepare_corpus(chosen, lm)
+    opened = Run(chosen)
+    lm, corpus = opened.lm, opened.corpus
     moved = {name: d.to(lm.device) for name, d in dictionaries.items()}
     table = evaluate_dictionaries(lm, moved, corpus.evaluation, corpus.train).table
     typer.echo(table.to_csv(index=False))

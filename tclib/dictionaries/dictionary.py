@@ -197,9 +197,17 @@ class Dictionary:
         save_tensors(path, self.parameters(), metadata)
 
     @classmethod
-    def load(cls, path: Path, remedy: str = "train it again, or restore the file") -> Dictionary:
-        """Read what `save` wrote. Errors: `InputError` if missing, corrupted or of another format."""
-        tensors, metadata = load_tensors(path, remedy)
+    def load(
+        cls,
+        path: Path,
+        remedy: str = "train it again, or restore the file",
+        is_checked: bool = False,
+    ) -> Dictionary:
+        """Read what `save` wrote; `is_checked` as in `load_tensors`.
+
+        Errors: `InputError` if missing, corrupted or of another format.
+        """
+        tensors, metadata = load_tensors(path, remedy, is_checked)
         if metadata.get("format") != FILE_FORMAT:
             raise InputError(f"{path} does not hold a tclib dictionary: {remedy}")
         return cls(DictionaryConfig(**metadata["config"]), **tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,17 +12,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tclib.circuits.frozen import FrozenPrompts
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.features.from_weights import Head
+from tclib.greater_than.components import component_attributions, reading_heads, strongest_head
 from tclib.greater_than.curves import (
     Curve,
     ablation_curve,
+    crossing,
     k_grid,
     leave_one_out,
+    metric_of,
     rank_by_attribution,
     steepest_drop,
 )
+from tclib.greater_than.feature_curves import feature_curves
 from tclib.greater_than.task import (
     GreaterThan,
+    full_vocabulary_differences,
+    mean_probability_difference,
 )
 from tclib.greater_than.units import (
     Units,
@@ -33,12 +41,12 @@ from tclib.greater_than.units import (
 )
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import LowerRun
+from tclib.support.errors import InputError
 from tclib.support.statistics import bootstrap_means, interval
 
 FEATURES, NEURONS, CONTROL = "transcoder features", "neurons", "random directions"
-
-
 WITHOUT = "transcoder features, without the one that hurts"
+N_CURVE_FEATURES = 10
 
 
 class Analysed(NamedTuple):
@@ -110,7 +118,7 @@ def all_curves(analysed: Analysed) -> dict[tuple[str, str], Curve]:
     return curves
 
 
-def _curve_table(curves: list[Curve]) -> pd.DataFrame:
+def curve_table(curves: list[Curve]) -> pd.DataFrame:
     """Columns: units, ranking, k, value, low, high: mean and 95 % interval over prompts."""
     tables = []
     for curve in curves:
@@ -147,3 +155,99 @@ def harmful_features(analysed: Analysed, curve: Curve) -> tuple[pd.DataFrame, Cu
     silenced = replace(units.without(suspect), name=WITHOUT)
     ks = k_grid(len(rest))
     return table, ablation_curve(lm, task, below, silenced, rest, ks, ranking="variance")
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole analysis
+
+
+def analyse(
+    frozen: FrozenPrompts,
+    task: GreaterThan,
+    effects: pd.DataFrame,
+    saes: Mapping[str, Dictionary],
+    layer: int,
+    head: Head | None,
+    seed: int,
+) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    """All tables, and the single figures, of one MLP.
+
+    Args:
+        frozen: the scored prompts of the task's first sentence, with transcoders.
+        task: all prompts.
+        effects: `ablation_effects` of every component.
+        saes: dictionaries to compare with; the one nearest in L0 is taken.
+        layer, head: the MLP, and the head that brings the year (None: the one that varies most with it).
+        seed: of the random directions.
+
+    Errors: `InputError` if the layer has no transcoder.
+    """
+    dictionary = _dictionary_at(frozen.transcoders, layer)
+    one = first_template(task).scored()
+    analysed = prepare(frozen.lm, task, dictionary, saes, seed)
+    top = analysed.orders[FEATURES, "variance"][:N_CURVE_FEATURES].tolist()
+    heads = reading_heads(frozen, dictionary, top, task.subject_pos)
+    head = strongest_head(heads) if head is None else head
+    curves = all_curves(analysed)
+    harmful, without = harmful_features(analysed, curves[FEATURES, "variance"])
+    worst = int(harmful[harmful["is_steepest"]].iloc[0]["unit"])
+    shown = [*top, *([] if worst in top else [worst])]
+    tables = {
+        "components": effects.merge(component_attributions(frozen, one)),
+        "reading_heads": heads,
+        "feature_curves": feature_curves(frozen, one, frozen.transcoders, dictionary, head, shown),
+        "curves": curve_table([*curves.values(), without]),
+        "harmful": harmful,
+    }
+    return tables, _summary(analysed, curves, harmful, without, dictionary, head)
+
+
+def _dictionary_at(by_layer: Mapping[int, Dictionary], layer: int) -> Dictionary:
+    if layer not in by_layer:
+        raise InputError(
+            f"the task runs through MLP {layer}, which has no transcoder: there is one at layers "
+            f"{sorted(by_layer)}; train one there, or set greater_than.layer in the preset"
+        )
+    return by_layer[layer]
+
+
+def first_template(task: GreaterThan) -> GreaterThan:
+    """Only the first sentence, every year of it."""
+    return task.subset([i for i, t in enumerate(task.template_idx) if t == task.template_idx[0]])
+
+
+def _summary(
+    analysed: Analysed,
+    curves: Mapping[tuple[str, str], Curve],
+    harmful: pd.DataFrame,
+    without: Curve,
+    dictionary: Dictionary,
+    head: Head,
+) -> dict[str, Any]:
+    """The single figures that the paper states, and what was chosen."""
+    lm, task, below = analysed.lm, analysed.task, analysed.below
+    features, neurons = curves[FEATURES, "variance"], curves[NEURONS, "variance"]
+    suspect = harmful[harmful["is_steepest"]].iloc[0]
+    scored = task.scored()
+    return {
+        "form": task.form,
+        "layer": dictionary.config.layer,
+        "head": list(head),
+        "n_prompts": len(scored.numbers),
+        "n_left_out": len(task.left_out),
+        "original": mean_probability_difference(lm, task),
+        "original_full_vocabulary": float(full_vocabulary_differences(lm, scored).mean()),
+        "all_features": features.at(features.ks[-1]),
+        "without_harmful": without.at(without.ks[-1]),
+        "mlp_bias_only": neurons.at(0),
+        "mlp_removed": metric_of(lm, task, below, torch.zeros_like(below.mlp_out)),
+        "crossing": crossing(features, neurons),
+        "features_ahead_1_to_10": [k for k in range(1, 11) if features.at(k) > neurons.at(k)],
+        "ahead_without_harmful": [k for k in range(1, 11) if without.at(k) > neurons.at(k)],
+        "harmful_feature": int(suspect["unit"]),
+        "harmful_rank": int(suspect["rank"]),
+        "harmful_gain": float(suspect["gain"]),
+        "best_single_gain_feature": int(harmful.iloc[0]["unit"]),
+        "l0": {name: _l0(units.acts) for name, units in analysed.units.items()},
+        "top_features": analysed.orders[FEATURES, "variance"][:N_CURVE_FEATURES].tolist(),
+    }

@@ -1,4 +1,4 @@
-"""Step 04: blind case studies of features by the automatic investigator, graded on held-out text.
+"""Notebook 04: blind case studies of features by the automatic investigator, graded on held-out text.
 
 studies.csv               a line a study: hypothesis, scores, grade, and on the demo world the latents
 ledger_<feature>.jsonl    every question and answer, chained; can be replayed
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.blind.grading import active_positions, grade_predicate
@@ -27,55 +27,32 @@ from tclib.features.examples import feature_activations, live_features
 from tclib.features.from_weights import LoneTokens
 from tclib.features.html import dashboard_html, save_page
 from tclib.models.language_model import LanguageModel
+from tclib.replication.artifacts import CaseStudies
 from tclib.replication.paper import paper_table
-from tclib.replication.presets import Preset
+from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, claim_line
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.steps import ensure, weight_hashes, write_csv
-from tclib.text.corpus import Corpus
+from tclib.support.steps import ensure, write_csv
 
 STEP = "04_blind_case_studies"
 N_SHOWN = 15  # examples of each dashboard
 
 
-@dataclass(frozen=True)
-class CaseStudies:
-    """The table of studies, and where their ledgers and dashboards lie."""
-
-    table: pd.DataFrame
-    folder: Path
-
-    def ledger_path(self, feature: int) -> Path:
-        """The ledger of one study."""
-        return self.folder / f"ledger_{feature}.jsonl"
-
-    def dashboard(self, feature: int) -> str:
-        """One feature's dashboard, as HTML."""
-        return (self.folder / f"dashboard_{feature}.html").read_text(encoding="utf-8")
-
-
-def studied_layer(preset: Preset) -> int:
+def studied_layer(run: Run) -> int:
     """The layer whose features are studied."""
-    layer = preset.case_studies.layer
-    return preset.sweep.layer if layer is None else layer
+    layer = run.preset.case_studies.layer
+    return run.preset.sweep.layer if layer is None else layer
 
 
-def make_case_studies(
-    preset: Preset, lm: LanguageModel, corpus: Corpus, transcoders: Mapping[str, Dictionary]
-) -> CaseStudies:
+def make_case_studies(run: Run) -> CaseStudies:
     """The artifacts of step 04, made once. Errors: `InputError` if the layer has no transcoder."""
-    step = preset.step(STEP)
-    inputs = {"model": preset.model, "corpus": corpus.content_hash}
-    inputs |= weight_hashes(transcoders)
-    parameters = {
-        **asdict(preset.case_studies),
-        "layer": studied_layer(preset),
-        "seed": preset.seed,
-    }
+    step, config = run.step(STEP), asdict(run.preset.case_studies)
+    inputs = {"model": run.preset.model, "corpus": run.corpus.content_hash, **run.trained.hashes}
+    parameters = {**config, "layer": studied_layer(run), "seed": run.preset.seed}
 
     def make() -> Mapping[str, Any]:
-        table = _study_all(preset, lm, corpus, dict(transcoders), step.folder)
+        table = _study_all(run, step.folder)
         write_csv(table, step, "studies")
         return {"n_studies": len(table), "n_failures": int((table["grade"] == "failure").sum())}
 
@@ -83,29 +60,27 @@ def make_case_studies(
     return CaseStudies(pd.read_csv(step.folder / "studies.csv"), step.folder)
 
 
-def _study_all(
-    preset: Preset,
-    lm: LanguageModel,
-    corpus: Corpus,
-    transcoders: dict[str, Dictionary],
-    folder: Path,
-) -> pd.DataFrame:
-    config, layer = preset.case_studies, studied_layer(preset)
-    by_layer = {d.config.layer: d for d in transcoders.values()}
+def session_on(run: Run, feature: int, **shared: Any) -> BlindSession:
+    """A session on one feature of the studied layer; `shared` as `BlindSession` takes it."""
+    rows = run.corpus.train[: run.preset.case_studies.n_rows]
+    return BlindSession(run.lm, run.transcoders, rows, studied_layer(run), feature, **shared)
+
+
+def _study_all(run: Run, folder: Path) -> pd.DataFrame:
+    config, layer, lm = run.preset.case_studies, studied_layer(run), run.lm
+    by_layer = {d.config.layer: d for d in run.transcoders.values()}
     if layer not in by_layer:
         raise InputError(f"no transcoder at layer {layer}: there is one at {sorted(by_layer)}")
-    rows = corpus.train[: config.n_rows]
-    features = list(config.features) or _drawn(preset, lm, by_layer[layer], rows)
-    held_out = _held_out(preset, lm, corpus)
+    rows = run.corpus.train[: config.n_rows]
+    features = list(config.features) or _drawn(run, by_layer[layer], rows)
+    held_out = _held_out(run)
     acts = feature_activations(lm, by_layer[layer], features, rows)
     held_out_acts = feature_activations(lm, by_layer[layer], features, held_out.rows)
-    lone = LoneTokens(lm, transcoders.values())
+    lone = LoneTokens(lm, run.transcoders.values())
     lines, pages = [], []
     for i, feature in enumerate(progress(features, "blind studies", unit="feature")):
         restricted = i >= config.n_full
-        session = BlindSession(
-            lm, transcoders, rows, layer, feature, restricted, acts=acts[i], lone=lone
-        )
+        session = session_on(run, feature, restricted=restricted, acts=acts[i], lone=lone)
         hypothesis = investigate(session)
         dashboard = session.unblind(N_SHOWN)
         session.save_ledger(folder / f"ledger_{feature}.jsonl")
@@ -117,22 +92,20 @@ def _study_all(
     return pd.DataFrame(lines)
 
 
-def _drawn(preset: Preset, lm: LanguageModel, dictionary: Dictionary, rows: Tensor) -> list[int]:
+def _drawn(run: Run, dictionary: Dictionary, rows: Int[Tensor, "row pos"]) -> list[int]:
     """Live features in a random order, by seed."""
-    n = preset.case_studies.n_full + preset.case_studies.n_restricted
-    generator = torch.Generator().manual_seed(preset.seed)
-    least = preset.case_studies.min_log10_frequency
-    return live_features(lm, dictionary, rows, n, generator, least)
+    config = run.preset.case_studies
+    generator = torch.Generator().manual_seed(run.preset.seed)
+    n, least = config.n_full + config.n_restricted, config.min_log10_frequency
+    return live_features(run.lm, dictionary, rows, n, generator, least)
 
 
-def _held_out(preset: Preset, lm: LanguageModel, corpus: Corpus) -> LabelledRows:
+def _held_out(run: Run) -> LabelledRows:
     """Text that no study saw; with labels on the demo world."""
-    n_rows = preset.case_studies.n_held_out_rows
-    if preset.corpus.kind == "demo":
-        return labelled_rows(
-            lm, n_rows, preset.corpus.n_ctx, preset.corpus.seed, preset.corpus.eval_fraction
-        )
-    rows = corpus.evaluation[:n_rows]
+    n_rows, corpus = run.preset.case_studies.n_held_out_rows, run.preset.corpus
+    if corpus.kind == "demo":
+        return labelled_rows(run.lm, n_rows, corpus.n_ctx, corpus.seed, corpus.eval_fraction)
+    rows = run.corpus.evaluation[:n_rows]
     return LabelledRows(rows, torch.full_like(rows, -1), ())
 
 
@@ -178,34 +151,39 @@ def grade_counts(studies: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def claim(studies: CaseStudies) -> Line:
+def why_failed(run: Run) -> pd.DataFrame:
+    """Scores, and on the demo world the latent that each feature stands for and the one that was said."""
+    columns = ["feature", "grade", "precision", "recall"]
+    columns += ["true_latent", "true_latent_f1", "said_latent", "said_latent_f1"]
+    table = run.studies.table
+    return table[[name for name in columns if name in table]]
+
+
+def claims(run: Run) -> list[Line]:
     """Section 5.1's claim."""
-    ours = grade_counts(studies.table)["ours"]
+    table = run.studies.table
+    ours = grade_counts(table)["ours"]
     n_good = int(ours["success"] + ours["mostly"])
-    return claim_line(
+    line = claim_line(
         "Blind case studies: meaning said without seeing text (success, mostly, failure)",
         "5, 2, 2 of 9 (by hand, GPT-2)",
-        f"{ours['success']}, {ours['mostly']}, {ours['failure']} of {len(studies.table)} "
+        f"{ours['success']}, {ours['mostly']}, {ours['failure']} of {len(table)} "
         "(automatic investigator, graded on held-out text)",
-        "reproduced" if 9 * n_good >= 7 * len(studies.table) else "fewer than in the paper",
+        "reproduced" if 9 * n_good >= 7 * len(table) else "fewer than in the paper",
     )
+    return [line]
 
 
-def caption(studies: CaseStudies) -> str:
-    """What the table shows, beside the paper (Markdown)."""
-    table = studies.table
+def studies_in_words(run: Run) -> str:
+    """Ours (Markdown)."""
+    table = run.studies.table
     counts = grade_counts(table)["ours"]
     failed = table[table["grade"] == "failure"]
     said_too_much = int((failed["precision"] < failed["recall"]).sum())
     narrow = int((failed["n_active"] < 50).sum())
-    world = "; and because many features of the demo world follow the sentence's kind and place rather than a token"
-    last = world if "true_latent" in table else ""
     return (
-        "**Blind case studies.** *Paper:* nine studies of GPT-2 layer-8 features by hand: 5 success, 2 mostly, "
-        f"2 failure. *Ours:* {len(table)} studies of layer {int(table['layer'].iloc[0])} by an automatic "
-        f"investigator: {counts['success']} success, {counts['mostly']} mostly, {counts['failure']} failure. "
-        f"Of the failures {said_too_much} say too much (precision below recall), and {narrow} are of features "
-        "with fewer than 50 active tokens in the held-out text. *Differs because* the investigator knows only sets "
-        "of tokens, one at the position and one before it, where a person weighs a whole circuit; because its grade "
-        f"is an F1 on held-out text, where the authors judged whether the meaning was right{last}."
+        f"*Ours:* {len(table)} studies of layer {int(table['layer'].iloc[0])} by an automatic investigator: "
+        f"{counts['success']} success, {counts['mostly']} mostly, {counts['failure']} failure. Of the failures "
+        f"{said_too_much} say too much (precision below recall), and {narrow} are of features with fewer than "
+        "50 active tokens in the held-out text."
     )

@@ -1,4 +1,4 @@
-"""Step 03: one prompt's attribution graph, and how far its connections hold over a corpus and in the model.
+"""Notebook 03: one prompt's attribution graph, and how far its connections hold over a corpus and in the model.
 
 closure.csv       value, sum of sources and residual of every node of the graph
 connections.csv   pullback against mean pullback, features of every layer against every layer below
@@ -9,86 +9,84 @@ nodes.parquet, edges.parquet   the full graph; graph.json the pruned one; viewer
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
-from tclib.circuits.files import load_parquet, save_for_viewer, save_json, save_parquet
-from tclib.circuits.frozen import FrozenPrompts, Target
-from tclib.circuits.graph import BIAS_KINDS, INPUT_KINDS, AttributionGraph, attribution_graph
+from tclib.circuits.files import load_json, load_parquet, save_for_viewer, save_json, save_parquet
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.graph import BIAS_KINDS, INPUT_KINDS, attribution_graph
 from tclib.circuits.interventions import ablation_table
-from tclib.circuits.prune import prune
-from tclib.dictionaries.dictionary import Dictionary
+from tclib.circuits.prune import prune_to_size
 from tclib.features.connections import compare_connections
 from tclib.features.examples import live_features
+from tclib.features.from_weights import (
+    Head,
+    de_embedding,
+    direct_logit_attribution,
+    extended_de_embedding,
+    feature_table,
+    ov_norms,
+    pullback,
+    token_table,
+)
+from tclib.figures.circuits import (
+    connection_agreement,
+    head_heatmap,
+    predicted_against_actual,
+    score_bars,
+)
+from tclib.figures.graph import layered_graph
+from tclib.figures.style import save_figure
 from tclib.greater_than.task import GreaterThan
-from tclib.models.language_model import LanguageModel
+from tclib.replication.artifacts import Circuits, Explained
 from tclib.replication.paper import paper_table
-from tclib.replication.presets import Preset
+from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, claim_line
 from tclib.support.errors import InputError
-from tclib.support.steps import ensure, weight_hashes, write_csv
-from tclib.text.corpus import Corpus
+from tclib.support.steps import ensure, write_csv
 
 STEP = "03_circuit_tools"
-WITH_BIASES = INPUT_KINDS | BIAS_KINDS
+WITH_BIASES = INPUT_KINDS | BIAS_KINDS  # nodes of the pruned graph, so that none goes unseen
 
 
-class Explained(NamedTuple):
-    """A frozen prompt and the target that its graph explains."""
-
-    frozen: FrozenPrompts
-    root: Target
-
-
-@dataclass(frozen=True)
-class Circuits:
-    """What step 03 holds."""
-
-    graph: AttributionGraph
-    connections: pd.DataFrame
-    ablations: pd.DataFrame
-
-
-def explain_prompt(
-    preset: Preset, lm: LanguageModel, transcoders: Mapping[str, Dictionary]
-) -> Explained:
+def explain_prompt(run: Run) -> Explained:
     """The preset's greater-than prompt, and the root: mean later logit minus mean earlier one.
 
     Errors: `InputError` for fewer than two transcoders, between which there is nothing to connect.
     """
-    if len(transcoders) < 2:
+    if len(run.transcoders) < 2:
         raise InputError(
-            f"{len(transcoders)} transcoders at preset {preset.name}: circuits need two layers or more"
+            f"{len(run.transcoders)} transcoders at preset {run.preset.name}: circuits need two layers or more"
         )
-    task = GreaterThan.of(lm, preset.greater_than.templates[0])
-    prompt = task.prompt_index(preset.circuits.year)
-    frozen = FrozenPrompts(lm, task.tokens[[prompt]], transcoders.values())
-    weights = task.root_weights(preset.circuits.year)
-    return Explained(frozen, frozen.logit_target(weights, -1, name="later − earlier"))
+    year = run.preset.circuits.year
+    task = GreaterThan.of(run.lm, run.preset.greater_than.templates[0])
+    frozen = FrozenPrompts(run.lm, task.tokens[[task.prompt_index(year)]], run.transcoders.values())
+    return Explained(
+        frozen, frozen.logit_target(task.root_weights(year), -1, name="later − earlier")
+    )
 
 
-def make_circuits(
-    preset: Preset, lm: LanguageModel, corpus: Corpus, transcoders: Mapping[str, Dictionary]
-) -> Circuits:
-    """The artifacts of step 03, made once."""
-    step = preset.step(STEP)
-    inputs = {"model": preset.model, "corpus": corpus.content_hash}
-    inputs |= weight_hashes(transcoders)
-    template = preset.greater_than.templates[0]
-    parameters = {**asdict(preset.circuits), "template": template, "seed": preset.seed}
+def make_circuits(run: Run) -> Circuits:
+    """The artifacts of step 03, made once; the pruned graph by the preset's one rule."""
+    step, config = run.step(STEP), run.preset.circuits
+    inputs = {"model": run.preset.model, "corpus": run.corpus.content_hash, **run.trained.hashes}
+    template = run.preset.greater_than.templates[0]
+    parameters = {**asdict(config), "template": template, "seed": run.preset.seed}
 
     def make() -> Mapping[str, Any]:
-        frozen, root = explain_prompt(preset, lm, transcoders)
+        frozen, root = run.prompt
         graph = attribution_graph(frozen, [root])
-        small = prune(graph, counted=WITH_BIASES)
-        ablations = ablation_table(frozen, graph, root, preset.circuits.n_ablations, preset.seed)
+        rule = (config.max_nodes, config.node_threshold, config.edge_threshold)
+        small = prune_to_size(graph, *rule, counted=WITH_BIASES)
+        ablations = ablation_table(frozen, graph, root, config.n_ablations, run.preset.seed)
         write_csv(graph.closure(), step, "closure")
-        write_csv(connection_table(preset, lm, corpus, transcoders), step, "connections")
+        write_csv(connection_table(run), step, "connections")
         write_csv(ablations, step, "ablations")
         save_parquet(graph, step.folder)
         save_json(small, step.folder / "graph.json")
@@ -96,20 +94,21 @@ def make_circuits(
         return {"n_nodes": len(graph.nodes), "n_pruned": len(small.nodes)}
 
     ensure(step, parameters, inputs, make)
-    tables = {
-        name: pd.read_csv(step.folder / f"{name}.csv") for name in ("connections", "ablations")
-    }
-    return Circuits(load_parquet(step.folder), **tables)
+    return Circuits(
+        graph=load_parquet(step.folder),
+        small=load_json(step.folder / "graph.json"),
+        connections=pd.read_csv(step.folder / "connections.csv"),
+        ablations=pd.read_csv(step.folder / "ablations.csv"),
+        step=step,
+    )
 
 
-def connection_table(
-    preset: Preset, lm: LanguageModel, corpus: Corpus, transcoders: Mapping[str, Dictionary]
-) -> pd.DataFrame:
+def connection_table(run: Run) -> pd.DataFrame:
     """`compare_connections` of every pair of layers, on seeded live features and held-out rows."""
-    config = preset.circuits
-    rows = corpus.evaluation[: config.n_connection_rows]
-    by_layer = sorted(transcoders.values(), key=lambda d: d.config.layer)
-    generator = torch.Generator().manual_seed(preset.seed)
+    config, lm = run.preset.circuits, run.lm
+    rows = run.corpus.evaluation[: config.n_connection_rows]
+    by_layer = sorted(run.transcoders.values(), key=lambda d: d.config.layer)
+    generator = torch.Generator().manual_seed(run.preset.seed)
     n, least = config.n_connection_features, config.min_log10_frequency
     drawn = {d.config.layer: live_features(lm, d, rows, n, generator, least) for d in by_layer[1:]}
     tables = [
@@ -119,55 +118,108 @@ def connection_table(
     return pd.concat(tables, ignore_index=True)
 
 
-def graph_caption(graph: AttributionGraph, small: AttributionGraph) -> str:
-    """The caption of the layered graph (Markdown)."""
+# ---------------------------------------------------------------------------------------------
+# Figures, each from the artifact that the step saved
+
+
+def feature_views_figure(run: Run, layer: int, feature: int) -> Figure:
+    """What excites one feature, and what it promotes, from weights alone."""
+    lm, later = run.lm, run.prompt.frozen.transcoders[layer]
+    norms = ov_norms(lm, later, feature)
+    head = Head(*divmod(int(norms.argmax()), norms.shape[1]))
+    views = {
+        "de-embedding": de_embedding(lm, later, feature),
+        "extended de-embedding": extended_de_embedding(lm, later, feature),
+        f"through head {head.layer}.{head.head}": de_embedding(lm, later, feature, head),
+        "direct logit attribution": direct_logit_attribution(lm, later, feature),
+    }
+    tables = {name: token_table(lm, scores, k=8) for name, scores in views.items()}
+    # Not every layer need have a transcoder.
+    below = max(lower for lower in run.prompt.frozen.transcoders if lower < layer)
+    strongest = pullback(lm, later, feature, run.prompt.frozen.transcoders[below])
+    tables[f"pullback onto layer {below}"] = feature_table(strongest, k=16)
+    return save_figure(score_bars(tables), run.circuits.step, "feature_views")
+
+
+def ov_norm_figure(run: Run, layer: int, feature: int) -> Figure:
+    """How strongly each head could feed the feature."""
+    norms = ov_norms(run.lm, run.prompt.frozen.transcoders[layer], feature).cpu().numpy()
+    figure = head_heatmap(norms, f"OV norms of feature {feature}, layer {layer}")
+    return save_figure(figure, run.circuits.step, "ov_norms")
+
+
+def graph_figure(run: Run) -> Figure:
+    """The pruned graph, layers up, tokens across."""
+    figure = layered_graph(run.circuits.small, f"{run.prompt.root.name} on the prompt")
+    return save_figure(figure, run.circuits.step, "attribution_graph")
+
+
+def connections_figure(run: Run) -> Figure:
+    """Overlaps of input-invariant and input-dependent connections, the paper's beside ours."""
+    figure = connection_agreement(run.circuits.connections, paper_overlaps())
+    return save_figure(figure, run.circuits.step, "connections")
+
+
+def prediction_figure(run: Run) -> Figure:
+    """Predicted against measured change of the root."""
+    figure = predicted_against_actual(run.circuits.ablations, f"{run.prompt.root.name}, logits")
+    return save_figure(figure, run.circuits.step, "predictions")
+
+
+# ---------------------------------------------------------------------------------------------
+# Words and claims
+
+
+def graph_in_words(run: Run) -> str:
+    """Ours, of the layered graph (Markdown)."""
+    graph, small = run.circuits.graph, run.circuits.small
     kinds = small.nodes["kind"].value_counts()
     counts = ", ".join(f"{n} {str(kind).replace('_', ' ')}" for kind, n in kinds.items())
     influence = graph.nodes[~graph.is_root]["influence"].sum()
     kept = small.nodes[~small.is_root]["influence"].sum() / influence
     left_out = float(np.abs(small.left_out).sum() / np.abs(graph.edges.double()).sum())
     return (
-        f"**The pruned graph**: {counts}, of {len(graph.nodes)} nodes; they carry {kept:.0%} of the "
-        "influence of features, errors and tokens. Numbers under circles are feature indices; width and "
-        "opacity follow the size of the direct effect. *Paper:* graphs of greedy paths, positive edges "
-        "only, errors and biases apart (Figure 6). *Ours:* all kinds of source, both signs; what is pruned "
-        f"away is kept as a sum at each target (net {left_out:.0%} of all effects). *Differs because* the "
-        "reference code draws the paths of a beam, this the whole linear model of the prompt."
+        f"*Ours:* {counts}, of {len(graph.nodes)} nodes; they carry {kept:.0%} of the influence of features, "
+        "errors and tokens. All kinds of source, both signs; what is pruned away is kept as a sum at each "
+        f"target (net {left_out:.0%} of all effects)."
     )
 
 
-def connections_caption(connections: pd.DataFrame) -> str:
-    """The caption of the agreement figure (Markdown)."""
+def connections_in_words(run: Run) -> str:
+    """Paper and ours, of the agreement figure (Markdown)."""
+    connections = run.circuits.connections
     claim = connections_claim(connections)
     n_features = connections.groupby("layer")["feature"].nunique().sum()
     active = [name for name in map(str, connections) if name.startswith("active_overlap_")]
     return (
-        f"**Agreement of input-invariant and input-dependent connections.** *Paper:* {claim['paper']}, "
-        f"of 24,576 features. *Ours:* {claim['ours']}; {n_features} features drawn by seed, tokens where "
-        "a feature exceeds the 20th percentile of its positive activations; rank correlation over "
-        "earlier features that are active there. Among those alone the overlap is "
-        f"{'/'.join(f'{connections[name].mean():.0%}' for name in active)}. *Differs, probably, because* "
-        "directions of features that never fire together interfere more in a stream of this width: on "
-        f"average {connections['n_candidates'].mean():.0f} earlier features are active at all."
+        f"*Paper:* {claim['paper']}, of 24,576 features. *Ours:* {claim['ours']}; {n_features} features drawn "
+        "by seed, tokens where a feature exceeds the 20th percentile of its positive activations; rank "
+        "correlation over earlier features that are active there (on average "
+        f"{connections['n_candidates'].mean():.0f}). Among those alone the overlap is "
+        f"{'/'.join(f'{connections[name].mean():.0%}' for name in active)}."
     )
 
 
-def prediction_caption(ablations: pd.DataFrame) -> str:
-    """The caption of the intervention figure (Markdown)."""
-    claim = prediction_claim(ablations)
+def predictions_in_words(run: Run) -> str:
+    """Ours, of the intervention figure (Markdown)."""
+    ablations = run.circuits.ablations
+    frozen_change = ablations["actual_norms_frozen"]
     sizes = {
         "measured change": ablations["actual"],
         "miss of the prediction": ablations["actual"] - ablations["predicted_total"],
-        "miss with norm scales frozen": ablations["actual_norms_frozen"]
-        - ablations["predicted_total"],
+        "miss with norm scales frozen": frozen_change - ablations["predicted_total"],
     }
     means = ", ".join(f"{name} {values.abs().mean():.3f}" for name, values in sizes.items())
-    return (
-        "**Predicted and measured change of the root when a feature is taken out of the running model.** "
-        f"*Paper:* {claim['paper']}. *Ours:* {claim['ours']}. Means in logits: {means}. *Differs from "
-        "exact because* taking a feature out also moves every norm scale after it, which rescales the whole "
-        "answer (right: without that), attention patterns move, and later MLPs are not their transcoders."
-    )
+    return f"*Ours:* {prediction_claim(ablations)['ours']}. Means in logits: {means}."
+
+
+def claims(run: Run) -> list[Line]:
+    """Sums that close, connections, predictions."""
+    return [
+        closure_claim(run.circuits.graph.closure()),
+        connections_claim(run.circuits.connections),
+        prediction_claim(run.circuits.ablations),
+    ]
 
 
 def closure_claim(closure: pd.DataFrame) -> Line:

@@ -1,4 +1,4 @@
-"""Step 05: are transcoder features more interpretable than SAE features? (paper Section 4.1, Table 1)
+"""Notebook 05: are transcoder features more interpretable than SAE features? (paper Section 4.1, Table 1)
 
 Live features of both kinds are drawn by seed, shuffled, and shown without their origin. A person rates them
 (`ratings`); where there is none, an automatic proxy stands in: the simplest predicate that explains a feature's
@@ -13,55 +13,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from tclib.blind.latents import LabelledRows, label_scores, labelled_rows, recovered_latents
 from tclib.blind.predicates import ACTIVE_SHARE, fit_predicate, score
-from tclib.blind.ratings import Item, Rating
+from tclib.blind.ratings import Rating
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.evaluation.metrics import l0
 from tclib.features.dashboard import build_dashboard
 from tclib.features.examples import feature_activations, live_features
 from tclib.features.html import dashboard_html, save_page
+from tclib.figures.comparison import proxy_figure
+from tclib.figures.style import save_figure
 from tclib.models.language_model import LanguageModel
+from tclib.replication.artifacts import Comparison
 from tclib.replication.paper import paper_table
-from tclib.replication.presets import Preset
+from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, claim_line
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
 from tclib.support.progress import progress
 from tclib.support.statistics import bootstrap_means, interval
-from tclib.support.steps import Step, ensure, weight_hashes, write_csv
-from tclib.text.corpus import Corpus
+from tclib.support.steps import Step, ensure, write_csv
 
 STEP = "05_interpretability_comparison"
 INTERPRETABLE_F1 = 0.6
 SENSITIVITY = (0.4, 0.5, 0.6, 0.7, 0.8)
 N_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The proxy's table, the latents' table (empty off the demo world), and the hidden origins."""
-
-    items: pd.DataFrame
-    latents: pd.DataFrame
-    origin: dict[int, str]
-    folder: Path
-
-    def pages(self) -> list[Item]:
-        """The dashboards in their shuffled order, without origin."""
-        numbers = sorted(self.origin)
-        return [
-            Item(i, (self.folder / f"item_{i}.html").read_text(encoding="utf-8")) for i in numbers
-        ]
+N_L0_ROWS = 16
 
 
 def choose_pair(
@@ -94,83 +82,92 @@ def _distance(l0: float, wanted: float | None) -> float:
     return 0.0 if wanted is None else abs(float(np.log(l0 / wanted)))
 
 
+@torch.no_grad()
 def _l0s(
     lm: LanguageModel, dictionaries: Mapping[str, Dictionary], rows: Int[Tensor, "row pos"]
 ) -> dict[str, float]:
     """L0 of each dictionary over the first rows, BOS left out."""
+    rows = rows[:N_L0_ROWS].long()
     sites = {dictionary.config.input_site for dictionary in dictionaries.values()}
-    acts = lm.read(rows[:16].long(), sites)
+    acts = lm.read(rows, sites)
+    is_text = (rows != lm.bos_id).to(lm.device)
     return {
-        name: float((d.encode(acts[d.config.input_site][:, 1:]) > 0).sum(-1).double().mean())
-        for name, d in dictionaries.items()
+        name: l0(d.encode(acts[d.config.input_site][is_text])) for name, d in dictionaries.items()
     }
 
 
-def make_comparison(
-    preset: Preset, lm: LanguageModel, corpus: Corpus, dictionaries: Mapping[str, Dictionary]
-) -> Comparison:
+def make_comparison(run: Run) -> Comparison:
     """The artifacts of step 05, made once."""
-    step = preset.step(STEP)
-    inputs = {"model": preset.model, "corpus": corpus.content_hash}
-    inputs |= weight_hashes(dictionaries)
-    parameters = {**asdict(preset.comparison), "seed": preset.seed}
+    step, config = run.step(STEP), run.preset.comparison
+    inputs = {"model": run.preset.model, "corpus": run.corpus.content_hash, **run.swept.hashes}
 
     def make() -> Mapping[str, Any]:
-        pair = choose_pair(lm, dictionaries, corpus.evaluation, preset.comparison.near_l0)
-        return _compare(preset, lm, corpus, pair, step)
+        rows = run.corpus.evaluation
+        pair = choose_pair(run.lm, run.swept.dictionaries, rows, config.near_l0)
+        return _compare(run, pair, step)
 
-    ensure(step, parameters, inputs, make)
+    ensure(step, {**asdict(config), "seed": run.preset.seed}, inputs, make)
     origin = json.loads((step.folder / "origin.json").read_text())
     return Comparison(
-        pd.read_csv(step.folder / "items.csv"),
-        pd.read_csv(step.folder / "latents.csv"),
-        {int(number): kind for number, kind in origin.items()},
-        step.folder,
+        items=pd.read_csv(step.folder / "items.csv"),
+        latents=pd.read_csv(step.folder / "latents.csv"),
+        origin={int(number): kind for number, kind in origin.items()},
+        folder=step.folder,
     )
 
 
-def _compare(
-    preset: Preset, lm: LanguageModel, corpus: Corpus, pair: dict[str, Dictionary], step: Step
-) -> dict[str, Any]:
-    config, folder = preset.comparison, step.folder
-    rows = corpus.train[: config.n_rows]
-    generator = torch.Generator().manual_seed(preset.seed)
-    least = config.min_log10_frequency
-    drawn = [
-        (kind, feature)
-        for kind, dictionary in pair.items()
-        for feature in live_features(lm, dictionary, rows, config.n_features, generator, least)
-    ]
-    order = torch.randperm(len(drawn), generator=generator).tolist()
-    acts = {
-        kind: feature_activations(lm, d, [f for k, f in drawn if k == kind], rows)
-        for kind, d in pair.items()
-    }
-    held_out = corpus.evaluation[: config.n_held_out_rows]
-    held_acts = {
-        kind: feature_activations(lm, d, [f for k, f in drawn if k == kind], held_out)
-        for kind, d in pair.items()
-    }
-    lines, origin = [], {}
-    for number, i in enumerate(progress(order, "features", unit="feature")):
-        kind, feature = drawn[i]
-        index = i % config.n_features
-        origin[number] = kind
-        own = acts[kind][index]
-        board = build_dashboard(lm, pair[kind], feature, rows, acts=own, n_examples=N_SHOWN)
-        # Both kinds have logits; any other table would tell which this is.
-        board = replace(board, tables={"logits": board.tables["logits"]})
-        save_page(
-            folder / f"item_{number}.html", [dashboard_html(board, f"Item {number + 1}")], "item"
+class _Drawn(NamedTuple):
+    """Features of one kind, and where they are active on both texts."""
+
+    features: list[int]
+    acts: Float[Tensor, "feature row pos"]
+    held_out_acts: Float[Tensor, "feature row pos"]
+
+
+def _compare(run: Run, pair: dict[str, Dictionary], step: Step) -> dict[str, Any]:
+    config, lm = run.preset.comparison, run.lm
+    rows = run.corpus.train[: config.n_rows]
+    held_out = run.corpus.evaluation[: config.n_held_out_rows]
+    generator = torch.Generator().manual_seed(run.preset.seed)
+    drawn = {}
+    for kind, one in pair.items():
+        least = config.min_log10_frequency
+        features = live_features(lm, one, rows, config.n_features, generator, least)
+        drawn[kind] = _Drawn(
+            features, *(feature_activations(lm, one, features, text) for text in (rows, held_out))
         )
-        proxy = proxy_rating(rows, own, held_out, held_acts[kind][index], lm.bos_id)
+    places = [(kind, i) for kind in pair for i in range(config.n_features)]
+    order = torch.randperm(len(places), generator=generator).tolist()
+    lines, origin = [], {}
+    for number, place in enumerate(progress(order, "features", unit="feature")):
+        kind, i = places[place]
+        origin[number] = kind
+        feature, own = drawn[kind].features[i], drawn[kind].acts[i]
+        _save_item(run, pair[kind], feature, own, step.folder / f"item_{number}.html", number)
+        proxy = proxy_rating(rows, own, held_out, drawn[kind].held_out_acts[i], lm.bos_id)
         lines.append({"number": number, "feature": feature, **proxy})
     write_csv(pd.DataFrame(lines), step, "items")
-    write_csv(_latents(preset, lm, pair), step, "latents")
-    with new_file(folder / "origin.json") as path:
+    write_csv(_latents(run, pair), step, "latents")
+    with new_file(step.folder / "origin.json") as path:
         path.write_text(json.dumps(origin))
-    l0 = _l0s(lm, pair, corpus.evaluation)
-    return {"n_items": len(lines), "l0": l0, "layer": next(iter(pair.values())).config.layer}
+    l0s = _l0s(lm, pair, run.corpus.evaluation)
+    return {"n_items": len(lines), "l0": l0s, "layer": next(iter(pair.values())).config.layer}
+
+
+def _save_item(
+    run: Run,
+    dictionary: Dictionary,
+    feature: int,
+    acts: Float[Tensor, "row pos"],
+    path: Path,
+    number: int,
+) -> None:
+    """One feature's page, which does not tell where it comes from."""
+    rows = run.corpus.train[: run.preset.comparison.n_rows]
+    board = build_dashboard(run.lm, dictionary, feature, rows, acts=acts, n_examples=N_SHOWN)
+    # Both kinds have logits; any other table would tell which this is.
+    board = replace(board, tables={"logits": board.tables["logits"]})
+    save_page(path, [dashboard_html(board, f"Item {number + 1}")], "item")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,13 +245,13 @@ def difference_interval(comparison: Comparison, seed: int) -> tuple[float, float
 # Known latents
 
 
-def _latents(preset: Preset, lm: LanguageModel, pair: dict[str, Dictionary]) -> pd.DataFrame:
+def _latents(run: Run, pair: dict[str, Dictionary]) -> pd.DataFrame:
     """`recovered_latents` of both kinds, over latents with at least fifty positions; empty off the demo world."""
     columns = ["kind", "latent", "best_feature", "f1", "n_features"]
-    if preset.corpus.kind != "demo":
+    lm, corpus = run.lm, run.preset.corpus
+    if corpus.kind != "demo":
         return pd.DataFrame(columns=columns)
-    corpus = preset.corpus
-    n_rows = preset.comparison.n_held_out_rows
+    n_rows = run.preset.comparison.n_held_out_rows
     labelled = labelled_rows(lm, n_rows, corpus.n_ctx, corpus.seed, corpus.eval_fraction)
     counts = torch.bincount(
         labelled.label[labelled.label >= 0].long(), minlength=len(labelled.names)
@@ -286,9 +283,33 @@ def paper_table_1() -> pd.DataFrame:
     return pd.DataFrame(paper_table("table1"))
 
 
-def claims(comparison: Comparison, seed: int) -> list[Line]:
+def latent_summary(comparison: Comparison) -> pd.DataFrame:
+    """How many latents each kind recovers, and how many of its features share one."""
+    return comparison.latents.groupby("kind").agg(
+        latents=("latent", "size"),
+        mean_f1=("f1", "mean"),
+        recovered=("f1", lambda f1: int((f1 >= 0.5).sum())),
+        features_sharing=("n_features", "mean"),
+    )
+
+
+def latent_differences(comparison: Comparison) -> pd.DataFrame:
+    """F1 of each latent's best feature by kind, and transcoder minus SAE."""
+    wide = comparison.latents.pivot(index="latent", columns="kind", values="f1")
+    other = wide.drop(columns="transcoder").iloc[:, 0]
+    return wide.assign(difference=wide["transcoder"] - other).sort_values("difference")
+
+
+def proxy_shares_figure(run: Run) -> Figure:
+    """Interpretable and context-free shares by the proxy's threshold."""
+    shares = proxy_shares(run.comparison, run.preset.seed)
+    return save_figure(proxy_figure(shares), run.step(STEP), "proxy")
+
+
+def claims(run: Run) -> list[Line]:
     """Section 4.1's claim, by the proxy and on the demo world by known latents."""
-    value, low, high = difference_interval(comparison, seed)
+    comparison = run.comparison
+    value, low, high = difference_interval(comparison, run.preset.seed)
     verdict = (
         "no difference" if low <= 0 <= high else "reproduced" if value > 0 else "not reproduced"
     )
@@ -315,12 +336,12 @@ def claims(comparison: Comparison, seed: int) -> list[Line]:
     return lines
 
 
-def caption(comparison: Comparison, seed: int) -> str:
-    """The proxy beside Table 1 (Markdown)."""
+def comparison_in_words(run: Run) -> str:
+    """Paper and ours (Markdown)."""
     paper = paper_table_1().set_index("kind")
-    shares = proxy_shares(comparison, seed)
+    shares = proxy_shares(run.comparison, run.preset.seed)
     own = shares[shares["threshold"] == INTERPRETABLE_F1].set_index("kind")
-    value, low, high = difference_interval(comparison, seed)
+    value, low, high = difference_interval(run.comparison, run.preset.seed)
     ours = "; ".join(
         f"{kind} {line.interpretable:.0%} ({line.low:.0%} to {line.high:.0%}), context-free "
         f"{line.context_free:.0%}"
@@ -334,8 +355,6 @@ def caption(comparison: Comparison, seed: int) -> str:
         "no difference" if low <= 0 <= high else "transcoders ahead" if value > 0 else "SAE ahead"
     )
     return (
-        f"**Interpretable features, by an automatic proxy.** *Paper:* {published} (rated by hand, Pythia-410M). "
-        f"*Ours:* {ours}; difference {value:+.0%} ({low:+.0%} to {high:+.0%}): {direction}. *Differs because* "
-        f"nobody rated these: a feature passes if the simplest predicate over tokens reaches F1 "
-        f"{INTERPRETABLE_F1} on other text, which misses meanings that no token set holds, and the model is small."
+        f"*Paper:* {published} (rated by hand, Pythia-410M). *Ours:* {ours}; difference {value:+.0%} "
+        f"({low:+.0%} to {high:+.0%}): {direction}."
     )

@@ -136,6 +136,11 @@ class CircuitsConfig:
     n_connection_rows: int = 128
     min_log10_frequency: float = -4.0  # of the features drawn; higher where there are few rows
     n_ablations: int = 200
+    max_nodes: int = 120  # of the pruned graph that is saved and drawn
+    node_threshold: float = (
+        0.75  # share of the influence that its nodes keep; lowered until they fit
+    )
+    edge_threshold: float = 0.9
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,26 @@ from tclib.evaluation.replace import replace_mlp, set_mlp_out
 from tclib.features.connections import compare_connections
 from tclib.features.examples import firing_frequency
 from tclib.models.language_model import LanguageModel
-from tclib.replication.greater_than import greater_than_table, run_greater_than
-from tclib.replication.model_and_data import load_model, prepare_corpus
+from tclib.replication.greater_than import greater_than_table
 from tclib.replication.paper import paper_table
-from tclib.replication.presets import Preset
-from tclib.replication.transcoders import train_transcoders
+from tclib.replication.run import Run
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
 from tclib.support.steps import (
     ensure,
-    weight_hashes,
     write_csv,
 )
 
+CHECKS_STEP = "07_published_checks"
+COLUMNS = ("source", "quantity", "paper", "ours", "difference", "tolerance", "verdict")
+ROOT_ANSWERS = ("40", "20")  # the authors' root is W_U of "40" minus W_U of "20"
+CLOSURE_PROMPT = "Oh, that rifle model is a 6M"
+CLOSURE_FEATURE = (8, 89)
+WHOLE_MODEL_TOLERANCE = 0.1  # nats: other text of the same kind
+OVERLAP_TOLERANCE = 0.1
+DEAD_TOLERANCE = 0.15  # of the published count, which was read off a histogram
+ROWS_PER_FORWARD = 32
+_NODE = re.compile(r"(mlp|attn|embed)(\d+)(?:tc)?(?:\[(\d+)\])?@(-?\d+)")
 TOLERANCE = 0.005
 
 
@@ -105,62 +112,27 @@ def layer_range(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
-CHECKS_STEP = "07_published_checks"
-
-
-def make_published_checks(preset: Preset) -> pd.DataFrame:
+def make_published_checks(run: Run) -> pd.DataFrame:
     """Notebook 07 at `gpt2-published`: every figure of data/paper that needs no training, with verdicts.
 
     Errors: `InputError` at a preset of other transcoders.
     """
-    if not preset.transcoders.published:
-        raise InputError(f"preset {preset.name} trains its own transcoders: nothing to check")
-    lm = load_model(preset)
-    corpus = prepare_corpus(preset, lm)
-    transcoders = train_transcoders(preset, lm, corpus).dictionaries
-    found = run_greater_than(preset, lm, corpus)
-    step = preset.step(CHECKS_STEP)
-    inputs = {"model": preset.model, "corpus": corpus.content_hash} | weight_hashes(transcoders)
+    if not run.preset.transcoders.published:
+        raise InputError(f"preset {run.preset.name} trains its own transcoders: nothing to check")
+    step, rows = run.step(CHECKS_STEP), run.corpus.evaluation
+    inputs = {"model": run.preset.model, "corpus": run.corpus.content_hash, **run.trained.hashes}
+    found = run.greater_than
 
     def make() -> Mapping[str, Any]:
         compared = greater_than_table(found.summary, found.curves, True)
-        by_layer = {d.config.layer: d for d in transcoders.values()}
-        table = published_table(lm, by_layer, corpus.evaluation, compared)
+        by_layer = {d.config.layer: d for d in run.transcoders.values()}
+        table = published_table(run.lm, by_layer, rows, compared)
         write_csv(table, step, "checks")
-        return {
-            "n_checks": len(table),
-            "n_reproduced": int((table["verdict"] == "reproduced").sum()),
-        }
+        n_reproduced = int((table["verdict"] == "reproduced").sum())
+        return {"n_checks": len(table), "n_reproduced": n_reproduced}
 
-    ensure(step, {"n_eval_rows": len(corpus.evaluation)}, inputs, make)
+    ensure(step, {"n_eval_rows": len(rows)}, inputs, make)
     return pd.read_csv(step.folder / "checks.csv")
-
-
-COLUMNS = ("source", "quantity", "paper", "ours", "difference", "tolerance", "verdict")
-
-
-ROOT_ANSWERS = ("40", "20")  # the authors' root is W_U of "40" minus W_U of "20"
-
-
-CLOSURE_PROMPT = "Oh, that rifle model is a 6M"
-
-
-CLOSURE_FEATURE = (8, 89)
-
-
-WHOLE_MODEL_TOLERANCE = 0.1  # nats: other text of the same kind
-
-
-OVERLAP_TOLERANCE = 0.1
-
-
-DEAD_TOLERANCE = 0.15  # of the published count, which was read off a histogram
-
-
-ROWS_PER_FORWARD = 32
-
-
-_NODE = re.compile(r"(mlp|attn|embed)(\d+)(?:tc)?(?:\[(\d+)\])?@(-?\d+)")
 
 
 def check_line(source: str, quantity: str, paper: float, ours: float, tolerance: float) -> dict:

@@ -1,25 +1,63 @@
-"""Notebook 02: sparsity against faithfulness (paper Figure 3)."""
+"""Notebook 02: sparsity against faithfulness (paper Section 4.2, Figure 3)."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 from tclib.evaluation.evaluate import BOOTSTRAP_SEED, Evaluation
-from tclib.models.language_model import LanguageModel
-from tclib.replication.model_and_data import load_model, prepare_corpus
+from tclib.figures.style import save_figure
+from tclib.figures.training import sparsity_faithfulness
+from tclib.replication.artifacts import Trained
 from tclib.replication.paper import paper_table
-from tclib.replication.presets import Preset, load_preset
-from tclib.replication.transcoders import Trained, _evaluated, _trained
+from tclib.replication.run import Run
+from tclib.replication.transcoders import evaluate_once, train_once
 from tclib.replication.verdicts import Line, claim_line
 from tclib.support.statistics import bootstrap_means, interval
-from tclib.text.corpus import Corpus
+from tclib.support.steps import save_table
 
+STEP = "02_sparsity_vs_faithfulness"
+EVALUATION_STEP = f"{STEP}_evaluation"
 N_GAP_POINTS = 5
-
-
 _CLAUSES = {"transcoder": "transcoders better", "SAE": "SAEs better", "tie": "no difference"}
+
+
+def make_sweep(run: Run) -> Trained:
+    """Transcoders and SAEs of one layer over several sparsities, from one harvest."""
+    config = run.preset.sweep
+    run.lm.check_layer(config.layer)
+    return train_once(run, STEP, config.specs(), config.training)
+
+
+def evaluate_sweep(run: Run) -> Evaluation:
+    """The table behind Figure 3, with each dictionary's family and sparsity (λ, λ₀ or k)."""
+    evaluation = evaluate_once(run, EVALUATION_STEP, run.swept)
+    specs = {spec.name: spec for spec in run.preset.sweep.specs()}
+    own = [specs[name] for name in evaluation.table["name"]]
+    table = evaluation.table.assign(
+        family=[spec.family for spec in own], sparsity=[spec.sparsity for spec in own]
+    )
+    return Evaluation(table, evaluation.row_ce)
+
+
+def figure_3(run: Run) -> Figure:
+    """CE against L0 for this run's model and its companions', and the paper's published points."""
+    tables = {title: evaluation.table for title, evaluation in run.sweeps.items()}
+    figure = sparsity_faithfulness(tables, paper_sweep())
+    return save_figure(figure, run.step(EVALUATION_STEP), "figure_3")
+
+
+def gap_table(run: Run) -> pd.DataFrame:
+    """`ce_gap_table` of every sweep, kept beside the figure."""
+    gaps = pd.concat({t: ce_gap_table(e) for t, e in run.sweeps.items()}, names=["model", ""])
+    save_table(gaps.reset_index(level=0), run.step(EVALUATION_STEP), "ce_gap")
+    return gaps
+
+
+# ---------------------------------------------------------------------------------------------
+# Who is ahead at equal L0
 
 
 def paper_sweep() -> pd.DataFrame:
@@ -108,10 +146,8 @@ def who_wins(gaps: pd.DataFrame) -> str:
         return "the two kinds share no range of L0"
     winners = list(gaps["winner"])
     if len(set(winners)) == 1:
-        names = {"transcoder": "transcoders better", "SAE": "SAEs better", "tie": "no difference"}
-        return (
-            f"{names[winners[0]]} at every L0 from {gaps['l0'].min():.1f} to {gaps['l0'].max():.1f}"
-        )
+        clause = _CLAUSES[winners[0]]
+        return f"{clause} at every L0 from {gaps['l0'].min():.1f} to {gaps['l0'].max():.1f}"
     parts = []
     for winner, group in gaps.groupby("winner", sort=False):
         values = ", ".join(f"{l0:.3g}" for l0 in group["l0"])
@@ -119,33 +155,31 @@ def who_wins(gaps: pd.DataFrame) -> str:
     return "; ".join(parts)
 
 
-def sweep_caption(sweeps: dict[str, Evaluation]) -> str:
-    """Figure 3's caption: paper, ours, and why they differ (Markdown)."""
+# ---------------------------------------------------------------------------------------------
+# Words and claims
+
+
+def sweeps_in_words(run: Run) -> str:
+    """Paper and ours, of Figure 3 (Markdown)."""
     paper = paper_sweep()
     published = ce_gap(paper, shared_l0(paper))
-    ours = "; ".join(f"**{title}**: {who_wins(ce_gap_table(e))}" for title, e in sweeps.items())
-    table = next(iter(sweeps.values())).table
-    has_lambda = any((~e.table["activation"].str.contains("topk")).any() for e in sweeps.values())
-    labels = "labels are λ (a power of ten is in the axis label), " if has_lambda else ""
+    tables = [evaluation.table for evaluation in run.sweeps.values()]
+    ours = "; ".join(f"**{t}**: {who_wins(ce_gap_table(e))}" for t, e in run.sweeps.items())
     worth = " and ".join(
-        f"{(e.table['ce_mean_ablated'] - e.table['ce_original']).iloc[0]:.3f}"
-        for e in sweeps.values()
+        f"{(table['ce_mean_ablated'] - table['ce_original']).iloc[0]:.3f}" for table in tables
     )
     return (
-        f"**Figure 3.** Cross-entropy with one MLP replaced, against L0; {labels}bars 95 % intervals "
-        "paired by row of the corpus. "
-        "*Paper:* transcoders equal or better everywhere; at equal L0 the published Pythia-410M "
-        f"points give SAE − transcoder {published.min():+.4f} to {published.max():+.4f} nats. "
-        f"*Ours:* {ours}. "
-        "The gap is to be read against what the MLP is worth "
-        f"({worth} nats of mean ablation). "
-        f"*Differs, probably, because* these dictionaries have {int(table['n_features'].iloc[0]):,} "
-        "features, trained on fewer tokens, on a smaller model than Pythia-410M, and the paper itself "
-        "finds the gap growing with size; an SAE sees the very vector that it must reproduce, a transcoder has "
-        f"to compute it. L0 is over {int(table['n_tokens'].iloc[0]):,} tokens, BOS left out; one seed. "
-        "In the paper's panel one published SAE point (L0 505, CE 3.337) lies outside the axes, as in "
-        "the paper, and the gap above L0 110 is interpolated towards it."
+        "*Paper:* transcoders equal or better everywhere; at equal L0 the published Pythia-410M points give "
+        f"SAE − transcoder {published.min():+.4f} to {published.max():+.4f} nats. *Ours:* {ours}. The gap is "
+        f"to be read against what the MLP is worth ({worth} nats of mean ablation). These dictionaries have "
+        f"{int(tables[0]['n_features'].iloc[0]):,} features; L0 is over {int(tables[0]['n_tokens'].iloc[0]):,} "
+        "tokens, BOS left out; one seed."
     )
+
+
+def claims(run: Run) -> list[Line]:
+    """Figure 3's claim for every sweep."""
+    return [sweep_claim(title, evaluation) for title, evaluation in run.sweeps.items()]
 
 
 def sweep_claim(model: str, evaluation: Evaluation) -> Line:
@@ -165,41 +199,3 @@ def sweep_claim(model: str, evaluation: Evaluation) -> Line:
 
 
 SWEEP_STEP = "02_sparsity_vs_faithfulness"
-
-
-def train_sweep(preset: Preset, lm: LanguageModel, corpus: Corpus) -> Trained:
-    """Notebook 02: transcoders and SAEs of one layer over several λ, from one harvest."""
-    lm.check_layer(preset.sweep.layer)
-    return _trained(preset, SWEEP_STEP, lm, corpus, preset.sweep.specs(), preset.sweep.training)
-
-
-def evaluate_sweep(
-    preset: Preset, lm: LanguageModel, corpus: Corpus, trained: Trained
-) -> Evaluation:
-    """The table behind Figure 3, with each dictionary's family and sparsity (λ, λ₀ or k)."""
-    evaluation = _evaluated(preset, f"{SWEEP_STEP}_evaluation", lm, corpus, trained)
-    specs = {spec.name: spec for spec in preset.sweep.specs()}
-    own = [specs[name] for name in evaluation.table["name"]]
-    table = evaluation.table.assign(
-        family=[spec.family for spec in own], sparsity=[spec.sparsity for spec in own]
-    )
-    return Evaluation(table, evaluation.row_ce)
-
-
-def run_sweeps(preset: Preset) -> dict[str, Evaluation]:
-    """Everything that Figure 3 needs, made or loaded: this preset's sweep and its companions'."""
-    presets = [preset, *(companion(preset, name) for name in preset.companions)]
-    return {f"{p.model}, layer {p.sweep.layer}": _run_sweep(p) for p in presets}
-
-
-def companion(preset: Preset, name: str) -> Preset:
-    """Preset `name` with this preset's seed and folder of runs."""
-    own_seed = load_preset(name).seed
-    seed = None if preset.seed == own_seed else preset.seed
-    return load_preset(name, seed, preset.runs_dir)
-
-
-def _run_sweep(preset: Preset) -> Evaluation:
-    lm = load_model(preset)
-    corpus = prepare_corpus(preset, lm)
-    return evaluate_sweep(preset, lm, corpus, train_sweep(preset, lm, corpus))

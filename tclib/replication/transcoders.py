@@ -1,47 +1,159 @@
-"""Notebook 01: one transcoder a layer."""
+"""Notebook 01: one transcoder a layer; and how any dictionaries of a run are trained and evaluated once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from tclib.dictionaries import published
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.dictionaries.published import load_published
 from tclib.evaluation.evaluate import Evaluation, evaluate
-from tclib.models.language_model import LanguageModel
+from tclib.figures.style import save_figure
+from tclib.figures.training import layer_faithfulness, training_curves
+from tclib.replication.artifacts import Trained
+from tclib.replication.model_and_data import TRANSCODERS_STEP as STEP
 from tclib.replication.paper import paper_table
-from tclib.replication.presets import Preset
+from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, claim_line
 from tclib.support.files import exclusive
-from tclib.support.steps import (
-    Step,
-    ensure,
-    read_manifest,
-    write_csv,
-)
-from tclib.text.corpus import Corpus
+from tclib.support.steps import Step, ensure, write_csv
 from tclib.training.log import LOG, LOG_COLUMNS
 from tclib.training.spec import DictionarySpec, TrainingConfig
 from tclib.training.train import CACHE, train
 
+EVALUATION_STEP = f"{STEP}_evaluation"
 
-def layer_caption(evaluation: Evaluation) -> str:
-    """The caption of notebook 01's figure (Markdown)."""
-    table = evaluation.table.sort_values("ce_recovered")
+
+def make_transcoders(run: Run) -> Trained:
+    """Transcoders of all layers of the preset, from one harvest, or the released ones."""
+    config = run.preset.transcoders
+    if config.published:
+        return _released(run)
+    return train_once(run, STEP, config.specs(run.lm), config.training)
+
+
+def evaluate_transcoders(run: Run) -> Evaluation:
+    """Each layer's transcoder in its MLP's place."""
+    return evaluate_once(run, EVALUATION_STEP, run.trained)
+
+
+def _released(run: Run) -> Trained:
+    """The paper's transcoders, checked against the model and kept in the step's folder."""
+    step, source = run.step(STEP), run.preset.transcoders.published
+    layers = run.preset.transcoders.layers or range(run.lm.n_layers)
+    names = {layer: f"transcoder-L{layer}-published" for layer in layers}
+
+    def make() -> Mapping[str, Any]:
+        found = load_published(layers, None if source == "hub" else Path(source).expanduser())
+        for dictionary in found.values():
+            dictionary.check_model(run.lm)
+        for layer, dictionary in found.items():
+            dictionary.save(step.folder / f"{names[layer]}.safetensors")
+        return {"n_dictionaries": len(found)}
+
+    parameters = {"published": source, "layers": list(layers)}
+    manifest = ensure(step, parameters, {"model": run.preset.model}, make)
+    log = pd.DataFrame(columns=list(LOG_COLUMNS))
+    return _loaded(run, step, manifest, names.values(), log)
+
+
+def train_once(
+    run: Run, step_name: str, specs: list[DictionarySpec], training: TrainingConfig
+) -> Trained:
+    """Dictionaries of a step, trained if they are not there yet."""
+    step = run.step(step_name)
+    parameters = {"specs": [asdict(spec) for spec in specs], "training": asdict(training)}
+    inputs = {"model": run.preset.model, "corpus": run.corpus.content_hash}
+
+    def make() -> Mapping[str, Any]:
+        cache = run.preset.folder / CACHE
+        train(run.lm, run.corpus.train, specs, training, step.folder, cache)
+        return {"n_dictionaries": len(specs)}
+
+    manifest = ensure(step, parameters, inputs, make)
+    return _loaded(
+        run, step, manifest, [spec.name for spec in specs], pd.read_csv(step.folder / LOG)
+    )
+
+
+def _loaded(
+    run: Run, step: Step, manifest: Mapping[str, Any], names: Any, log: pd.DataFrame
+) -> Trained:
+    """What the step's folder holds, whose bytes the manifest has just been held against."""
+    dictionaries = {
+        name: Dictionary.load(step.folder / f"{name}.safetensors", step.remedy, is_checked=True).to(
+            run.lm.device
+        )
+        for name in names
+    }
+    hashes = {name: value for name, value in manifest["outputs"].items() if name != LOG}
+    return Trained(dictionaries, log, step, hashes)
+
+
+def evaluate_once(run: Run, step_name: str, trained: Trained) -> Evaluation:
+    """The losses of a step's dictionaries, measured if they have not been yet."""
+    step = run.step(step_name)
+    inputs = {"corpus": run.corpus.content_hash, **trained.hashes}
+    rows = run.corpus.evaluation[: run.preset.n_evaluation_rows]
+
+    def make() -> Mapping[str, Any]:
+        with exclusive(step.folder):
+            evaluation = evaluate(run.lm, trained.dictionaries, rows, run.corpus.train)
+        for name, frame in (("table", evaluation.table), ("row_ce", evaluation.row_ce)):
+            write_csv(frame, step, name)
+        return {"n_dictionaries": len(trained.dictionaries)}
+
+    ensure(step, {"n_eval_rows": len(rows)}, inputs, make)
+    return Evaluation(
+        pd.read_csv(step.folder / "table.csv"), pd.read_csv(step.folder / "row_ce.csv")
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures, words, claims
+
+
+def training_figure(run: Run) -> Figure:
+    """The training log, drawn."""
+    return save_figure(training_curves(run.trained.log), run.trained.step, "training_curves")
+
+
+def layer_figure(run: Run) -> Figure:
+    """L0, FVU and recovered cross-entropy by layer."""
+    return save_figure(layer_faithfulness(run.layers.table), run.trained.step, "layer_faithfulness")
+
+
+def layers_in_words(run: Run) -> str:
+    """Ours, of notebook 01's figure (Markdown)."""
+    table = run.layers.table.sort_values("ce_recovered")
     worst, best = table.iloc[0], table.iloc[-1]
     return (
-        "**One transcoder a layer.** *Paper:* twelve GPT-2 transcoders were published; their CE one "
-        "layer at a time was not. *Ours:* L0 "
-        f"{table['l0'].min():.1f} to {table['l0'].max():.1f}; CE recovered between mean ablation and "
-        f"original from {worst['ce_recovered']:.3f} (layer {int(worst['layer'])}) to "
-        f"{best['ce_recovered']:.3f} (layer {int(best['layer'])}). *Differs because* a layer whose "
-        "MLP hardly matters (mean ablation costs "
-        f"{worst['ce_mean_ablated'] - worst['ce_original']:.3f} nats at layer {int(worst['layer'])}) "
-        "leaves little to recover, so a small error is a large share of it."
+        f"*Ours:* L0 {table['l0'].min():.1f} to {table['l0'].max():.1f}; CE recovered between mean ablation "
+        f"and original from {worst['ce_recovered']:.3f} (layer {int(worst['layer'])}, whose mean ablation "
+        f"costs {worst['ce_mean_ablated'] - worst['ce_original']:.3f} nats) to {best['ce_recovered']:.3f} "
+        f"(layer {int(best['layer'])})."
+    )
+
+
+def claims(run: Run) -> list[Line]:
+    """How much of each MLP its transcoder stands in for, and the features that never fire."""
+    return [layer_claim(run.layers), dead_feature_claim(run.layers)]
+
+
+def layer_claim(evaluation: Evaluation) -> Line:
+    """How much of each MLP its transcoder stands in for."""
+    table = evaluation.table
+    recovered = ", ".join(f"layer {r.layer}: {r.ce_recovered:.3f}" for r in table.itertuples())
+    return claim_line(
+        "A transcoder stands in for its MLP (CE recovered over mean ablation)",
+        "not published per layer",
+        recovered,
+        "no counterpart",
     )
 
 
@@ -58,116 +170,4 @@ def dead_feature_claim(evaluation: Evaluation) -> Line:
         "; ".join(published),
         f"{dead.min():.1%} to {dead.max():.1%} over layers",
         "differs: few features of ours never fire" if dead.max() < 0.05 else "similar",
-    )
-
-
-def layer_claim(evaluation: Evaluation) -> Line:
-    """How much of each MLP its transcoder stands in for."""
-    table = evaluation.table
-    recovered = ", ".join(f"layer {r.layer}: {r.ce_recovered:.3f}" for r in table.itertuples())
-    return claim_line(
-        "A transcoder stands in for its MLP (CE recovered over mean ablation)",
-        "not published per layer",
-        recovered,
-        "no counterpart",
-    )
-
-
-TRANSCODERS_STEP = "01_train_transcoders"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Trained dictionaries by name, their training log, and where they lie."""
-
-    dictionaries: dict[str, Dictionary]
-    log: pd.DataFrame
-    step: Step
-
-
-def train_transcoders(preset: Preset, lm: LanguageModel, corpus: Corpus) -> Trained:
-    """Notebook 01: transcoders of all layers of the preset, from one harvest, or the released ones."""
-    config = preset.transcoders
-    if config.published:
-        return _released(preset, lm)
-    return _trained(preset, TRANSCODERS_STEP, lm, corpus, config.specs(lm), config.training)
-
-
-def _released(preset: Preset, lm: LanguageModel) -> Trained:
-    """The paper's transcoders, checked against the model and kept in the step's folder."""
-    step = preset.step(TRANSCODERS_STEP)
-    source = preset.transcoders.published
-    layers = preset.transcoders.layers or range(lm.n_layers)
-    names = {layer: f"transcoder-L{layer}-published" for layer in layers}
-
-    def make() -> Mapping[str, Any]:
-        folder = None if source == "hub" else Path(source).expanduser()
-        found = published.load_published(layers, folder)
-        for dictionary in found.values():
-            dictionary.check_model(lm)
-        for layer, dictionary in found.items():
-            dictionary.save(step.folder / f"{names[layer]}.safetensors")
-        return {"n_dictionaries": len(found)}
-
-    ensure(step, {"published": source, "layers": list(layers)}, {"model": preset.model}, make)
-    dictionaries = {
-        name: Dictionary.load(step.folder / f"{name}.safetensors", step.remedy).to(lm.device)
-        for name in names.values()
-    }
-    return Trained(dictionaries, pd.DataFrame(columns=list(LOG_COLUMNS)), step)
-
-
-def evaluate_transcoders(
-    preset: Preset, lm: LanguageModel, corpus: Corpus, trained: Trained
-) -> Evaluation:
-    """Notebook 01's table: each layer's transcoder in its MLP's place."""
-    return _evaluated(preset, f"{TRANSCODERS_STEP}_evaluation", lm, corpus, trained)
-
-
-def _trained(
-    preset: Preset,
-    step_name: str,
-    lm: LanguageModel,
-    corpus: Corpus,
-    specs: list[DictionarySpec],
-    training: TrainingConfig,
-) -> Trained:
-    step = preset.step(step_name)
-    parameters = {"specs": [asdict(spec) for spec in specs], "training": asdict(training)}
-    inputs = {"model": preset.model, "corpus": corpus.content_hash}
-
-    def make() -> Mapping[str, Any]:
-        train(lm, corpus.train, specs, training, step.folder, preset.folder / CACHE)
-        return {"n_dictionaries": len(specs)}
-
-    ensure(step, parameters, inputs, make)
-    dictionaries = {
-        spec.name: Dictionary.load(step.folder / f"{spec.name}.safetensors", step.remedy).to(
-            lm.device
-        )
-        for spec in specs
-    }
-    return Trained(dictionaries, pd.read_csv(step.folder / LOG), step)
-
-
-def _evaluated(
-    preset: Preset, step_name: str, lm: LanguageModel, corpus: Corpus, trained: Trained
-) -> Evaluation:
-    step = preset.step(step_name)
-    manifest = read_manifest(trained.step)
-    inputs = {"corpus": corpus.content_hash, **manifest["outputs"]}
-    inputs.pop(LOG, None)
-
-    rows = corpus.evaluation[: preset.n_evaluation_rows]
-
-    def make() -> Mapping[str, Any]:
-        with exclusive(step.folder):
-            evaluation = evaluate(lm, trained.dictionaries, rows, corpus.train)
-        for name, frame in (("table", evaluation.table), ("row_ce", evaluation.row_ce)):
-            write_csv(frame, step, name)
-        return {"n_dictionaries": len(trained.dictionaries)}
-
-    ensure(step, {"n_eval_rows": len(rows)}, inputs, make)
-    return Evaluation(
-        pd.read_csv(step.folder / "table.csv"), pd.read_csv(step.folder / "row_ce.csv")
     )

@@ -11,67 +11,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
 from tclib.support.errors import InputError
-from tclib.support.files import REPOSITORY, file_hash, json_ready, new_file, tensors_hash
-
-
-def ensure(
-    step: Step,
-    parameters: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    make: Callable[[], Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Call `make` unless the step is there already; return its manifest.
-
-    `make` writes its outputs into step.folder, each of them whole or not at all, and returns a
-    summary for the manifest, which is written last. Errors: `InputError` if the folder holds the
-    step made from other parameters or inputs: nothing is overwritten.
-    """
-    if (step.folder / MANIFEST).is_file():
-        if is_current(step, parameters, inputs):
-            return read_manifest(step)
-        raise InputError(
-            f"{step.folder} was made with other parameters or inputs: keep it by choosing another "
-            f"runs_dir, or {step.remedy} (--fresh makes every step anew)"
-        )
-    began = time.perf_counter()
-    summary = make()
-    write_manifest(step, parameters, inputs, time.perf_counter() - began, summary=summary)
-    return read_manifest(step)
-
-
-class Weighted(Protocol):
-    """What has weights by name: a dictionary."""
-
-    def parameters(self) -> dict[str, Tensor]: ...
-
-
-def weight_hashes(dictionaries: Mapping[str, Weighted]) -> dict[str, str]:
-    """A hash of each dictionary's weights, by name: what a step made from them depends on."""
-    return {name: tensors_hash(d.parameters()) for name, d in dictionaries.items()}
-
-
-def save_table(table: pd.DataFrame, step: Step, name: str) -> pd.DataFrame:
-    """Write `<name>.csv` into the step's folder and its manifest; return the table."""
-    write_csv(table, step, name)
-    record_extra(step, step.folder / f"{name}.csv")
-    return table
-
-
-def write_csv(table: pd.DataFrame, step: Step, name: str) -> None:
-    """Write `<name>.csv` into the step's folder, whole or not at all."""
-    with new_file(step.folder / f"{name}.csv") as path:
-        table.to_csv(path, index=False)
-
+from tclib.support.files import REPOSITORY, file_hash, json_ready, new_file
 
 MANIFEST = "manifest.json"
-
-
 RECORDED_PACKAGES = ("tclib", "torch", "transformers", "datasets", "safetensors", "numpy", "pandas")
 
 
@@ -91,16 +38,53 @@ class Step:
         )
 
 
+def ensure(
+    step: Step,
+    parameters: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    make: Callable[[], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Call `make` unless the step is there already; return its manifest.
+
+    `make` writes its outputs into step.folder, each of them whole or not at all, and returns a
+    summary for the manifest, which is written last. Errors: `InputError` if the folder holds the
+    step made from other parameters or inputs: nothing is overwritten.
+    """
+    if (step.folder / MANIFEST).is_file():
+        manifest = read_manifest(step)
+        if (manifest["parameters"], manifest["inputs"]) == (json_ready(parameters), dict(inputs)):
+            return manifest
+        raise InputError(
+            f"{step.folder} was made with other parameters or inputs: keep it by choosing another "
+            f"runs_dir, or {step.remedy} (--fresh makes every step anew)"
+        )
+    began = time.perf_counter()
+    summary = make()
+    return write_manifest(step, parameters, inputs, time.perf_counter() - began, summary)
+
+
+def save_table(table: pd.DataFrame, step: Step, name: str) -> pd.DataFrame:
+    """Write `<name>.csv` into the step's folder and its manifest; return the table."""
+    write_csv(table, step, name)
+    record_extra(step, step.folder / f"{name}.csv")
+    return table
+
+
+def write_csv(table: pd.DataFrame, step: Step, name: str) -> None:
+    """Write `<name>.csv` into the step's folder, whole or not at all."""
+    with new_file(step.folder / f"{name}.csv") as path:
+        table.to_csv(path, index=False)
+
+
 def write_manifest(
     step: Step,
     parameters: Mapping[str, Any],
     inputs: Mapping[str, str],
     wall_seconds: float,
-    folder: Path | None = None,
     summary: Mapping[str, Any] | None = None,
-) -> None:
-    """Write manifest.json for everything that lies in `folder` (the step's own by default)."""
-    folder = folder or step.folder
+) -> dict[str, Any]:
+    """Write manifest.json for everything that lies in the step's folder; return it."""
+    folder = step.folder
     outputs = {
         str(path.relative_to(folder)): file_hash(path)
         for path in sorted(folder.rglob("*"))
@@ -120,6 +104,7 @@ def write_manifest(
     }
     with new_file(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
 
 
 def read_manifest(step: Step) -> dict[str, Any]:
@@ -151,14 +136,6 @@ def record_extra(step: Step, path: Path) -> None:
     manifest.setdefault("extras", {})[path.name] = file_hash(path)
     with new_file(manifest_path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def is_current(step: Step, parameters: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-    """Whether the step was already made, from these very parameters and inputs."""
-    if not (step.folder / MANIFEST).is_file():
-        return False
-    manifest = read_manifest(step)
-    return manifest["parameters"] == json_ready(parameters) and manifest["inputs"] == dict(inputs)
 
 
 def package_versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import itertools
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,7 +78,7 @@ class Corpus:
     evaluation: Int[Tensor, "row pos"]
     bos_id: int
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """sha256 over both splits."""
         digest = hashlib.sha256()

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pytest
-import torch
-from tiny import random_rows, small_preset
 
-from tclib.blind.ledger import load_ledger
-from tclib.blind.predicates import Predicate
 from tclib.blind.ratings import Item, RatingStore, agreement, counts_by_origin, rating_widget
-from tclib.figures.comparison import proxy_figure
-from tclib.models.language_model import LanguageModel
-from tclib.replication import case_studies, comparison
-from tclib.replication.comparison import Comparison, proxy_rating, rating_of
-from tclib.replication.model_and_data import prepare_corpus
-from tclib.replication.presets import Preset
-from tclib.replication.sweep import train_sweep
-from tclib.replication.transcoders import train_transcoders
 from tclib.support.errors import InputError
 from tclib.support.statistics import cohens_kappa
 
@@ -108,94 +94,3 @@ def test_the_widget_rates_by_key_and_by_button(tmp_path: Path) -> None:
     assert "All items are rated" in view.value
     again = rating_widget(items, RatingStore(tmp_path / "ratings.json", 3, "anna"))
     assert "All items are rated" in again.children[2].value
-
-
-# -- the proxy and the two steps on the bundled model ---------------------------------------------
-
-
-def test_the_proxy_passes_a_planted_feature_and_fails_noise() -> None:
-    rows = random_rows(300, 24)
-    planted = Predicate(current=frozenset({20, 21})).holds(rows, 0).float() * 3
-    passed = proxy_rating(rows[:200], planted[:200], rows[200:], planted[200:], 0)
-    assert (passed["rating"], passed["f1"], passed["context_free"]) == ("interpretable", 1.0, True)
-    noise = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0))
-    noise = torch.where((noise > 0.97) & (rows != 0), noise, torch.zeros(()))
-    assert proxy_rating(rows[:200], noise[:200], rows[200:], noise[200:], 0)["rating"] == "not"
-    silent = torch.zeros(100, 24)
-    assert proxy_rating(rows[:200], planted[:200], rows[200:], silent, 0)["rating"] == "not"
-    assert [rating_of(f1) for f1 in (0.61, 0.6, 0.31, 0.29)] == [
-        "interpretable",
-        "interpretable",
-        "maybe",
-        "not",
-    ]
-
-
-@pytest.fixture(scope="module")
-def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
-    return small_preset(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def compared(preset: Preset) -> Comparison:
-    lm = LanguageModel.load("demo")
-    corpus = prepare_corpus(preset, lm)
-    sweep = train_sweep(preset, lm, corpus).dictionaries
-    return comparison.make_comparison(preset, lm, corpus, sweep)
-
-
-def test_pages_do_not_tell_where_a_feature_comes_from(compared: Comparison) -> None:
-    pages = compared.pages()
-    assert len(pages) == 8 and sorted(compared.origin.values()).count("transcoder") == 4
-    shapes = set()
-    for page in pages:
-        assert not re.search("transcoder|sae|layer|embedding", page.html, re.IGNORECASE)
-        shapes.add(tuple(re.findall(r"<h3>([^(<]*)", page.html)))
-    assert len(shapes) == 1
-    order = [compared.origin[i] for i in range(8)]
-    assert order != sorted(order)
-
-
-def test_proxy_shares_and_intervals_are_of_the_items(compared: Comparison) -> None:
-    shares = comparison.proxy_shares(compared, seed=0)
-    items = compared.items.assign(kind=compared.items["number"].map(compared.origin))
-    for line in shares.itertuples():
-        own = items[items["kind"] == line.kind]["f1"].fillna(0)
-        assert line.interpretable == pytest.approx((own >= line.threshold).mean())
-        assert line.low <= line.interpretable <= line.high
-    value, low, high = comparison.difference_interval(compared, 0)
-    assert low <= value <= high
-    for word in ("*Paper:*", "*Ours:*", "*Differs because*"):
-        assert word in comparison.caption(compared, 0)
-    assert len(proxy_figure(shares).axes) == 2
-    assert set(compared.latents["kind"]) == {"transcoder", "sae_mlp_out"}
-    assert compared.latents["f1"].between(0, 1).all()
-
-
-def test_case_studies_leave_ledgers_dashboards_and_grades(preset: Preset) -> None:
-    lm = LanguageModel.load("demo")
-    corpus = prepare_corpus(preset, lm)
-    transcoders = train_transcoders(preset, lm, corpus).dictionaries
-    studies = case_studies.make_case_studies(preset, lm, corpus, transcoders)
-    assert studies.table["kind"].tolist() == ["full", "restricted"]
-    assert set(studies.table["grade"]) <= {"success", "mostly", "failure"}
-    for feature in studies.table["feature"]:
-        entries = load_ledger(studies.ledger_path(int(feature)))
-        kinds = [entry.kind for entry in entries]
-        assert kinds.index("hypothesis") < kinds.index("unblind")
-        assert f"feature {feature}" in studies.dashboard(int(feature))
-    counts = case_studies.grade_counts(studies.table)
-    assert counts["paper"].tolist() == [5, 2, 2] and counts["ours"].sum() == 2
-    for word in ("*Paper:*", "*Ours:*", "*Differs because*"):
-        assert word in case_studies.caption(studies)
-    missing = replace(preset, case_studies=replace(preset.case_studies, layer=9), name="other")
-    with pytest.raises(InputError, match="no transcoder at layer 9"):
-        case_studies.make_case_studies(missing, lm, corpus, transcoders)
-
-
-def test_a_pair_needs_both_kinds(preset: Preset) -> None:
-    lm = LanguageModel.load("demo")
-    corpus = prepare_corpus(preset, lm)
-    transcoders = train_transcoders(preset, lm, corpus).dictionaries
-    with pytest.raises(InputError, match="expected both kinds"):
-        comparison.choose_pair(lm, transcoders, corpus.evaluation)

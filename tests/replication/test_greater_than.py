@@ -21,42 +21,33 @@ from tclib.figures.greater_than import (
     feature_curve_figure,
     harmful_figure,
 )
+from tclib.greater_than.feature_curves import feature_curves
 from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
 from tclib.replication import greater_than
-from tclib.replication.greater_than import (
-    GreaterThanResults,
-    ablation_caption,
-    components_caption,
-    feature_curves_caption,
-    greater_than_claims,
-    greater_than_table,
-    harmful_caption,
-    run_greater_than,
-)
-from tclib.replication.model_and_data import prepare_corpus
-from tclib.replication.presets import Preset
-from tclib.replication.transcoders import train_transcoders
+from tclib.replication.artifacts import GreaterThanResults
+from tclib.replication.greater_than import greater_than_claims, greater_than_table
+from tclib.replication.run import Run
 from tclib.support.errors import InputError
 
 mpl.use("Agg")
 
 
 @pytest.fixture(scope="module")
-def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     small = small_preset(tmp_path_factory.mktemp("runs"))
     config = replace(small.greater_than, templates=small.greater_than.templates[:1], sae_l1=(1e-3,))
-    return replace(small, greater_than=config)
+    return Run(replace(small, greater_than=config))
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return LanguageModel.load("demo")
+def lm(run: Run) -> LanguageModel:
+    return run.lm
 
 
 @pytest.fixture(scope="module")
-def results(preset: Preset, lm: LanguageModel) -> GreaterThanResults:
-    return run_greater_than(preset, lm, prepare_corpus(preset, lm))
+def results(run: Run) -> GreaterThanResults:
+    return run.greater_than
 
 
 def test_the_mlp_and_the_head_are_those_that_matter(results: GreaterThanResults) -> None:
@@ -87,12 +78,10 @@ def test_curves_begin_and_end_where_they_must(results: GreaterThanResults) -> No
 
 
 def test_replacing_one_mlp_after_the_other_agrees_with_the_curves_ends(
-    preset: Preset, lm: LanguageModel, results: GreaterThanResults
+    run: Run, results: GreaterThanResults
 ) -> None:
-    corpus = prepare_corpus(preset, lm)
-    transcoders = train_transcoders(preset, lm, corpus).dictionaries
-    table = greater_than.make_replacements(preset, lm, transcoders).set_index("layer")
-    assert list(table.index) == list(range(lm.n_layers))
+    table = run.replacements.set_index("layer")
+    assert list(table.index) == list(range(run.lm.n_layers))
     own = table.loc[results.summary["layer"]]
     assert own["replaced"] == pytest.approx(results.summary["all_features"], abs=1e-4)
     assert own["original"] == pytest.approx(results.summary["original"], abs=1e-5)
@@ -109,7 +98,7 @@ def test_the_authors_score_is_a_brute_force_loop(lm: LanguageModel) -> None:
     )
     frozen = FrozenPrompts(lm, one.tokens, [first, later])
     head = Head(1, 3)
-    table = greater_than.feature_curves(frozen, one, {0: first, 2: later}, later, head, [5])
+    table = feature_curves(frozen, one, {0: first, 2: later}, later, head, [5])
     weights = lm.attention_weights(1)
     ov = weights.W_V[3] @ weights.W_O[3]
     reads = lm.final_norm.centre(later.W_enc[:, 5])
@@ -136,27 +125,24 @@ def _config(lm: LanguageModel, layer: int):  # type: ignore[no-untyped-def]
 
 
 def test_a_second_time_everything_is_loaded(
-    preset: Preset,
-    lm: LanguageModel,
-    results: GreaterThanResults,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, results: GreaterThanResults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_arguments: object) -> None:
         raise AssertionError("made again")
 
     monkeypatch.setattr(greater_than, "analyse", fail)
-    again = run_greater_than(preset, lm, prepare_corpus(preset, lm))
+    again = Run(run.preset).greater_than
     pd.testing.assert_frame_equal(again.curves, results.curves)
     assert again.summary == results.summary
 
 
-def test_a_layer_without_a_transcoder_is_named(
-    preset: Preset, lm: LanguageModel, tmp_path: Path
-) -> None:
-    effects = greater_than.make_components(preset, lm)
-    elsewhere = replace(preset, runs_dir=tmp_path)
-    with pytest.raises(InputError, match=r"MLP 2, which has no transcoder: there is one at"):
-        greater_than.make_greater_than(elsewhere, lm, effects, {}, {})
+def test_a_layer_without_a_transcoder_is_named(run: Run, tmp_path: Path) -> None:
+    config = replace(run.preset.transcoders, layers=(0, 1))
+    elsewhere = Run(replace(run.preset, runs_dir=tmp_path, transcoders=config))
+    with pytest.raises(
+        InputError, match=r"MLP 2, which has no transcoder: .* \[0, 1\].*set greater_than.layer"
+    ):
+        _ = elsewhere.greater_than
     assert not (elsewhere.step(greater_than.STEP).folder / "manifest.json").exists()
 
 
@@ -171,16 +157,14 @@ def test_figures_and_captions_hold_what_was_computed(results: GreaterThanResults
     assert len(large) == 10
     assert harmful_figure(curves, results.feature_curves, summary).axes
     assert component_figure(results.components).axes
-    captions = [
-        components_caption(results),
-        feature_curves_caption(results),
-        ablation_caption(results),
-        harmful_caption(results),
+    words = [
+        greater_than.components_in_words(results),
+        greater_than.feature_curves_in_words(results),
+        greater_than.ablation_in_words(results),
+        greater_than.harmful_in_words(results),
     ]
-    for caption in captions:
-        for word in ("*Paper:*", "*Ours:*", "*Differs because*"):
-            assert word in caption
-    assert f"{summary['original']:.3f}" in captions[2]
+    assert all(said.startswith("*Ours:*") for said in words)
+    assert f"{summary['original']:.3f}" in words[2]
 
 
 def test_published_figures_are_checked_and_mismatches_shown(results: GreaterThanResults) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -17,7 +16,7 @@ from tclib.dictionaries.published import FILE_NAME
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
 from tclib.replication import published
-from tclib.replication.model_and_data import check_ready, load_model, prepare_corpus
+from tclib.replication.model_and_data import check_ready
 from tclib.replication.paper import paper_table
 from tclib.replication.presets import Preset, load_preset
 from tclib.replication.published import (
@@ -25,13 +24,11 @@ from tclib.replication.published import (
     check_line,
     counts,
     dead_feature_table,
-    make_published_checks,
     parse_path,
     path_contribution,
     printed_tolerance,
 )
-from tclib.replication.results import make_results
-from tclib.replication.transcoders import train_transcoders
+from tclib.replication.run import Run, open_run
 from tclib.support.errors import InputError
 
 D_MODEL, N_FEATURES = 128, 300
@@ -137,13 +134,13 @@ def test_the_whole_preset_runs_on_files_of_the_published_format(
     preset: Preset, paper: None
 ) -> None:
     check_ready(preset)
-    checks = make_published_checks(preset)
+    run = Run(preset)
+    checks = run.published_checks
     assert set(checks["source"]) == {"greater_than", *PAPER}
     own = checks[checks["source"] != "greater_than"]
     assert own["ours"].notna().all() and set(checks["verdict"]) <= {"reproduced", "mismatch"}
     by_quantity = checks.set_index("quantity")["ours"]
-    lm = load_model(preset)
-    corpus = prepare_corpus(preset, lm)
+    lm, corpus = run.lm, run.corpus
     with torch.no_grad():
         logits = lm.logits(corpus.evaluation.long())
         original = float(
@@ -151,15 +148,14 @@ def test_the_whole_preset_runs_on_files_of_the_published_format(
         )
     assert by_quantity["CE, original, layers none"] == pytest.approx(original, rel=1e-5)
     assert by_quantity["KL, transcoders, layers 0-2 (all)"] > 0
-    trained = train_transcoders(preset, lm, corpus)
-    one = trained.dictionaries["transcoder-L2-published"]
+    one = run.transcoders["transcoder-L2-published"]
     assert by_quantity["bias"] == pytest.approx(float(one.b_enc[89]), rel=1e-5)
     tokens = lm.tokenize("The war lasted")
     acts = lm.read(tokens, [Site("mlp_in", 2)])[Site("mlp_in", 2)][0, -1]
     assert by_quantity["node"] == pytest.approx(float(one.pre_acts(acts)[89]), rel=1e-4)
     # Loaded, not made again; and the table of all claims can be made too, studies among them.
-    pd.testing.assert_frame_equal(make_published_checks(preset), checks)
-    results = make_results(preset)
+    pd.testing.assert_frame_equal(Run(preset).published_checks, checks)
+    results = run.results
     assert not results["claim"].str.startswith("Fig. 3").any() and len(results) >= 8
 
 
@@ -240,20 +236,14 @@ def test_files_that_do_not_fit_the_model_leave_nothing_behind(
         hook_point="blocks.2.ln2.hook_normalized",
         hook_point_layer=2,
     )
-    lm = load_model(preset)
     with pytest.raises(InputError, match="dictionary of width 16"):
-        train_transcoders(preset, lm, _no_corpus())
+        _ = Run(preset).trained
     assert not list(tmp_path.glob("runs/**/*.safetensors"))
-
-
-def _no_corpus() -> Any:
-    """Released transcoders need no text."""
-    return None
 
 
 def test_a_preset_that_trains_has_nothing_to_check() -> None:
     with pytest.raises(InputError, match="trains its own transcoders"):
-        make_published_checks(load_preset("demo"))
+        _ = open_run("demo").published_checks
 
 
 def test_tokens_of_another_vocabulary_are_named(gpt2_lm: LanguageModel) -> None:

@@ -24,7 +24,7 @@ from tclib.support.files import (
 from tclib.support.steps import (
     Step,
     current_commit,
-    is_current,
+    ensure,
     read_manifest,
     record_extra,
     write_manifest,
@@ -120,9 +120,10 @@ def test_a_manifest_records_what_it_took(tmp_path: Path) -> None:
     assert set(manifest["outputs"]) == {"values.csv"}
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["wall_seconds"] == 1.25
-    assert is_current(one, {"n": 1, "seed": 3}, {"corpus": "abc"})
-    assert not is_current(one, {"n": 2, "seed": 3}, {"corpus": "abc"})
-    assert not is_current(one, {"n": 1, "seed": 3}, {"corpus": "other"})
+    assert ensure(one, {"n": 1, "seed": 3}, {"corpus": "abc"}, dict) == manifest
+    for other in (({"n": 2, "seed": 3}, {"corpus": "abc"}), ({"n": 1, "seed": 3}, {"corpus": "x"})):
+        with pytest.raises(InputError, match="made with other parameters or inputs"):
+            ensure(one, *other, dict)
 
 
 def test_an_altered_artifact_is_named_with_the_command(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_figures_join_the_manifest_without_making_it_stale(tmp_path: Path) -> No
     record_extra(one, one.folder / "figure.png")
     assert set(json.loads((one.folder / "manifest.json").read_text())["extras"]) == {"figure.png"}
     (one.folder / "figure.png").write_bytes(b"drawn again")
-    assert is_current(one, {}, {})
+    assert ensure(one, {}, {}, dict)["parameters"] == {}
 
 
 def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:

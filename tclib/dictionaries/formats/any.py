@@ -48,6 +48,19 @@ def read_any(path: Path) -> Found:
     )
 
 
+def load_dictionary(path: str | Path, layer: int | None = None) -> Dictionary:
+    """The dictionary at a path, of any known format; of several the one of `layer`.
+
+    Errors: `InputError` if no format is recognised, or which one is meant cannot be told.
+    """
+    found = read_any(Path(path).expanduser()).dictionaries
+    if layer is None and len(found) == 1:
+        (layer,) = found
+    if layer not in found:
+        raise InputError(f"{path} holds layers {sorted(found)}: give one of them, not {layer}")
+    return found[layer]
+
+
 def write_any(dictionaries: Mapping[int, Dictionary], out: Path, kind: Format) -> None:
     """Write in a format. Errors: `InputError` for one that holds a single dictionary, or is read only."""
     if kind == "circuit-tracer":

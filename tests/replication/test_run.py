@@ -10,12 +10,11 @@ import pytest
 from tiny import small_preset
 
 from tclib.circuits.files import load_json
-from tclib.replication import circuits, model_and_data, transcoders
-from tclib.replication.model_and_data import DATA_STEP, load_model, prepare_corpus
+from tclib.replication import circuits, model_and_data, sweep, transcoders
 from tclib.replication.presets import Preset
-from tclib.replication.results import make_results, markdown
-from tclib.replication.sweep import SWEEP_STEP, train_sweep
-from tclib.replication.transcoders import TRANSCODERS_STEP, train_transcoders
+from tclib.replication.results import markdown
+from tclib.replication.run import Run, open_run
+from tclib.support import files, steps
 from tclib.support.errors import InputError
 from tclib.support.steps import read_manifest
 
@@ -27,7 +26,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Preset:
 
 @pytest.fixture(scope="module")
 def results(small: Preset) -> pd.DataFrame:
-    return make_results(small)
+    return Run(small).results
 
 
 def test_results_are_made_from_nothing_with_every_earlier_step(
@@ -36,7 +35,7 @@ def test_results_are_made_from_nothing_with_every_earlier_step(
     assert list(results.columns) == ["claim", "paper", "ours", "verdict"]
     assert len(results) == 13
     steps = {path.name for path in small.folder.iterdir() if path.is_dir()}
-    made = {DATA_STEP, TRANSCODERS_STEP, SWEEP_STEP, circuits.STEP}
+    made = {model_and_data.STEP, transcoders.STEP, sweep.STEP, circuits.STEP}
     assert made <= steps
     for name in steps:
         manifest = read_manifest(small.step(name))
@@ -53,7 +52,7 @@ def test_a_second_time_everything_is_loaded(
     for name in ("train", "evaluate"):
         monkeypatch.setattr(transcoders, name, fail)
     monkeypatch.setattr(circuits, "attribution_graph", fail)
-    pd.testing.assert_frame_equal(make_results(small), results)
+    pd.testing.assert_frame_equal(Run(small).results, results)
 
 
 def test_the_circuit_step_holds_a_graph_that_adds_up(small: Preset, results: pd.DataFrame) -> None:
@@ -71,43 +70,63 @@ def test_the_circuit_step_holds_a_graph_that_adds_up(small: Preset, results: pd.
 def test_other_parameters_are_refused_and_overwrite_nothing(
     small: Preset, results: pd.DataFrame
 ) -> None:
-    lm = load_model(small)
     before = sorted(p.stat().st_mtime_ns for p in small.folder.rglob("*.safetensors"))
     other = replace(small, corpus=replace(small.corpus, n_train_tokens=25_600))
     with pytest.raises(
         InputError, match="made with other parameters or inputs: .*delete .*--only 0"
     ):
-        prepare_corpus(other, lm)
+        _ = Run(other).corpus
     wider = replace(small, transcoders=replace(small.transcoders, expansion=4))
     with pytest.raises(InputError, match="made with other parameters"):
-        train_transcoders(wider, lm, prepare_corpus(small, lm))
+        _ = Run(wider).trained
     assert sorted(p.stat().st_mtime_ns for p in small.folder.rglob("*.safetensors")) == before
 
 
 def test_a_damaged_dictionary_is_named_with_the_command(
     small: Preset, results: pd.DataFrame, tmp_path: Path
 ) -> None:
-    lm = load_model(small)
-    corpus = prepare_corpus(small, lm)
-    file = next(small.step(TRANSCODERS_STEP).folder.glob("*.safetensors"))
+    file = next(small.step(transcoders.STEP).folder.glob("*.safetensors"))
     content = file.read_bytes()
     try:
         file.write_bytes(content[:-1])
         with pytest.raises(
             InputError, match=f"{file.name} is missing or was altered: .* --only 01"
         ):
-            train_transcoders(small, lm, corpus)
+            _ = Run(small).trained
     finally:
         file.write_bytes(content)
 
 
 def test_layers_out_of_range_are_refused_before_work(small: Preset) -> None:
-    lm = load_model(small)
-    corpus = prepare_corpus(small, lm)
     with pytest.raises(InputError, match="layer 4 is out of range"):
-        replace(small.transcoders, layers=(4,)).specs(lm)
+        replace(small.transcoders, layers=(4,)).specs(Run(small).lm)
     with pytest.raises(InputError, match="layer 12 is out of range"):
-        train_sweep(replace(small, sweep=replace(small.sweep, layer=12)), lm, corpus)
+        _ = Run(replace(small, sweep=replace(small.sweep, layer=12))).swept
+
+
+def test_a_finished_step_is_hashed_once_and_its_weights_are_not_hashed_again(
+    small: Preset, results: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    original = steps.file_hash
+    monkeypatch.setattr(steps, "file_hash", lambda path: (hashed.append(path), original(path))[1])
+
+    def fail(*_arguments: object) -> None:
+        raise AssertionError("hashed again")
+
+    monkeypatch.setattr(files, "tensors_hash", fail)
+    run = Run(small)
+    _ = (run.layers, run.circuits, run.comparison, run.greater_than, run.replacements, run.studies)
+    assert len(hashed) == len(set(hashed)) > 20
+
+
+def test_a_run_opens_without_making_anything_and_keeps_what_it_made(tmp_path: Path) -> None:
+    run = open_run("demo", seed=7, runs_dir=tmp_path)
+    assert repr(run) == f"Run('demo-seed7' in {tmp_path}/demo-seed7)"
+    assert [one.preset.name for one in run.companions] == ["demo-neox-seed7"]
+    assert not any(tmp_path.iterdir())
+    assert run.lm is run.lm
+    assert run.tells("02") and not open_run("pythia-410m").tells("03")
 
 
 def test_markdown_has_a_line_a_row() -> None:

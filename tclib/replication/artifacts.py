@@ -1,0 +1,89 @@
+"""What a run holds: the result of each notebook's step, made once and then loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from tclib.blind.ratings import Item
+from tclib.circuits.frozen import FrozenPrompts, Target
+from tclib.circuits.graph import AttributionGraph
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.support.steps import Step
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Trained dictionaries by name, their training log, and where they lie."""
+
+    dictionaries: dict[str, Dictionary]
+    log: pd.DataFrame
+    step: Step
+    hashes: dict[str, str]  # of the step's files: what a step made from them depends on
+
+
+class Explained(NamedTuple):
+    """A frozen prompt and the target that its graph explains."""
+
+    frozen: FrozenPrompts
+    root: Target
+
+
+@dataclass(frozen=True)
+class Circuits:
+    """Step 03: the full graph of a prompt, the pruned one, connections and ablations."""
+
+    graph: AttributionGraph
+    small: AttributionGraph
+    connections: pd.DataFrame
+    ablations: pd.DataFrame
+    step: Step
+
+
+@dataclass(frozen=True)
+class CaseStudies:
+    """Step 04: the table of studies, and where their ledgers and dashboards lie."""
+
+    table: pd.DataFrame
+    folder: Path
+
+    def ledger_path(self, feature: int) -> Path:
+        """The ledger of one study."""
+        return self.folder / f"ledger_{feature}.jsonl"
+
+    def dashboard(self, feature: int) -> str:
+        """One feature's dashboard, as HTML."""
+        return (self.folder / f"dashboard_{feature}.html").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Step 05: the proxy's table, the latents' (empty off the demo world), and the hidden origins."""
+
+    items: pd.DataFrame
+    latents: pd.DataFrame
+    origin: dict[int, str]
+    folder: Path
+
+    def pages(self) -> list[Item]:
+        """The dashboards in their shuffled order, without origin."""
+        numbers = sorted(self.origin)
+        return [
+            Item(i, (self.folder / f"item_{i}.html").read_text(encoding="utf-8")) for i in numbers
+        ]
+
+
+@dataclass(frozen=True)
+class GreaterThanResults:
+    """Step 06: its tables, and the single figures by name."""
+
+    components: pd.DataFrame
+    reading_heads: pd.DataFrame
+    feature_curves: pd.DataFrame
+    curves: pd.DataFrame
+    harmful: pd.DataFrame
+    summary: dict[str, Any]
+    step: Step

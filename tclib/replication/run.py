@@ -1,0 +1,202 @@
+"""A preset's run: every part is made on first use, or loaded if it is there, and then kept.
+
+    run = open_run("demo", seed=7)
+    run.lm, run.corpus                     00  the model, its rows of tokens
+    run.trained, run.transcoders, run.layers   01  one transcoder a layer, and their losses
+    run.swept, run.sweep, run.sweeps       02  transcoders and SAEs over sparsities (and the companions')
+    run.prompt, run.circuits               03  a prompt and its target; its graph
+    run.studies                            04  blind case studies
+    run.comparison                         05  transcoder against SAE features, rated blind
+    run.components, run.replacements, run.greater_than   06  what the behaviour needs
+    run.results, run.published_checks      07  claim, paper, ours, verdict
+
+A part that lacks an earlier one makes it first, so any part can be asked for by itself.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.evaluation.evaluate import Evaluation
+from tclib.models.language_model import LanguageModel
+from tclib.replication.artifacts import (
+    CaseStudies,
+    Circuits,
+    Comparison,
+    Explained,
+    GreaterThanResults,
+    Trained,
+)
+from tclib.replication.presets import Preset, load_preset
+from tclib.support.steps import Step
+from tclib.text.corpus import Corpus
+
+
+def open_run(
+    preset: str = "demo", seed: int | None = None, runs_dir: str | Path | None = None
+) -> Run:
+    """The run of a preset; nothing is made or loaded before it is asked for.
+
+    Args:
+        preset: a file of notebooks/presets, without .yaml.
+        seed: another seed than the preset's; such a run has a folder of its own.
+        runs_dir: where runs go, data/runs by default.
+
+    Errors: `InputError` for an unknown preset or a value out of range.
+    """
+    return Run(load_preset(preset, seed, runs_dir))
+
+
+class Run:
+    """The parts of one preset's run (see the module).
+
+    Args:
+        preset: what it depends on, and where its folders are.
+    """
+
+    def __init__(self, preset: Preset) -> None:
+        self.preset = preset
+
+    def __repr__(self) -> str:
+        return f"Run({self.preset.name!r} in {self.preset.folder})"
+
+    def step(self, name: str) -> Step:
+        """Where step `name` of this run lives."""
+        return self.preset.step(name)
+
+    def tells(self, notebook: str) -> bool:
+        """Whether the preset runs the notebook of this number, and does not skip it."""
+        return notebook not in self.preset.skipped
+
+    @cached_property
+    def companions(self) -> list[Run]:
+        """Runs whose sweep is drawn beside this one's, with its seed and folder."""
+        preset = self.preset
+        found = []
+        for name in preset.companions:
+            own_seed = load_preset(name).seed
+            seed = None if preset.seed == own_seed else preset.seed
+            found.append(open_run(name, seed, preset.runs_dir))
+        return found
+
+    # The modules of the notebooks take a `Run`, so they are imported where they are called.
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        """The language model, in float32 on the best device."""
+        return LanguageModel.load(self.preset.model)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """Rows of tokens for training and for evaluation."""
+        from tclib.replication.model_and_data import make_corpus
+
+        return make_corpus(self)
+
+    @cached_property
+    def trained(self) -> Trained:
+        """One transcoder a layer, with the training log."""
+        from tclib.replication.transcoders import make_transcoders
+
+        return make_transcoders(self)
+
+    @property
+    def transcoders(self) -> dict[str, Dictionary]:
+        """The transcoders of `trained`, by name."""
+        return self.trained.dictionaries
+
+    @cached_property
+    def layers(self) -> Evaluation:
+        """Losses with each layer's transcoder in its MLP's place."""
+        from tclib.replication.transcoders import evaluate_transcoders
+
+        return evaluate_transcoders(self)
+
+    @cached_property
+    def swept(self) -> Trained:
+        """Transcoders and SAEs of one layer over several sparsities."""
+        from tclib.replication.sweep import make_sweep
+
+        return make_sweep(self)
+
+    @cached_property
+    def sweep(self) -> Evaluation:
+        """The table behind Figure 3."""
+        from tclib.replication.sweep import evaluate_sweep
+
+        return evaluate_sweep(self)
+
+    @property
+    def sweeps(self) -> dict[str, Evaluation]:
+        """This run's sweep and its companions', by a title for each."""
+        return {
+            f"{run.preset.model}, layer {run.preset.sweep.layer}": run.sweep
+            for run in (self, *self.companions)
+        }
+
+    @cached_property
+    def prompt(self) -> Explained:
+        """The prompt that is explained, frozen, and the target on it."""
+        from tclib.replication.circuits import explain_prompt
+
+        return explain_prompt(self)
+
+    @cached_property
+    def circuits(self) -> Circuits:
+        """The prompt's attribution graph, and how far it holds."""
+        from tclib.replication.circuits import make_circuits
+
+        return make_circuits(self)
+
+    @cached_property
+    def studies(self) -> CaseStudies:
+        """Blind case studies."""
+        from tclib.replication.case_studies import make_case_studies
+
+        return make_case_studies(self)
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        """Transcoder and SAE features, shuffled, with the proxy's ratings."""
+        from tclib.replication.comparison import make_comparison
+
+        return make_comparison(self)
+
+    @cached_property
+    def components(self) -> pd.DataFrame:
+        """Every MLP and head ablated."""
+        from tclib.replication.greater_than import make_components
+
+        return make_components(self)
+
+    @cached_property
+    def replacements(self) -> pd.DataFrame:
+        """The greater-than metric with each transcoder in its MLP's place."""
+        from tclib.replication.greater_than import make_replacements
+
+        return make_replacements(self)
+
+    @cached_property
+    def greater_than(self) -> GreaterThanResults:
+        """The greater-than analysis of one MLP."""
+        from tclib.replication.greater_than import make_greater_than
+
+        return make_greater_than(self)
+
+    @cached_property
+    def results(self) -> pd.DataFrame:
+        """Claim, paper, ours, verdict."""
+        from tclib.replication.results import make_results
+
+        return make_results(self)
+
+    @cached_property
+    def published_checks(self) -> pd.DataFrame:
+        """Every published figure that needs no training, with verdicts (released transcoders only)."""
+        from tclib.replication.published import make_published_checks
+
+        return make_published_checks(self)

@@ -1,0 +1,112 @@
+"""Steps 04 and 05 on the bundled model: ledgers, grades, pages that hide where a feature comes from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import matplotlib as mpl
+import pytest
+import torch
+from tiny import random_rows, small_preset
+
+from tclib.blind.ledger import load_ledger
+from tclib.blind.predicates import Predicate
+from tclib.figures.comparison import proxy_figure
+from tclib.replication import case_studies, comparison
+from tclib.replication.artifacts import Comparison
+from tclib.replication.comparison import proxy_rating, rating_of
+from tclib.replication.run import Run
+from tclib.support.errors import InputError
+
+mpl.use("Agg")
+
+
+def test_the_proxy_passes_a_planted_feature_and_fails_noise() -> None:
+    rows = random_rows(300, 24)
+    planted = Predicate(current=frozenset({20, 21})).holds(rows, 0).float() * 3
+    passed = proxy_rating(rows[:200], planted[:200], rows[200:], planted[200:], 0)
+    assert (passed["rating"], passed["f1"], passed["context_free"]) == ("interpretable", 1.0, True)
+    noise = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.where((noise > 0.97) & (rows != 0), noise, torch.zeros(()))
+    assert proxy_rating(rows[:200], noise[:200], rows[200:], noise[200:], 0)["rating"] == "not"
+    silent = torch.zeros(100, 24)
+    assert proxy_rating(rows[:200], planted[:200], rows[200:], silent, 0)["rating"] == "not"
+    assert [rating_of(f1) for f1 in (0.61, 0.6, 0.31, 0.29)] == [
+        "interpretable",
+        "interpretable",
+        "maybe",
+        "not",
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(small_preset(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture(scope="module")
+def compared(run: Run) -> Comparison:
+    return run.comparison
+
+
+def test_pages_do_not_tell_where_a_feature_comes_from(compared: Comparison) -> None:
+    pages = compared.pages()
+    assert len(pages) == 8 and sorted(compared.origin.values()).count("transcoder") == 4
+    shapes = set()
+    for page in pages:
+        assert not re.search("transcoder|sae|layer|embedding", page.html, re.IGNORECASE)
+        shapes.add(tuple(re.findall(r"<h3>([^(<]*)", page.html)))
+    assert len(shapes) == 1
+    order = [compared.origin[i] for i in range(8)]
+    assert order != sorted(order)
+
+
+def test_proxy_shares_and_intervals_are_of_the_items(run: Run, compared: Comparison) -> None:
+    shares = comparison.proxy_shares(compared, seed=0)
+    items = compared.items.assign(kind=compared.items["number"].map(compared.origin))
+    for line in shares.itertuples():
+        own = items[items["kind"] == line.kind]["f1"].fillna(0)
+        assert line.interpretable == pytest.approx((own >= line.threshold).mean())
+        assert line.low <= line.interpretable <= line.high
+    value, low, high = comparison.difference_interval(compared, 0)
+    assert low <= value <= high
+    for word in ("*Paper:*", "*Ours:*"):
+        assert word in comparison.comparison_in_words(run)
+    assert len(proxy_figure(shares).axes) == 2
+    assert set(compared.latents["kind"]) == {"transcoder", "sae_mlp_out"}
+    assert compared.latents["f1"].between(0, 1).all()
+
+
+def test_case_studies_leave_ledgers_dashboards_and_grades(run: Run) -> None:
+    studies = run.studies
+    assert studies.table["kind"].tolist() == ["full", "restricted"]
+    assert set(studies.table["grade"]) <= {"success", "mostly", "failure"}
+    for feature in studies.table["feature"]:
+        entries = load_ledger(studies.ledger_path(int(feature)))
+        kinds = [entry.kind for entry in entries]
+        assert kinds.index("hypothesis") < kinds.index("unblind")
+        assert f"feature {feature}" in studies.dashboard(int(feature))
+    counts = case_studies.grade_counts(studies.table)
+    assert counts["paper"].tolist() == [5, 2, 2] and counts["ours"].sum() == 2
+    assert case_studies.studies_in_words(run).startswith("*Ours:* 2 studies of layer 2")
+    missing = replace(run.preset, case_studies=replace(run.preset.case_studies, layer=9))
+    (run.step(case_studies.STEP).folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no transcoder at layer 9"):
+        _ = Run(missing).studies
+
+
+def test_a_pair_needs_both_kinds(run: Run) -> None:
+    with pytest.raises(InputError, match="expected both kinds"):
+        comparison.choose_pair(run.lm, run.transcoders, run.corpus.evaluation)
+
+
+def test_the_l0_of_a_pair_leaves_out_every_bos(run: Run) -> None:
+    """Packed rows have BOS inside them too."""
+    rows = run.corpus.evaluation[:16].long()
+    assert int((rows[:, 1:] == run.lm.bos_id).sum()) > 0
+    name, one = next(iter(run.swept.dictionaries.items()))
+    site = one.config.input_site
+    z = one.encode(run.lm.read(rows, {site})[site])
+    expected = float((z > 0).sum(-1)[rows != run.lm.bos_id].double().mean())
+    assert comparison._l0s(run.lm, {name: one}, rows)[name] == pytest.approx(expected, rel=1e-6)
