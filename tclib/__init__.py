@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from tclib.circuits.frozen import FrozenPrompts as FrozenPrompts
     from tclib.circuits.graph import AttributionGraph as AttributionGraph
     from tclib.circuits.graph import attribution_graph as attribution_graph
+    from tclib.circuits.paths import Node as Node
     from tclib.circuits.paths import greedy_paths as greedy_paths
+    from tclib.circuits.paths import path_table as path_table
     from tclib.circuits.paths import paths_to_graph as paths_to_graph
     from tclib.circuits.paths import step_back as step_back
     from tclib.circuits.prune import graph_scores as graph_scores

@@ -123,6 +123,20 @@ def greedy_paths(
     return found
 
 
+def path_table(levels: Sequence[Sequence[Path]], n_each: int = 5) -> pd.DataFrame:
+    """The strongest paths of each length: length (nodes), path, contribution."""
+    lines = [
+        {
+            "length": len(path.nodes),
+            "path": " <- ".join(map(str, path.nodes)),
+            "contribution": path.contribution,
+        }
+        for level in levels
+        for path in level[:n_each]
+    ]
+    return pd.DataFrame(lines, columns=["length", "path", "contribution"])
+
+
 def root_node(root: Target) -> Node:
     """The node that stands for the target of a search."""
     return Node("root", root.site.layer, -1, -1, root.pos)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from tclib.dictionaries.published import locate_published
 from tclib.figures.greater_than import probability_heatmap
 from tclib.figures.style import save_figure
-from tclib.greater_than.task import GreaterThan
+from tclib.greater_than.task import GreaterThan, mean_probability_difference
 from tclib.models.locate import BUNDLED, check_hub_reachable, locate
 from tclib.replication.presets import Preset
 from tclib.replication.run import Run
@@ -73,12 +73,21 @@ def demo_world_card(run: Run) -> dict[str, Any]:
 @torch.no_grad()
 def second_year_figure(run: Run) -> Figure:
     """The probability of each answer to each prompt of the first sentence, kept and drawn."""
-    task = GreaterThan.of(run.lm, run.preset.greater_than.templates[0])
+    task = _first_sentence(run)
     found = task.answer_probabilities(run.lm.last_logits(task.tokens)).cpu().numpy()
     save_table(pd.DataFrame(found), run.step(STEP), "year_probabilities")
     title = f"{run.lm.name}: the second year comes later"
     figure = probability_heatmap(found, title, task.numbers, task.answers)
     return save_figure(figure, run.step(STEP), "greater_than")
+
+
+def behaviour(run: Run) -> float:
+    """The mean probability difference over the prompts of the first sentence."""
+    return mean_probability_difference(run.lm, _first_sentence(run))
+
+
+def _first_sentence(run: Run) -> GreaterThan:
+    return GreaterThan.of(run.lm, run.preset.greater_than.templates[0])
 
 
 REASONS = {
@@ -103,4 +112,4 @@ def difference_reason(run: Run) -> str:
     """Why the behaviour may be stronger or weaker than GPT-2's."""
     if run.preset.corpus.kind == "demo":
         return REASONS["demo"]
-    return REASONS[GreaterThan.of(run.lm, run.preset.greater_than.templates[0]).form]
+    return REASONS[_first_sentence(run).form]
