@@ -88,6 +88,16 @@ def test_from_only_and_seed_choose(sequence: Path) -> None:
         invoke(*base, "--only", "09")
 
 
+def test_the_notebooks_find_a_preset_of_ones_own(
+    sequence: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sequence / "mine.yaml").write_text((PRESETS / "demo.yaml").read_text())
+    monkeypatch.chdir(sequence)
+    invoke("run", "--preset", "mine.yaml", "--runs-dir", str(sequence), "--only", "00")
+    assert log(sequence) == [f"00_a {sequence / 'mine.yaml'} 42"]
+    assert (sequence / "mine" / "notebooks").is_dir()
+
+
 def test_fresh_deletes_the_earlier_run(sequence: Path) -> None:
     (sequence / "ok").touch()
     (sequence / "demo").mkdir()

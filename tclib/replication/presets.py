@@ -111,7 +111,7 @@ class CircuitsConfig:
     """Notebook 03: which prompt, and how many features the comparisons draw."""
 
     year: Natural = 35
-    """Of the prompt; the root is the mean later answer minus the mean earlier. Paper: all years."""
+    """Of the prompt; the root is the mean later answer minus the mean earlier."""
     n_connection_features: Count = 12
     """Features drawn for each pair of layers."""
     n_connection_rows: Count = 128
@@ -119,7 +119,7 @@ class CircuitsConfig:
     min_log10_frequency: float = -4.0
     """Of the features drawn; higher where there are few rows. Published: -4."""
     n_ablations: Count = 200
-    """Edges that are held against an ablation."""
+    """Features of the graph whose predicted effect is held against their ablation."""
 
 
 @declared(frozen=True)
@@ -139,7 +139,7 @@ class GreaterThanConfig:
     sae_learning_rate: Positive | None = None
     """Of the SAEs; null: the transcoders'. The MLP's output may be far larger than its input."""
     components_every: Count = 1
-    """Components are ablated on every how manieth prompt. Paper: 1, all."""
+    """Components are ablated on every how manieth prompt; 1: on all."""
 
     def sae_specs(self, layer: int, transcoders: TranscodersConfig) -> list[DictionarySpec]:
         """SAEs as wide as the transcoders, with their loss."""
@@ -162,7 +162,7 @@ class CaseStudiesConfig:
     n_full: Natural = 2
     """Studies in which every tool is allowed. Paper: 2."""
     n_restricted: Natural = 7
-    """Studies without activations of other features' examples. Paper: 7."""
+    """Studies that refuse input-dependent facts about layer 0. Paper: 7."""
     n_rows: Count = 512
     """Rows of the hidden corpus, from the training split. Paper: 12,800."""
     min_log10_frequency: float = -4.0
