@@ -17,7 +17,6 @@ import pandas as pd
 
 from tclib.evaluation.evaluate import evaluate
 from tclib.replication.run import open_run
-from tclib.training.spec import DictionarySpec
 from tclib.training.train import CACHE, train
 
 WIDTHS = ((192_000, (16,)), (768_000, (4, 8, 16)))  # tokens, expansions
@@ -38,18 +37,7 @@ def main(layer: int) -> None:
             n_tokens=n_tokens,
             decay_steps=int(config.training.decay_steps * share),
         )
-        specs = [
-            DictionarySpec(
-                "transcoder",
-                layer,
-                config.activation,
-                expansion,
-                k=config.k,
-                loss=config.loss,
-                initial_norm=config.initial_norm,
-            )
-            for expansion in expansions
-        ]
+        specs = [config.at("transcoder", layer, expansion=one) for one in expansions]
         began = time.perf_counter()
         folder: Path = out / f"L{layer}-{n_tokens}"
         made = train(lm, corpus.train, specs, training, folder, preset.folder / CACHE)

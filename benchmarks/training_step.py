@@ -29,7 +29,7 @@ def five_products(x: Tensor, y: Tensor, W_enc: Tensor, W_dec: Tensor) -> None:
 
 def tclib_trainer(activation: str) -> DictionaryTrainer:
     k = K if activation == "topk" else None
-    spec = DictionarySpec("transcoder", 0, activation, EXPANSION, 0.0 if k else 1e-3, k)  # type: ignore[arg-type]
+    spec = DictionarySpec("transcoder", 0, activation, EXPANSION, 0.0 if k else 1e-3, k=k)  # type: ignore[arg-type]
     config = DictionaryConfig("transcoder", 0, D_MODEL, D_MODEL, N_FEATURES, activation, k)  # type: ignore[arg-type]
     dictionary = new_dictionary(config, torch.Generator().manual_seed(0))
     return DictionaryTrainer(spec, dictionary, TrainingConfig(n_tokens=BATCH, batch_size=BATCH))

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from tclib.replication.collect import collect as collect_run
-from tclib.replication.model_and_data import check_ready
-from tclib.replication.presets import Preset, load_preset, preset_names
-from tclib.replication.run import Run
+from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
-from tclib.support.files import REPOSITORY, exclusive, new_file
-from tclib.support.progress import progress
+from tclib.training.spec import DictionarySpec, TrainingConfig
 
-NOTEBOOKS = REPOSITORY / "notebooks"
+if TYPE_CHECKING:
+    from tclib.replication.presets import Preset
+
+# What is slow to import (torch, pandas, transformers) is imported by the commands that need it.
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXECUTED = "notebooks"
 PROGRESS = "progress.json"
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# Plain help: it shows long options whole, and rich takes a while to import.
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+preset_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="What a preset's file may hold."
+)
+app.add_typer(preset_app, name="preset")
 
 
 def main() -> None:
@@ -33,7 +43,27 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-PresetOption = Annotated[str, typer.Option(help="A file of notebooks/presets, without .yaml.")]
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(importlib.metadata.version("tclib"))
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Train transcoders, attribute circuits through them, and replicate the paper."""
+
+
+PresetOption = Annotated[
+    str, typer.Option(help="A file of notebooks/presets, without .yaml, or a YAML file of yours.")
+]
 SeedOption = Annotated[int | None, typer.Option(help="Another seed than the preset's.")]
 RunsOption = Annotated[Path | None, typer.Option(help="Where runs go; data/runs by default.")]
 
@@ -53,21 +83,26 @@ def run(
     already made from the same parameters, it loads.
     """
     from tclib.replication.model_and_data import check_ready
+    from tclib.replication.presets import is_path, load_preset
+    from tclib.support.files import exclusive
 
     chosen = load_preset(preset, seed, runs_dir)
     check_ready(chosen)
+    # Notebooks run in their own folder, from where a relative path would lead elsewhere.
+    given = str(Path(preset).expanduser().resolve()) if is_path(preset) else preset
     with exclusive(chosen.folder):
         if fresh:
             _delete_runs(chosen)
         first = from_ if from_ or only else _failed_at(chosen)
         notebooks = _selected(first, only)
         # The seed is always passed: the notebooks' own default need not be the preset's.
-        parameters = {"preset": preset, "seed": chosen.seed, "runs_dir": str(chosen.runs_dir)}
+        parameters = {"preset": given, "seed": chosen.seed, "runs_dir": str(chosen.runs_dir)}
         _execute_all(chosen, notebooks, parameters)
     _print_results(chosen)
 
 
 def _delete_runs(preset: Preset) -> None:
+    from tclib.replication.run import Run
 
     for one in (preset, *(run.preset for run in Run(preset).companions)):
         shutil.rmtree(one.folder, ignore_errors=True)
@@ -96,6 +131,9 @@ def _failed_at(preset: Preset) -> str | None:
 
 
 def _execute_all(preset: Preset, notebooks: list[Path], parameters: dict[str, Any]) -> None:
+    from tclib.support.files import new_file
+    from tclib.support.progress import progress
+
     bar = progress(notebooks, f"preset {preset.name}", unit="notebook")
     for notebook in bar:
         bar.set_postfix_str(notebook.stem)
@@ -142,8 +180,18 @@ def _print_results(preset: Preset) -> None:
 @app.command()
 def presets() -> None:
     """List the presets."""
+    from tclib.replication.presets import load_preset, preset_names
+
     for name in preset_names():
         typer.echo(f"{name:16} {load_preset(name).description}")
+
+
+@preset_app.command("schema")
+def schema() -> None:
+    """Print the JSON schema: every key, its meaning, its range."""
+    from tclib.replication.presets import preset_schema
+
+    typer.echo(preset_schema(), nl=False)
 
 
 @app.command()
@@ -151,6 +199,8 @@ def report(
     preset: PresetOption = "demo", seed: SeedOption = None, runs_dir: RunsOption = None
 ) -> None:
     """Print where a run's figures are, and its results table."""
+    from tclib.replication.presets import load_preset
+
     chosen = load_preset(preset, seed, runs_dir)
     if not chosen.folder.is_dir():
         raise InputError(f"{chosen.folder} does not exist: run `tclib run --preset {preset}` first")
@@ -164,62 +214,80 @@ def collect(
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
 ) -> None:
-    """Copy a run's figures, tables, manifests and executed notebooks, without weights."""
+    """Copy a run's figures, tables and notebooks, without weights."""
+    from tclib.replication.collect import collect as collect_run
+    from tclib.replication.presets import load_preset
 
     kept = collect_run(load_preset(preset, seed, runs_dir), out)
     size = sum(path.stat().st_size for path in kept)
     typer.echo(f"{out}: {len(kept)} files, {size / 1e6:.1f} MB")
 
 
+# Where the command line's defaults are not those of the declarations.
+TRAIN_DEFAULTS = {"kind": "transcoder", "layer": 0, "expansion": 8, "loss": "authors"}
+ALIASES = {"l1_coefficient": ("--l1",), "l0_coefficient": ("--l0",)}
+
+
+def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` an option a hyperparameter, in the place of its `**given`."""
+    declared = signature(command, eval_str=True)
+    own = [p for p in declared.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    defaults = {field.name: field.default for field in fields(DictionarySpec)} | TRAIN_DEFAULTS
+    options = [*_options(DictionarySpec, defaults), *_options(TrainingConfig, {})]
+    command.__signature__ = declared.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return command
+
+
+def _options(cls: type, defaults: dict[str, Any]) -> Iterator[Parameter]:
+    """An option for each field of a declared class but the seed; None stands for "not given"."""
+    types = get_type_hints(cls)
+    for name, text in descriptions(cls).items():
+        if name == "seed":
+            continue  # the preset's, which the command has
+        long = name.replace("_", "-")
+        switch = f"--{long}/--no-{long}" if types[name] is bool else f"--{long}"
+        default = defaults.get(name, "the preset's")
+        option = typer.Option(
+            switch,
+            *ALIASES.get(name, ()),
+            help=f"{' '.join(text.split())} [default: {default}]",
+        )
+        annotation: Any = Annotated[types[name] | None, option]
+        yield Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
 @app.command()
+@_with_training_options
 def train(
     out: Annotated[Path, typer.Argument(help="Folder for dictionaries and log.")],
     preset: PresetOption = "demo",
-    layer: Annotated[int, typer.Option(help="Layer of the MLP.")] = 0,
-    kind: Annotated[
-        str, typer.Option(help="transcoder, sae_mlp_out or sae_mlp_in.")
-    ] = "transcoder",
-    activation: Annotated[str, typer.Option(help="relu, topk, batch_topk or jumprelu.")] = "relu",
-    l1: Annotated[float, typer.Option(help="λ, in units of the loss.")] = 0.0,
-    l0: Annotated[float, typer.Option(help="λ₀, the price of an active feature: jumprelu.")] = 0.0,
-    bandwidth: Annotated[float, typer.Option(help="ε of jumprelu's gradient.")] = 1.0,
-    k: Annotated[
-        int | None, typer.Option(help="Active features a token: topk; on average: batch_topk.")
-    ] = None,
-    expansion: Annotated[int, typer.Option(help="n_features over d_model.")] = 8,
-    loss: Annotated[str, typer.Option(help="paper or authors.")] = "authors",
-    skip: Annotated[bool, typer.Option(help="Add a linear path from input to output.")] = False,
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
+    **given: Any,
 ) -> None:
-    """Train one dictionary on a preset's model and corpus, and print its evaluation."""
+    """Train one dictionary on a preset's corpus, and evaluate it."""
     import pandas as pd
 
     from tclib.evaluation.evaluate import evaluate
     from tclib.figures.style import SAVED_DPI
     from tclib.figures.training import training_curves
+    from tclib.replication.model_and_data import check_ready
+    from tclib.replication.presets import load_preset
+    from tclib.replication.run import Run
     from tclib.training.log import LOG
-    from tclib.training.spec import DictionarySpec
     from tclib.training.train import train as train_dictionaries
 
+    asked = {name: value for name, value in given.items() if value is not None}
+    values: dict[str, Any] = {**TRAIN_DEFAULTS, **asked}
+    names = {field.name for field in fields(DictionarySpec)}
+    spec = DictionarySpec(**{name: values.pop(name) for name in names & values.keys()})
     chosen = load_preset(preset, seed, runs_dir)
-    spec = DictionarySpec(
-        kind=kind,  # type: ignore[arg-type]
-        layer=layer,
-        activation=activation,  # type: ignore[arg-type]
-        expansion=expansion,
-        l1_coefficient=l1,
-        l0_coefficient=l0,
-        bandwidth=bandwidth,
-        k=k,
-        loss=loss,  # type: ignore[arg-type]
-        skip=skip,
-    )
+    training = replace(chosen.transcoders.training, **values)
     check_ready(chosen)
-    lm = Run(chosen).lm
-    lm.check_layer(layer)
-    corpus = Run(chosen).corpus
-    (dictionary,) = train_dictionaries(lm, corpus.train, [spec], chosen.transcoders.training, out)
+    run = Run(chosen)
+    run.lm.check_layer(spec.layer)
+    lm, corpus = run.lm, run.corpus
+    (dictionary,) = train_dictionaries(lm, corpus.train, [spec], training, out)
     training_curves(pd.read_csv(out / LOG)).savefig(out / "training_curves.png", dpi=SAVED_DPI)
     table = evaluate(lm, {spec.name: dictionary}, corpus.evaluation, corpus.train).table
     typer.echo(table.T.to_string(header=False))
@@ -232,9 +300,12 @@ def evaluate(
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
 ) -> None:
-    """Evaluate saved dictionaries on a preset's held-out tokens, as CSV."""
+    """Evaluate dictionaries on a preset's held-out tokens, as CSV."""
     from tclib.dictionaries.dictionary import Dictionary
     from tclib.evaluation.evaluate import evaluate as evaluate_dictionaries
+    from tclib.replication.model_and_data import check_ready
+    from tclib.replication.presets import load_preset
+    from tclib.replication.run import Run
 
     chosen = load_preset(preset, seed, runs_dir)
     dictionaries = {file.stem: Dictionary.load(file) for file in files}
@@ -250,7 +321,7 @@ def evaluate(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A dictionary of any known format.")],
 ) -> None:
-    """Say what a dictionary file or folder holds: format, layer, width, activation, basis."""
+    """Say what a dictionary holds: format, layer, width, basis."""
     from tclib.dictionaries.formats.any import read_any
 
     found = read_any(path)
@@ -276,7 +347,7 @@ def convert(
         str | None, typer.Option(help="processed or raw; as it is by default.")
     ] = None,
 ) -> None:
-    """Convert a dictionary between formats, and between bases where a model is given."""
+    """Convert a dictionary to another format or basis."""
     from tclib.dictionaries.bases import to_processed, to_raw
     from tclib.dictionaries.formats.any import FORMATS, read_any, write_any
     from tclib.models.language_model import LanguageModel
@@ -304,7 +375,7 @@ def demo_model(
     architecture: Annotated[str, typer.Argument(help="gpt2 or neox.")],
     out: Annotated[Path, typer.Argument(help="Folder for the model.")],
 ) -> None:
-    """Train a bundled model again: half an hour on one core, and the committed bits come out."""
+    """Train a bundled model again, bit for bit: half an hour."""
     import torch
 
     from tclib.text.world_models import ModelTraining, train_model
@@ -316,7 +387,7 @@ def demo_model(
 
 @app.command()
 def smollm2() -> None:
-    """Load SmolLM2-135M and show that it compares years, one digit at a time."""
+    """Load SmolLM2-135M and show that it compares years."""
     from tclib.greater_than.task import next_digit_mass
     from tclib.models.language_model import LanguageModel
 

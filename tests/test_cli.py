@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -14,7 +16,9 @@ from typer.testing import CliRunner
 from tclib import cli
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.replication.presets import PRESETS, load_preset
+from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
+from tclib.training.spec import DictionarySpec, TrainingConfig
 
 RUNNER = CliRunner()
 
@@ -84,6 +88,16 @@ def test_from_only_and_seed_choose(sequence: Path) -> None:
         invoke(*base, "--only", "09")
 
 
+def test_the_notebooks_find_a_preset_of_ones_own(
+    sequence: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sequence / "mine.yaml").write_text((PRESETS / "demo.yaml").read_text())
+    monkeypatch.chdir(sequence)
+    invoke("run", "--preset", "mine.yaml", "--runs-dir", str(sequence), "--only", "00")
+    assert log(sequence) == [f"00_a {sequence / 'mine.yaml'} 42"]
+    assert (sequence / "mine" / "notebooks").is_dir()
+
+
 def test_fresh_deletes_the_earlier_run(sequence: Path) -> None:
     (sequence / "ok").touch()
     (sequence / "demo").mkdir()
@@ -142,7 +156,8 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("tclib.replication.presets.PRESETS", tmp_path / "presets")
     common = ("--preset", "small", "--runs-dir", str(tmp_path / "runs"))
     out = tmp_path / "mine"
-    trained = invoke("train", str(out), "--layer", "1", "--l1", "1e-3", "--expansion", "2", *common)
+    options = ("--layer", "1", "--l1", "1e-3", "--expansion", "2", "--batch-size", "256")
+    trained = invoke("train", str(out), *options, *common)
     assert "ce_recovered" in trained
     (file,) = out.glob("*.safetensors")
     assert (out / "training_curves.png").stat().st_size > 5000
@@ -154,8 +169,47 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "no").exists()
 
 
+def test_train_has_an_option_for_every_hyperparameter_with_its_description() -> None:
+    text = " ".join(invoke("train", "--help").split())
+    for cls in (DictionarySpec, TrainingConfig):
+        for name, description in descriptions(cls).items():
+            if name != "seed":
+                assert f"--{name.replace('_', '-')}" in text
+                assert " ".join(description.split())[:40] in text, name
+    assert text.count("[default: 8]") == 1 and "--l1 <float>" in text
+
+
+def test_train_refuses_what_a_preset_would(tmp_path: Path) -> None:
+    for options, message in (
+        (("--expansion", "0"), "expansion 0: expected at least 1"),
+        (("--activation", "jumprelu"), "l0_coefficient 0.0 for jumprelu"),
+        (("--l1", "1", "--batch-size", "0"), "batch_size 0: expected at least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            invoke("train", str(tmp_path / "no"), *options)
+    assert "'mse' is not one of 'paper', 'authors'" in invoke(
+        "train", str(tmp_path / "no"), "--loss", "mse"
+    )
+
+
+def test_the_version_is_the_packages() -> None:
+    assert invoke("--version").strip() == importlib.metadata.version("tclib")
+
+
+def test_help_comes_at_once_without_what_is_slow_to_import() -> None:
+    code = (
+        "import sys; from tclib import cli\n"
+        "try: cli.app(['--help'])\n"
+        "except SystemExit: print({'torch', 'pandas', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert time.perf_counter() - began < 1.5
+    assert "demo-model" in done.stdout and done.stdout.strip().endswith("set()"), done.stderr
+
+
 def test_the_notebooks_have_one_typed_parameters_cell_and_no_functions() -> None:
-    for path in sorted((cli.REPOSITORY / "notebooks").glob("*.ipynb")):
+    for path in sorted(cli.NOTEBOOKS.glob("*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]

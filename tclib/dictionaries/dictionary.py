@@ -22,15 +22,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tclib.dictionaries.kinds import TAKES_K, TAKES_THRESHOLD, Activation, Kind
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
 from tclib.support.errors import InputError
 from tclib.support.files import load_tensors, save_tensors
 
-Kind = Literal["transcoder", "sae_mlp_out", "sae_mlp_in"]
-Activation = Literal["relu", "topk", "batch_topk", "jumprelu"]
-TAKES_K: tuple[Activation, ...] = ("topk", "batch_topk")
-TAKES_THRESHOLD: tuple[Activation, ...] = ("batch_topk", "jumprelu")
 Basis = Literal["processed", "raw"]
 FILE_FORMAT = "tclib-dictionary-1"
 FEW_TOKENS = 64

@@ -2,224 +2,231 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationInfo, field_validator
 
-from tclib.dictionaries.dictionary import TAKES_K, Activation, Kind
+from tclib.dictionaries.kinds import Kind
 from tclib.greater_than.task import PAPER_TEMPLATE
 from tclib.models.language_model import LanguageModel
+from tclib.support.declared import Count, Natural, Positive, Share, declared, parse
 from tclib.support.errors import InputError
 from tclib.support.files import DATA, REPOSITORY
 from tclib.support.steps import Step
 from tclib.text.corpus import CorpusConfig
-from tclib.training.gradients import Loss
-from tclib.training.spec import DictionarySpec, TrainingConfig
+from tclib.training.spec import DictionarySpec, Loss, Recipe, TrainingConfig
 
 PRESETS = REPOSITORY / "notebooks" / "presets"
-_STRICT = ConfigDict(extra="forbid")  # a misspelt key is an error
+SCHEMA = "schema.json"
 
 
-@dataclass(frozen=True)
-class TranscodersConfig:
+@declared(frozen=True)
+class PresetRecipe(Recipe):
+    """A recipe as presets give it."""
+
+    loss: Loss = "authors"
+    """The squared error of a token: `authors` divides it by d_out times the output's norm, as the
+    published code does, and the published λ are in its units; `paper` is Eq. 5."""
+
+
+@declared(frozen=True)
+class TranscodersConfig(PresetRecipe):
     """Notebook 01: one transcoder a layer."""
 
-    __pydantic_config__ = _STRICT
-
-    layers: tuple[int, ...] | None = None  # None: all
-    published: str = ""  # hub, or a folder: the paper's released transcoders instead of training
-    activation: Activation = "relu"
-    expansion: int = 32
-    l1_coefficient: float = 0.0
-    l0_coefficient: float = 0.0
-    k: int | None = None
-    skip: bool = False
-    initial_norm: float = 0.0
-    loss: Loss = "authors"
+    layers: tuple[Natural, ...] | None = None
+    """Layers that get a transcoder; null: all. Paper: all of GPT-2, 15 of Pythia."""
+    published: str = ""
+    """`hub`, or a folder with the .pt files: the paper's released transcoders instead of training."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How they are trained."""
 
     def specs(self, lm: LanguageModel) -> list[DictionarySpec]:
         """The dictionaries to train. Errors: `InputError` for a layer out of range."""
         layers = range(lm.n_layers) if self.layers is None else self.layers
-        return [
-            DictionarySpec(
-                kind="transcoder",
-                layer=lm.check_layer(layer),
-                activation=self.activation,
-                expansion=self.expansion,
-                l1_coefficient=self.l1_coefficient,
-                l0_coefficient=self.l0_coefficient,
-                k=self.k,
-                skip=self.skip,
-                initial_norm=self.initial_norm,
-                loss=self.loss,
-            )
-            for layer in layers
-        ]
+        return [self.at("transcoder", lm.check_layer(layer)) for layer in layers]
 
 
-@dataclass(frozen=True)
-class DictionaryFamily:
-    """Dictionaries that differ only in sparsity: λ for relu, λ₀ for jumprelu, k for the others."""
-
-    __pydantic_config__ = _STRICT
+@declared(frozen=True, kw_only=True)
+class DictionaryFamily(PresetRecipe):
+    """Dictionaries that differ only in sparsity."""
 
     kind: Kind
-    sparsities: tuple[float, ...]
-    activation: Activation = "relu"
-    skip: bool = False
-    bandwidth: float = 1.0  # of jumprelu
-    initial_norm: float = 0.0
+    """`transcoder` (MLP input to MLP output), or an SAE on either: `sae_mlp_out`, `sae_mlp_in`."""
+    sparsities: tuple[Positive, ...]
+    """λ for relu, λ₀ for jumprelu, k for topk and batch_topk: one dictionary each."""
 
-    def specs(self, layer: int, expansion: int, loss: Loss) -> list[DictionarySpec]:
+    def specs(self, layer: int) -> list[DictionarySpec]:
         """One dictionary a sparsity."""
-        return [
-            DictionarySpec(
-                kind=self.kind,
-                layer=layer,
-                activation=self.activation,
-                expansion=expansion,
-                l1_coefficient=value if self.activation == "relu" else 0.0,
-                l0_coefficient=value if self.activation == "jumprelu" else 0.0,
-                bandwidth=self.bandwidth,
-                k=int(value) if self.activation in TAKES_K else None,
-                loss=loss,
-                skip=self.skip,
-                initial_norm=self.initial_norm,
-            )
-            for value in self.sparsities
-        ]
+        name = {"relu": "l1_coefficient", "jumprelu": "l0_coefficient"}.get(self.activation, "k")
+        return [self.at(self.kind, layer, **{name: value}) for value in self.sparsities]
 
 
-@dataclass(frozen=True)
-class SweepConfig:
+@declared(frozen=True, kw_only=True)
+class SweepConfig(PresetRecipe):
     """Notebook 02: dictionaries of one layer at several sparsities (paper Figure 3).
 
     The first family of transcoders and the first of SAEs are compared with each other; relu ones are
-    given by their λ alone, other kinds as `families`.
+    given by their λ alone, other kinds as `families`, which take from here what they do not say.
     """
 
-    __pydantic_config__ = _STRICT
-
-    layer: int
-    transcoder_l1: tuple[float, ...] = ()
-    sae_mlp_out_l1: tuple[float, ...] = ()
+    layer: Natural
+    """Layer of the MLP, from 0. Paper: 8 of GPT-2, 15 of Pythia."""
+    transcoder_l1: tuple[Positive, ...] = ()
+    """λ of relu transcoders. Published, for Pythia-410M: 2.5e-5 to 7e-5."""
+    sae_mlp_out_l1: tuple[Positive, ...] = ()
+    """λ of relu SAEs on the MLP's output. Published, for Pythia-410M: 4e-5 to 1e-4."""
     families: tuple[DictionaryFamily, ...] = ()
-    expansion: int = 32
-    loss: Loss = "authors"
+    """Dictionaries of other kinds."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How all of them are trained."""
+
+    @field_validator("families", mode="before")
+    @classmethod
+    def _shared(cls, families: Any, checked: ValidationInfo) -> Any:
+        own = {f.name: checked.data[f.name] for f in fields(Recipe) if f.name in checked.data}
+        return [{**own, **one} if isinstance(one, Mapping) else one for one in families]
 
     def specs(self) -> list[DictionarySpec]:
         """The dictionaries to train, transcoders first."""
-        relu = (
-            DictionaryFamily("transcoder", self.transcoder_l1),
-            DictionaryFamily("sae_mlp_out", self.sae_mlp_out_l1),
+        relu: tuple[tuple[Kind, tuple[float, ...]], ...] = (
+            ("transcoder", self.transcoder_l1),
+            ("sae_mlp_out", self.sae_mlp_out_l1),
         )
-        found: list[DictionarySpec] = []
-        for family in (*relu, *self.families):
-            found += family.specs(self.layer, self.expansion, self.loss)
-        return found
+        found = [
+            self.at(kind, self.layer, activation="relu", l1_coefficient=value)
+            for kind, values in relu
+            for value in values
+        ]
+        return found + [spec for family in self.families for spec in family.specs(self.layer)]
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class CircuitsConfig:
     """Notebook 03: which prompt, and how many features the comparisons draw."""
 
-    __pydantic_config__ = _STRICT
+    year: Natural = 35
+    """Of the prompt; the root is the mean later answer minus the mean earlier."""
+    n_connection_features: Count = 12
+    """Features drawn for each pair of layers."""
+    n_connection_rows: Count = 128
+    """Corpus rows over which connections are measured."""
+    min_log10_frequency: float = -4.0
+    """Of the features drawn; higher where there are few rows. Published: -4."""
+    n_ablations: Count = 200
+    """Features of the graph whose predicted effect is held against their ablation."""
+    max_nodes: Count = 120
+    """Nodes at most of the pruned graph that is saved and drawn."""
+    node_threshold: Share = 0.75
+    """Share of the influence that its nodes keep; lowered until they are few enough."""
+    edge_threshold: Share = 0.9
+    """Share of the influence that its edges keep."""
 
-    year: int = 35  # in the prompt; the root is the mean later answer minus the mean earlier
-    n_connection_features: int = 12  # a pair of layers
-    n_connection_rows: int = 128
-    min_log10_frequency: float = -4.0  # of the features drawn; higher where there are few rows
-    n_ablations: int = 200
-    max_nodes: int = 120  # of the pruned graph that is saved and drawn
-    node_threshold: float = (
-        0.75  # share of the influence that its nodes keep; lowered until they fit
-    )
-    edge_threshold: float = 0.9
 
-
-@dataclass(frozen=True)
+@declared(frozen=True)
 class GreaterThanConfig:
     """Notebook 06: the sentences, what to analyse (found where null), SAEs to compare with."""
 
-    __pydantic_config__ = _STRICT
-
     templates: tuple[str, ...] = (PAPER_TEMPLATE,)
-    layer: int | None = None  # of the MLP; null: the one above layer 0 that costs most when ablated
-    head: tuple[int, int] | None = None  # null: the one that brings the year to its features
-    sae_l1: tuple[float, ...] = ()  # SAEs on mlp_out; the one nearest in L0 is shown
-    sae_k: tuple[int, ...] = ()  # as many topk ones
-    sae_learning_rate: float | None = None  # null: the transcoders'; mlp_out may be far larger
-    components_every: int = 1  # ablate components on every how manieth prompt; 1: on all
+    """Sentences in which `{yy:02d}` is the year."""
+    layer: Natural | None = None
+    """Of the MLP; null: the one above layer 0 that costs most when ablated. Paper: 10."""
+    head: tuple[Natural, Natural] | None = None
+    """Layer and head; null: the one that brings the year to the MLP's features. Paper: 9, 1."""
+    sae_l1: tuple[Positive, ...] = ()
+    """λ of relu SAEs on the MLP's output; the one nearest in L0 is shown."""
+    sae_k: tuple[Count, ...] = ()
+    """k of topk SAEs, likewise."""
+    sae_learning_rate: Positive | None = None
+    """Of the SAEs; null: the transcoders'. The MLP's output may be far larger than its input."""
+    components_every: Count = 1
+    """Components are ablated on every how manieth prompt; 1: on all."""
 
     def sae_specs(self, layer: int, transcoders: TranscodersConfig) -> list[DictionarySpec]:
-        """SAEs as wide as the transcoders."""
-        families = (
-            DictionaryFamily("sae_mlp_out", self.sae_l1),
-            DictionaryFamily(
-                "sae_mlp_out", self.sae_k, "topk", initial_norm=transcoders.initial_norm
-            ),
-        )
-        found: list[DictionarySpec] = []
-        for family in families:
-            found += family.specs(layer, transcoders.expansion, transcoders.loss)
-        return found
+        """SAEs as wide as the transcoders, with their loss."""
+        recipe = PresetRecipe(loss=transcoders.loss, expansion=transcoders.expansion)
+        topk = replace(recipe, activation="topk", initial_norm=transcoders.initial_norm)
+        return [
+            *(recipe.at("sae_mlp_out", layer, l1_coefficient=value) for value in self.sae_l1),
+            *(topk.at("sae_mlp_out", layer, k=value) for value in self.sae_k),
+        ]
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class CaseStudiesConfig:
     """Notebook 04: which features are studied blind, and on how much text."""
 
-    __pydantic_config__ = _STRICT
+    layer: Natural | None = None
+    """Of the transcoder; null: that of the sweep. Paper: 8 of GPT-2."""
+    features: tuple[Natural, ...] = ()
+    """Features to study; empty: drawn by seed from the live ones."""
+    n_full: Natural = 2
+    """Studies in which every tool is allowed. Paper: 2."""
+    n_restricted: Natural = 7
+    """Studies that refuse input-dependent facts about layer 0. Paper: 7."""
+    n_rows: Count = 512
+    """Rows of the hidden corpus, from the training split. Paper: 12,800."""
+    min_log10_frequency: float = -4.0
+    """Of the features drawn; on little text -4 is a handful of tokens. Published: -4."""
+    n_held_out_rows: Count = 256
+    """Rows on which the hypotheses are graded."""
 
-    layer: int | None = None  # null: that of the sweep
-    features: tuple[int, ...] = ()  # empty: drawn by seed from the live ones
-    n_full: int = 2
-    n_restricted: int = 7
-    n_rows: int = 512  # of the hidden corpus, from the training split
-    min_log10_frequency: float = -4.0  # of what is drawn; on little text a handful of tokens
-    n_held_out_rows: int = 256
 
-
-@dataclass(frozen=True)
+@declared(frozen=True)
 class ComparisonConfig:
     """Notebook 05: how many features of each kind are drawn, from the sweep's dictionaries."""
 
-    __pydantic_config__ = _STRICT
-
-    n_features: int = 50
-    near_l0: float | None = None  # of the pair that is compared; null: the pair nearest in L0
-    n_rows: int = 512  # of the training split: dashboards and predicates
-    n_held_out_rows: int = 256
+    n_features: Count = 50
+    """Features drawn of each kind. Paper: 50."""
+    near_l0: Positive | None = None
+    """L0 of the pair that is compared; null: the pair nearest in L0. Paper: 44 and 48."""
+    n_rows: Count = 512
+    """Rows of the training split, for dashboards and predicates. Paper: 25,600."""
+    n_held_out_rows: Count = 256
+    """Rows on which the predicates are graded."""
     min_log10_frequency: float = -4.0
+    """Of the features drawn. Published: -4."""
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class Preset:
     """A whole run: model, corpus, what the notebooks make, and where it all goes."""
 
-    __pydantic_config__ = _STRICT
-
     name: str
+    """Of the run and of its folder: that of the preset's file."""
     description: str
+    """One line for `tclib presets`."""
     model: str
+    """`demo`, `demo-neox`, `smollm2`, a local folder of Hugging Face's layout, or a hub id."""
     corpus: CorpusConfig
+    """The text."""
     transcoders: TranscodersConfig
+    """Notebook 01."""
     sweep: SweepConfig = field(default_factory=lambda: SweepConfig(layer=0))
+    """Notebook 02."""
     circuits: CircuitsConfig = field(default_factory=CircuitsConfig)
+    """Notebook 03."""
     greater_than: GreaterThanConfig = field(default_factory=GreaterThanConfig)
+    """Notebook 06."""
     case_studies: CaseStudiesConfig = field(default_factory=CaseStudiesConfig)
+    """Notebook 04."""
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
-    skipped: Mapping[str, str] = field(default_factory=dict)  # notebook number: why
-    n_evaluation_rows: int | None = None  # over which losses are measured; null: all held-out rows
-    companions: tuple[str, ...] = ()  # presets whose sweep notebook 02 draws beside this one's
-    seed: int = 42
-    runs_dir: Path = DATA / "runs"
+    """Notebook 05."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Notebooks that are not run: number, and why."""
+    n_evaluation_rows: Count | None = None
+    """Held-out rows over which losses are measured; null: all."""
+    companions: tuple[str, ...] = ()
+    """Presets whose sweep notebook 02 draws beside this one's."""
+    seed: Natural = 42
+    """Of the corpus and of all training. Paper: 42."""
+    runs_dir: Path = field(default_factory=lambda: DATA / "runs")
+    """Folder of all runs."""
 
     @property
     def folder(self) -> Path:
@@ -238,27 +245,42 @@ def preset_names() -> list[str]:
 def load_preset(name: str, seed: int | None = None, runs_dir: str | Path | None = None) -> Preset:
     """Read and check a preset; `seed`, where given, acts on the corpus and on all training.
 
-    A run with another seed than the preset's own has a folder of its own, `<name>-seed<seed>`.
+    `name` is a file of notebooks/presets without .yaml, or the path of a YAML file anywhere. A run
+    with another seed than the preset's own has a folder of its own, `<name>-seed<seed>`.
     Errors: `InputError` for an unknown preset, an unknown key or a value out of range.
     """
-    path = PRESETS / f"{name}.yaml"
+    path = Path(name).expanduser() if is_path(name) else PRESETS / f"{name}.yaml"
     if not path.is_file():
-        raise InputError(f"unknown preset {name!r}: expected one of {', '.join(preset_names())}")
-    preset = _parse(yaml.safe_load(path.read_text()), name)
+        known = "no such file" if is_path(name) else f"expected one of {', '.join(preset_names())}"
+        raise InputError(f"unknown preset {name!r}: {known}")
+    preset = parse(Preset, {"name": path.stem, **_mapping(path)}, f"preset {path.stem!r}")
     if seed is not None and seed != preset.seed:
-        preset = replace(preset, seed=seed, name=f"{name}-seed{seed}")
+        preset = replace(preset, seed=seed, name=f"{preset.name}-seed{seed}")
     if runs_dir:
         preset = replace(preset, runs_dir=Path(runs_dir).expanduser().resolve())
     return _seeded(preset)
 
 
-def _parse(values: dict[str, Any], name: str) -> Preset:
+def is_path(name: str) -> bool:
+    """Whether `name` is a preset's file rather than one of notebooks/presets."""
+    return name.endswith((".yaml", ".yml")) or os.sep in name
+
+
+def preset_schema() -> str:
+    """The JSON schema of a preset's file, by which editors complete and explain its keys."""
+    schema = TypeAdapter(Preset).json_schema()
+    schema["required"].remove("name")  # the file has one
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def _mapping(path: Path) -> dict[str, Any]:
     try:
-        return TypeAdapter(Preset).validate_python({"name": name, **values})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"preset {name!r}, {where}: {first['msg']}") from error
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected the keys of a preset, found {values!r}")
+    return values
 
 
 def _seeded(preset: Preset) -> Preset:

@@ -14,14 +14,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from pydantic import Field
 from torch import Tensor
 
 from tclib.models.language_model import LanguageModel
+from tclib.support.declared import Natural, declared
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
 from tclib.text import world
@@ -40,27 +42,28 @@ Split = Literal["train", "evaluation"]
 TOKENIZER_BATCH = 1_000
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class CorpusConfig:
     """Which text, how much of it, and how it is split. Sizes are in tokens, BOS included."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # a misspelt key in a preset is an error
-
     kind: CorpusKind = "demo"
-    source: str = ""  # text: a file or folder; wikipedia: a dump; huggingface: a dataset id
-    n_ctx: int = 128
+    """Where text comes from: the bundled world, a file or folder of `text`, Python `docstrings`, a
+    `wikipedia` dump or a `huggingface` dataset (paper: OpenWebText)."""
+    source: str = ""
+    """text: a file or folder; docstrings: a folder; wikipedia: a dump; huggingface: a dataset's id,
+    or a folder."""
+    n_ctx: Annotated[int, Field(ge=2)] = 128
+    """Tokens a row. Paper: 128."""
     n_train_tokens: int = 1_000_000
+    """Tokens of the training split, at most. Paper: 60 million."""
     n_eval_tokens: int = 100_000
-    eval_fraction: float = 0.1  # share of the documents kept for evaluation
-    seed: int = 0
+    """Tokens of the evaluation split, at most. Paper: 3.2 million."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the documents that is kept for evaluation."""
+    seed: Natural = 0
+    """Decides the order of rows and, where text is drawn, which. A preset's own seed replaces it."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(CorpusKind):
-            raise InputError(
-                f"corpus kind {self.kind!r}: expected one of {', '.join(get_args(CorpusKind))}"
-            )
-        if not 0.0 < self.eval_fraction < 1.0:
-            raise InputError(f"eval_fraction {self.eval_fraction}: expected between 0 and 1")
         if self.kind in ("text", "huggingface") and not self.source:
             raise InputError(f"corpus kind {self.kind!r} needs a source: a path or a dataset id")
         for name in ("n_train_tokens", "n_eval_tokens"):

@@ -16,13 +16,12 @@ decoder rows of each token (decode), and the tokens of each active feature (both
                 K(u) = 1[|u| < ½] of bandwidth ε (Rajamanoharan et al. 2024):
                 ∂z/∂θ = −θ/ε K((pre − θ)/ε),   ∂‖z‖₀/∂θ = −1/ε K((pre − θ)/ε)
 
-`tests/test_objective.py` holds them against autograd.
+`tests/training/test_gradients.py` holds them against autograd.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,22 +30,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tclib.dictionaries.dictionary import Dictionary, TopFeatures, topk_features
+from tclib.training.spec import Loss, Recipe
 
-Loss = Literal["paper", "authors"]
 _EMBEDDING_BAG_SUM = 0
 _UINT16_VALUES = 65_536
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Which loss, λ, λ₀, ε, and the auxiliary loss for dead features (AuxK; 0 switches it off)."""
-
-    loss: Loss = "paper"
-    l1_coefficient: float = 0.0
-    l0_coefficient: float = 0.0
-    bandwidth: float = 1.0
-    auxk_coefficient: float = 0.0
-    auxk_k: int = 64
 
 
 class StepResult(NamedTuple):
@@ -81,7 +68,7 @@ def step_result(
     dictionary: Dictionary,
     x: Float[Tensor, "token d_in"],
     y: Float[Tensor, "token d_out"],
-    objective: Objective,
+    objective: Recipe,
     dead: Bool[Tensor, "n_features"] | None = None,
 ) -> StepResult:
     """Loss and gradients on one batch; `dead` features feed the auxiliary loss."""
@@ -93,7 +80,7 @@ def step_result(
 
 
 def _relu_result(
-    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Objective
+    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Recipe
 ) -> tuple[StepResult, Tensor]:
     """Dense gradients: ∂L/∂z = 2w/n e W_decᵀ + λ/n where z > 0."""
     z = torch.addmm(dictionary.b_enc, x, dictionary.W_enc).relu_()
@@ -108,7 +95,7 @@ def _relu_result(
 
 
 def _jumprelu_result(
-    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Objective
+    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Recipe
 ) -> tuple[StepResult, Tensor]:
     """Dense gradients behind the jump, and straight-through ones for the thresholds."""
     assert dictionary.threshold is not None
@@ -140,7 +127,7 @@ def _dense_gradients(
 
 
 def _topk_result(
-    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Objective
+    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Recipe
 ) -> tuple[StepResult, Tensor]:
     """Sparse gradients: only the k active features of each token are touched after the encoder."""
     k = dictionary.config.k
@@ -153,7 +140,7 @@ def _topk_result(
 
 
 def _batch_topk_result(
-    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Objective
+    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Recipe
 ) -> tuple[StepResult, Tensor]:
     """As topk, but the n k largest entries of the whole batch are kept."""
     k, n_features = dictionary.config.k, dictionary.config.n_features
@@ -174,7 +161,7 @@ def _largest(values: Float[Tensor, "entry"], n_kept: int) -> TopFeatures:
 
 
 def _sparse_result(
-    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Objective, entries: _Entries
+    dictionary: Dictionary, x: Tensor, y: Tensor, objective: Recipe, entries: _Entries
 ) -> tuple[StepResult, Tensor]:
     """Loss and gradients from the kept entries alone."""
     n_tokens, acts = len(x), entries.acts
@@ -204,7 +191,7 @@ _RESULTS = {
 
 
 def _output_error(
-    dictionary: Dictionary, decoded: Tensor, x: Tensor, y: Tensor, objective: Objective
+    dictionary: Dictionary, decoded: Tensor, x: Tensor, y: Tensor, objective: Recipe
 ) -> tuple[Tensor, Tensor]:
     """(e, ∂L/∂ŷ) from z W_dec; ∂L/∂ŷ = 2w/n e."""
     error = decoded.to(y.dtype) + dictionary.b_dec - y
@@ -220,7 +207,7 @@ def _output_gradients(dictionary: Dictionary, x: Tensor, grad_out: Tensor) -> di
     return gradients
 
 
-def _loss(error: Tensor, y: Tensor, penalty: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+def _loss(error: Tensor, y: Tensor, penalty: Tensor, objective: Recipe) -> tuple[Tensor, Tensor]:
     squared = error.pow(2).sum(1, keepdim=True)
     weighted = (squared * token_weights(y, objective.loss)).sum()
     return (weighted + penalty) / len(y), squared.sum()
@@ -298,7 +285,7 @@ def _add_auxk(
     x: Tensor,
     y: Tensor,
     error: Tensor,
-    objective: Objective,
+    objective: Recipe,
     dead: Tensor,
 ) -> StepResult:
     """AuxK: the strongest dead features are asked to predict what the living ones missed.

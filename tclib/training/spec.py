@@ -1,46 +1,77 @@
-"""The one declaration of every hyperparameter of a dictionary and of its training."""
+"""The one declaration of every hyperparameter of a dictionary and of its training.
+
+Presets and the command line take theirs from here; nothing here imports torch, so that they can do
+so at once. "Published" is the code and the checkpoints that came with the paper (arXiv 2406.11944).
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from tclib.dictionaries.dictionary import (
-    Activation,
-    DictionaryConfig,
-    Kind,
-)
-from tclib.models.language_model import LanguageModel
+from tclib.dictionaries.kinds import Activation, Kind
+from tclib.support.declared import Count, Natural, NonNegative, Positive, declared
 from tclib.support.errors import InputError
-from tclib.training.gradients import Loss, Objective
+
+if TYPE_CHECKING:
+    from tclib.dictionaries.dictionary import DictionaryConfig
+    from tclib.models.language_model import LanguageModel
+
+Loss = Literal["paper", "authors"]
 
 
-@dataclass(frozen=True)
-class DictionarySpec:
-    """One dictionary to train: what it is and what it is asked to minimise."""
+@declared(frozen=True)
+class Recipe:
+    """A dictionary's width, its sparsity and what it is asked to minimise: all but its place."""
+
+    activation: Activation = "relu"
+    """What keeps features sparse: `relu` with λ (the paper's), `topk` and `batch_topk` with k,
+    `jumprelu` with λ₀."""
+    expansion: Count = 32
+    """Features over d_model. Paper: 32."""
+    l1_coefficient: NonNegative = 0.0
+    """λ, the price of the summed activations of a token, in the units of `loss`. Published: 1e-5 to
+    2.5e-4, with the loss `authors`."""
+    l0_coefficient: NonNegative = 0.0
+    """λ₀, the price of an active feature of a token, for jumprelu alone. Not in the paper."""
+    bandwidth: Positive = 1.0
+    """ε of jumprelu's straight-through gradient, in units of pre-activations. Not in the paper."""
+    k: Count | None = None
+    """Active features a token, for topk; on average, for batch_topk. Not in the paper."""
+    loss: Loss = "paper"
+    """The squared error of a token: `paper` as it is (Eq. 5), `authors` over d_out times the output's
+    norm, as the published code has it."""
+    skip: bool = False
+    """Add a linear path from input to output. Paper: none."""
+    initial_norm: NonNegative = 0.0
+    """Norm of the first reconstruction over the output's, set by scaling the encoder. 0: as the paper
+    starts."""
+    auxk_coefficient: NonNegative = 0.0
+    """Weight of the auxiliary loss by which dead features learn what the others miss. Paper: 0, no AuxK."""
+    auxk_k: Count = 64
+    """Dead features a token that the auxiliary loss uses. Not in the paper."""
+
+    def at(self, kind: Kind, layer: int, **changes: Any) -> DictionarySpec:
+        """This recipe, with `changes`, for one dictionary."""
+        own = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        return DictionarySpec(kind, layer, **{**own, **changes})
+
+
+@declared(frozen=True)
+class Place:
+    """What a dictionary reads and writes."""
 
     kind: Kind
-    layer: int
-    activation: Activation = "relu"
-    expansion: int = 32  # n_features over d_model
-    l1_coefficient: float = 0.0  # λ, in the units of `loss`
-    l0_coefficient: float = 0.0  # λ₀, the price of an active feature, for jumprelu
-    bandwidth: float = 1.0  # ε of jumprelu's straight-through gradient, in units of pre-activations
-    k: int | None = None  # active features a token, for topk; on average, for batch_topk
-    loss: Loss = "paper"
-    skip: bool = False
-    initial_norm: float = 0.0  # first reconstruction's over the output's; 0: as the paper starts
-    auxk_coefficient: float = 0.0  # 0: no auxiliary loss for dead features, as in the paper
-    auxk_k: int = 64
+    """`transcoder` (MLP input to MLP output), or an SAE on either: `sae_mlp_out`, `sae_mlp_in`."""
+    layer: Natural
+    """Layer of the MLP, from 0. Paper: 8 of GPT-2, 15 of Pythia; all of GPT-2 for circuits."""
+
+
+@declared(frozen=True)
+class DictionarySpec(Recipe, Place):
+    """One dictionary to train: its place, then its recipe."""
 
     def __post_init__(self) -> None:
-        for name in ("l1_coefficient", "l0_coefficient", "initial_norm", "auxk_coefficient"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} {value}: expected a finite number, 0 or more")
-        if self.loss not in ("paper", "authors"):
-            raise InputError(f"loss {self.loss!r}: expected 'paper' or 'authors'")
         if self.activation == "relu" and self.l1_coefficient == 0:
             raise InputError("l1_coefficient 0: a relu dictionary needs λ > 0 to be sparse")
         if (self.activation == "jumprelu") != (self.l0_coefficient > 0):
@@ -48,8 +79,6 @@ class DictionarySpec:
                 f"l0_coefficient {self.l0_coefficient} for {self.activation}: jumprelu needs one above "
                 "0 to be sparse, the others take none"
             )
-        if not (math.isfinite(self.bandwidth) and self.bandwidth > 0):
-            raise InputError(f"bandwidth {self.bandwidth}: expected a finite number above 0")
 
     @property
     def name(self) -> str:
@@ -76,19 +105,10 @@ class DictionarySpec:
         words.append(self.activation if self.activation != "relu" else "")
         return " ".join(word for word in words if word)
 
-    def objective(self) -> Objective:
-        """What the dictionary minimises."""
-        return Objective(
-            self.loss,
-            self.l1_coefficient,
-            self.l0_coefficient,
-            self.bandwidth,
-            self.auxk_coefficient,
-            self.auxk_k,
-        )
-
     def dictionary_config(self, lm: LanguageModel) -> DictionaryConfig:
         """The dictionary's configuration on this model."""
+        from tclib.dictionaries.dictionary import DictionaryConfig
+
         return DictionaryConfig(
             kind=self.kind,
             layer=lm.check_layer(self.layer),
@@ -102,41 +122,42 @@ class DictionarySpec:
         )
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class TrainingConfig:
     """How all dictionaries of a run are trained. Defaults are the paper's (Appendix E)."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # a misspelt key in a preset is an error
-
-    n_tokens: int = 60_000_000
-    batch_size: int = 4096  # tokens a step
-    learning_rate: float = 2e-5
-    warmup_steps: int = 5000  # linear, from 0
-    decay_steps: int = 0  # linear, to 0, at the end
-    seed: int = 42
-    block_rows: int = 4096  # corpus rows whose tokens are shuffled together
-    rows_per_forward: int = 32
-    checkpoint_every_steps: int = 1000
-    log_every_steps: int = 50
-    dead_after_tokens: int = 1_000_000  # a feature silent for so long counts as dead
+    n_tokens: Count = 60_000_000
+    """Tokens to train on; passes over the corpus are repeated as needed. Paper: 60 million."""
+    batch_size: Count = 4096
+    """Tokens a step. Paper: 4096."""
+    learning_rate: Positive = 2e-5
+    """Adam's, after the warm-up. Paper: 2e-5 for the sweep; published code for GPT-2: 4e-4."""
+    warmup_steps: Natural = 5000
+    """Steps over which the learning rate rises from 0. Published: 5000."""
+    decay_steps: Natural = 0
+    """Steps at the end over which the learning rate falls to 0. Published: 0."""
+    seed: Natural = 42
+    """Decides first weights and the order of the data. Paper: 42."""
+    block_rows: Count = 4096
+    """Corpus rows whose tokens are held in memory and shuffled together."""
+    rows_per_forward: Count = 32
+    """Corpus rows a forward pass of the language model."""
+    checkpoint_every_steps: Count = 1000
+    """Steps between checkpoints, from which a run that was stopped goes on."""
+    log_every_steps: Count = 50
+    """Steps between lines of the training log."""
+    dead_after_tokens: Natural = 1_000_000
+    """Tokens after which a silent feature counts as dead. Published: 5000 steps, 20.48 million."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False  # torch.compile of the training step
-    cache_activations: bool = False  # keep them on disk, float16: later passes need no forward
+    """Of the products of a step; weights, and Adam's state, are float32. Published: float32."""
+    compile: bool = False
+    """Compile the training step with torch.compile."""
+    cache_activations: bool = False
+    """Keep activations on disk, in float16: later passes need no forward pass."""
     track: Literal["none", "wandb", "tensorboard"] = "none"
+    """Where the log goes besides training_log.csv."""
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "batch_size", "block_rows", "rows_per_forward"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
-        for name in ("checkpoint_every_steps", "log_every_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InputError(
-                f"learning_rate {self.learning_rate}: expected a finite number above 0"
-            )
-        if self.precision not in ("float32", "bfloat16"):
-            raise InputError(f"precision {self.precision!r}: expected 'float32' or 'bfloat16'")
         if self.n_tokens < self.batch_size:
             raise InputError(
                 f"n_tokens {self.n_tokens}: expected at least one batch, {self.batch_size}"

@@ -42,7 +42,6 @@ class DictionaryTrainer:
         self.spec = spec
         self.dictionary = dictionary
         self._config = config
-        self._objective = spec.objective()
         # Adam walks the memory of W_enc.T, which is the contiguous one.
         self._stored = {name: _contiguous(t) for name, t in dictionary.parameters().items()}
         self._adam = torch.optim.Adam(self._stored.values(), config.learning_rate, fused=True)
@@ -55,9 +54,9 @@ class DictionaryTrainer:
         """One Adam step on a slice of the block, then unit-norm decoder rows."""
         x = block[self.dictionary.config.input_site][rows]
         y = block[self.dictionary.config.output_site][rows]
-        dead = self.dead if self._objective.auxk_coefficient else None
+        dead = self.dead if self.spec.auxk_coefficient else None
         with self._autocast():
-            result = self._step_result(self.dictionary, x, y, self._objective, dead)
+            result = self._step_result(self.dictionary, x, y, self.spec, dead)
         self._remove_parallel_component(result.gradients)
         for name, gradient in result.gradients.items():
             parameter = self._stored[name]

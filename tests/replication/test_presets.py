@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
+import jsonschema
 import pytest
 import yaml
 
 from tclib.replication import presets
 from tclib.replication.presets import load_preset, preset_names
 from tclib.replication.sweep import paper_sweep
+from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
+from tclib.training.spec import DictionarySpec, Recipe
 
 PAPER = ("gpt2", "pythia-410m", "pythia-1.4b")
 
@@ -70,17 +76,85 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(InputError, match=message):
             load_preset("x")
 
-    refused("preset 'x', colour: Unexpected keyword", colour="red")
-    refused("corpus.n_cxt: Unexpected keyword", corpus={**values["corpus"], "n_cxt": 3})
-    refused("corpus.kind: Input should be 'demo'", corpus={**values["corpus"], "kind": "web"})
+    refused("preset 'x', colour: no such name; expected one of name, desc", colour="red")
+    refused("corpus.n_cxt: no such name; did you mean n_ctx", corpus={"n_cxt": 3})
+    refused("corpus.kind 'web': expected 'demo', 'text'", corpus={"kind": "web"})
+    refused("corpus: corpus kind 'text' needs a source", corpus={"kind": "text"})
     training = {**values["transcoders"]["training"], "batch_size": 0}
-    refused("batch_size 0", transcoders={**values["transcoders"], "training": training})
-    refused("sweep.layer", sweep={**values["sweep"], "layer": "two"})
+    refused(
+        "transcoders.training.batch_size 0: expected at least 1",
+        transcoders={**values["transcoders"], "training": training},
+    )
+    refused("sweep.layer 'two': expected a valid integer", sweep={"layer": "two"})
+    refused("sweep.layer: expected a value, found none", sweep={})
+    refused(
+        "sweep.transcoder_l1.0 -1.0: expected more", sweep={"layer": 1, "transcoder_l1": [-1.0]}
+    )
+    family = {"kind": "transcoder", "sparsity": [1]}
+    refused("sweep.families.0.sparsity: .* mean sparsities", sweep={"families": [family]})
+    (tmp_path / "x.yaml").write_text("a: [")
+    with pytest.raises(InputError, match="x.yaml is not YAML"):
+        load_preset("x")
 
 
-def test_a_negative_l1_in_a_preset_is_refused_when_its_specs_are_made() -> None:
-    from dataclasses import replace
+def test_a_preset_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((presets.PRESETS / "demo.yaml").read_text())
+    demo = load_preset("demo", runs_dir=tmp_path)
+    assert load_preset(str(path), runs_dir=tmp_path) == replace(demo, name="mine")
+    monkeypatch.chdir(tmp_path)
+    assert load_preset("mine.yaml", seed=7).name == "mine-seed7"
+    with pytest.raises(InputError, match="unknown preset './other': no such file"):
+        load_preset("./other")
 
-    sweep = replace(load_preset("demo").sweep, transcoder_l1=(-1.0,))
-    with pytest.raises(InputError, match="l1_coefficient -1.0"):
-        sweep.specs()
+
+def test_every_hyperparameter_can_be_given_in_a_preset_and_families_share_the_sweeps() -> None:
+    given = {
+        "activation": "jumprelu",
+        "expansion": 2,
+        "l1_coefficient": 0.25,
+        "l0_coefficient": 0.5,
+        "bandwidth": 0.1,
+        "k": None,
+        "loss": "paper",
+        "skip": True,
+        "initial_norm": 1.0,
+        "auxk_coefficient": 0.03,
+        "auxk_k": 7,
+    }
+    assert list(given) == [field.name for field in fields(Recipe)]
+    spec = DictionarySpec("transcoder", 1, **given)  # type: ignore[arg-type]
+    assert presets.TranscodersConfig(**given).at("transcoder", 1) == spec
+    family = {"kind": "transcoder", "sparsities": [0.5]}
+    whole = presets.SweepConfig(layer=1, families=[{**given, **family}])  # type: ignore[arg-type]
+    shared = presets.SweepConfig(layer=1, families=[family], **given)  # type: ignore[arg-type]
+    assert whole.specs() == shared.specs() == [spec]
+
+
+def declared_classes() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    waiting: list[Any] = [presets.Preset, DictionarySpec]
+    while waiting:
+        one = waiting.pop()
+        waiting += get_args(one)
+        if is_dataclass(one):
+            found[one.__name__] = one  # type: ignore[union-attr]
+            waiting += get_type_hints(one).values()
+    return found
+
+
+def test_every_field_says_what_it_means() -> None:
+    classes = declared_classes()
+    assert {"CorpusConfig", "DictionaryFamily", "TrainingConfig", "DictionarySpec"} <= set(classes)
+    for name, cls in classes.items():
+        missing = [field for field, text in descriptions(cls).items() if not text.strip()]
+        assert not missing, (name, missing)
+
+
+def test_the_committed_schema_is_the_declarations_and_every_preset_follows_it() -> None:
+    committed = (presets.PRESETS / presets.SCHEMA).read_text()
+    assert committed == presets.preset_schema(), "run `tclib preset schema`"
+    for name in preset_names():
+        text = (presets.PRESETS / f"{name}.yaml").read_text()
+        assert text.startswith(f"# yaml-language-server: $schema={presets.SCHEMA}\n")
+        jsonschema.validate(yaml.safe_load(text), json.loads(committed))

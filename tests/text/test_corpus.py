@@ -157,7 +157,7 @@ def test_evaluation_rows_that_were_trained_on_are_counted() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "web"}, "corpus kind 'web'"),
+        ({"kind": "web"}, "kind 'web': expected 'demo'"),
         ({"eval_fraction": 1.0}, "eval_fraction 1.0"),
         ({"kind": "text"}, "needs a source"),
         ({"n_train_tokens": 3}, "n_train_tokens 3"),

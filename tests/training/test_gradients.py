@@ -17,7 +17,8 @@ from tclib.dictionaries.dictionary import (
     DictionaryConfig,
     activate,
 )
-from tclib.training.gradients import Objective, _stable_argsort, step_result
+from tclib.training.gradients import _stable_argsort, step_result
+from tclib.training.spec import Recipe
 
 N_TOKENS, D_IN, D_OUT, N_FEATURES = 40, 6, 5, 24
 
@@ -56,7 +57,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def loss_by_definition(
-    p: dict[str, Tensor], d: Dictionary, x: Tensor, y: Tensor, o: Objective
+    p: dict[str, Tensor], d: Dictionary, x: Tensor, y: Tensor, o: Recipe
 ) -> Tensor:
     pre = x @ p["W_enc"] + p["b_enc"]
     penalty = 0.0
@@ -116,7 +117,7 @@ class _Step(torch.autograd.Function):
 )
 def test_loss_and_gradients_equal_autograd(activation: str, skip: bool, loss: str) -> None:
     dictionary, (x, y) = random_dictionary(activation, skip), batch()
-    objective = Objective(loss, 0.03, l0_coefficient=0.2, bandwidth=0.7)  # type: ignore[arg-type]
+    objective = Recipe(loss=loss, l1_coefficient=0.03, l0_coefficient=0.2, bandwidth=0.7)  # type: ignore[arg-type]
     result = step_result(dictionary, x, y, objective)
     leaves = {n: t.detach().clone().requires_grad_() for n, t in dictionary.parameters().items()}
     expected = loss_by_definition(leaves, dictionary, x, y, objective)
@@ -133,7 +134,7 @@ def test_loss_and_gradients_equal_autograd(activation: str, skip: bool, loss: st
 @pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])
 def test_l0_error_and_fired_are_those_of_the_forward_pass(activation: str) -> None:
     dictionary, (x, y) = random_dictionary(activation, skip=False), batch()
-    result = step_result(dictionary, x, y, Objective(l1_coefficient=0.1))
+    result = step_result(dictionary, x, y, Recipe(l1_coefficient=0.1))
     output = dictionary(x)
     assert result.l0 == pytest.approx((output.feature_acts > 0).sum(1).double().mean().item())
     assert torch.equal(result.fired, (output.feature_acts > 0).any(0))
@@ -143,7 +144,7 @@ def test_l0_error_and_fired_are_those_of_the_forward_pass(activation: str) -> No
 
 def test_batch_topk_keeps_k_a_token_on_average_and_gives_its_threshold() -> None:
     dictionary, (x, y) = random_dictionary("batch_topk", skip=False), batch()
-    result = step_result(dictionary, x, y, Objective())
+    result = step_result(dictionary, x, y, Recipe())
     z = dictionary.pre_acts(x).relu()
     largest = z.flatten().sort(descending=True).values[: 4 * N_TOKENS]
     assert result.l0 == 4.0
@@ -159,8 +160,8 @@ def test_auxk_gradients_equal_autograd_and_touch_dead_features_only() -> None:
     dictionary = dictionary.to(dtype=torch.float32)
     dead = torch.zeros(N_FEATURES, dtype=torch.bool)
     dead[[3, 7, 11]] = True
-    with_aux = Objective("paper", 0.05, auxk_coefficient=0.5, auxk_k=2)
-    plain = step_result(dictionary, x, y, Objective("paper", 0.05))
+    with_aux = Recipe(l1_coefficient=0.05, auxk_coefficient=0.5, auxk_k=2)
+    plain = step_result(dictionary, x, y, Recipe(l1_coefficient=0.05))
     result = step_result(dictionary, x, y, with_aux, dead)
     leaves = {n: t.detach().clone().requires_grad_() for n, t in dictionary.parameters().items()}
     missed = (y - dictionary(x).reconstruction).detach()
@@ -179,9 +180,9 @@ def test_auxk_gradients_equal_autograd_and_touch_dead_features_only() -> None:
 def test_auxk_without_dead_features_adds_nothing() -> None:
     dictionary, (x, y) = random_dictionary("relu", skip=False), batch()
     none_dead = torch.zeros(N_FEATURES, dtype=torch.bool)
-    objective = Objective("paper", 0.05, auxk_coefficient=0.5)
+    objective = Recipe(l1_coefficient=0.05, auxk_coefficient=0.5)
     with_aux = step_result(dictionary, x, y, objective, none_dead)
-    assert with_aux.loss == step_result(dictionary, x, y, Objective("paper", 0.05)).loss
+    assert with_aux.loss == step_result(dictionary, x, y, Recipe(l1_coefficient=0.05)).loss
 
 
 @pytest.mark.parametrize("n_features", [100, 65_536, 70_000])
