@@ -8,7 +8,8 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.blind.predicates import ACTIVE_SHARE, Predicate, Score, score
+from tclib.blind.predicates import Predicate, Score, score
+from tclib.evaluation.metrics import strong_threshold
 
 Grade = Literal["success", "mostly", "failure"]
 
@@ -36,7 +37,7 @@ def grade_predicate(
     Active means above a quarter of the maximum there. Success: F1 at least 0.6. Mostly: F1 at least
     0.3, or AUROC at least 0.9. Else failure. Errors: `InputError` if the feature never fires there.
     """
-    threshold = ACTIVE_SHARE * float(acts.max())
+    threshold = strong_threshold(acts)
     found = score(predicate.holds(rows, bos_id), acts, rows != bos_id, threshold)
     if found.f1 >= SUCCESS_F1:
         grade: Grade = "success"
@@ -49,4 +50,4 @@ def grade_predicate(
 
 def active_positions(acts: Float[Tensor, "row pos"]) -> Tensor:
     """Where a feature counts as active when grading."""
-    return acts > ACTIVE_SHARE * acts.max()
+    return acts > strong_threshold(acts)

@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 
 from tclib.blind.ledger import Position
-from tclib.blind.predicates import ACTIVE_SHARE, Predicate
+from tclib.blind.predicates import Predicate
 from tclib.blind.session import BlindSession
+from tclib.evaluation.metrics import ACTIVE_SHARE
 
 N_POSITIONS = 6
 MIN_SHARE = 0.5  # of the maximum: which activations are looked at, as the paper's thresholds

@@ -18,8 +18,6 @@ from torch import Tensor
 from tclib.support.errors import InputError
 from tclib.support.statistics import auroc
 
-ACTIVE_SHARE = 0.25  # of a feature's maximum: above it a feature counts as active
-
 
 @dataclass(frozen=True)
 class Predicate:

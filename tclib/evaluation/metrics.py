@@ -13,17 +13,38 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LIVE_LOG10_FREQUENCY = -4.0
+ACTIVE_SHARE = 0.25  # of its maximum: above it a feature counts as strongly active
+
+
+def is_active(feature_acts: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Where z > 0: what L0, firing frequencies and dead features count."""
+    return feature_acts > 0
+
+
+def strong_threshold(feature_acts: Float[Tensor, "*shape"]) -> float:
+    """A quarter of the maximum: above it a feature counts as active where meanings are graded."""
+    return ACTIVE_SHARE * float(feature_acts.max())
 
 
 def l0(feature_acts: Float[Tensor, "token n_features"]) -> float:
-    """Mean number of features with z > 0 a token."""
-    return float((feature_acts > 0).sum(-1).double().mean())
+    """Mean number of active features a token."""
+    return mean_active(int(is_active(feature_acts).sum()), len(feature_acts))
+
+
+def mean_active(n_active: int, n_tokens: int) -> float:
+    """L0 from counts."""
+    return n_active / n_tokens
+
+
+def variation(y: Float[Tensor, "token d_out"]) -> Float[Tensor, ""]:
+    """Σ‖y − ȳ‖², ȳ the mean over all tokens: what FVU divides by."""
+    return (y - y.mean(0)).pow(2).sum()
 
 
 def fvu(y: Float[Tensor, "token d_out"], reconstruction: Float[Tensor, "token d_out"]) -> float:
     """Fraction of variance unexplained: Σ‖y − ŷ‖² / Σ‖y − ȳ‖², ȳ the mean over all tokens."""
     y, reconstruction = y.double(), reconstruction.double()
-    return float((y - reconstruction).pow(2).sum() / (y - y.mean(0)).pow(2).sum())
+    return float((y - reconstruction).pow(2).sum() / variation(y))
 
 
 def next_token_losses(
@@ -94,7 +115,7 @@ class ReconstructionSums:
             self._shifted_sum = torch.zeros_like(self._shift)
             self.n_fired = torch.zeros_like(feature_acts[0], dtype=torch.int64)
         shifted = y - self._shift
-        active = feature_acts > 0
+        active = is_active(feature_acts)
         self._shifted_sum += shifted.sum(0)
         self._shifted_square += float(shifted.pow(2).sum())
         self.squared_error += float((y - reconstruction.double()).pow(2).sum())
@@ -104,7 +125,7 @@ class ReconstructionSums:
 
     @property
     def l0(self) -> float:
-        return self.n_active / self.n_tokens
+        return mean_active(self.n_active, self.n_tokens)
 
     @property
     def fvu(self) -> float:

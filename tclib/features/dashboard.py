@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.evaluation.metrics import is_active
 from tclib.features.examples import band_shares, feature_activations, sample_in_bands
 from tclib.features.from_weights import (
     de_embedding,
@@ -79,7 +80,7 @@ def build_dashboard(
     if acts is None:
         acts = feature_activations(lm, dictionary, [feature], rows)[0]
     n_tokens = int((rows != lm.bos_id).sum())
-    n_fired = int((acts > 0).sum())
+    n_fired = int(is_active(acts).sum())
     if n_fired == 0:
         raise InputError(
             f"feature {feature} of layer {dictionary.config.layer} never fires on these "

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.evaluation.metrics import is_active
 from tclib.models.language_model import LanguageModel
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
@@ -73,7 +74,7 @@ def firing_frequency(
     """Share of tokens, BOS left out, on which each feature fires."""
     n_fired = torch.zeros(dictionary.config.n_features, dtype=torch.float64, device=lm.device)
     for _, acts in _encoded(lm, dictionary, rows):
-        n_fired += (acts > 0).sum((0, 1))
+        n_fired += is_active(acts).sum((0, 1))
     return n_fired.cpu() / int((rows != lm.bos_id).sum())
 
 
@@ -145,7 +146,7 @@ def top_examples(
     edges = torch.tensor(HISTOGRAM_EDGES[1:-1], dtype=torch.float32, device=device)
     for first_row, acts in _encoded(lm, dictionary, rows):
         flat = acts.flatten(0, 1).float()
-        place, feature = (flat > 0).nonzero(as_tuple=True)
+        place, feature = is_active(flat).nonzero(as_tuple=True)
         value = flat[place, feature]
         n_fired += torch.bincount(feature, minlength=n_features)
         cell = feature * histogram.shape[1] + torch.bucketize(value, edges)
@@ -211,7 +212,7 @@ def sample_in_bands(
     bands from 0 to the maximum; the last ends at it), strongest first. Errors: `InputError` for a
     feature that never fires here, or fewer examples than asked for.
     """
-    row, pos = (acts > 0).nonzero(as_tuple=True)
+    row, pos = is_active(acts).nonzero(as_tuple=True)
     values = acts[row, pos].double().numpy()
     if len(values) == 0:
         raise InputError("the feature never fires on these rows: give more rows, or a live feature")

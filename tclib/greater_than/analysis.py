@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tclib.circuits.frozen import FrozenPrompts
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.evaluation.metrics import l0
 from tclib.features.from_weights import Head
 from tclib.greater_than.components import component_attributions, reading_heads, strongest_head
 from tclib.greater_than.curves import (
@@ -80,7 +81,11 @@ def prepare(
     generator = torch.Generator().manual_seed(seed)
     kinds = [features, neuron_units(lm, below), random_direction_units(features, generator)]
     if saes:
-        kinds.append(dictionary_units(_nearest_l0(saes, below, features), below, "SAE features"))
+        kinds.append(
+            dictionary_units(
+                _nearest_l0(saes, below, features, task.tokens != lm.bos_id), below, "SAE features"
+            )
+        )
     units = {kind.name: kind for kind in kinds}
     orders = {}
     for kind in kinds:
@@ -89,18 +94,19 @@ def prepare(
     return Analysed(lm, task, below, units, orders)
 
 
-def _nearest_l0(saes: Mapping[str, Dictionary], below: LowerRun, features: Units) -> Dictionary:
-    """The SAE whose L0 on the prompts is nearest to the transcoder's, as a ratio."""
+def _nearest_l0(
+    saes: Mapping[str, Dictionary],
+    below: LowerRun,
+    features: Units,
+    is_text: Bool[Tensor, "prompt pos"],
+) -> Dictionary:
+    """The SAE whose L0 on the prompts is nearest to the transcoder's, as a ratio, BOS left out."""
+    wanted = l0(features.acts[is_text])
 
     def distance(sae: Dictionary) -> float:
-        return abs(np.log((_l0(sae.encode(below.mlp_out)) + 1e-9) / _l0(features.acts)))
+        return abs(np.log((l0(sae.encode(below.mlp_out)[is_text]) + 1e-9) / wanted))
 
     return min(saes.values(), key=distance)
-
-
-def _l0(acts: Float[Tensor, "prompt pos unit"]) -> float:
-    """Mean number of active units a token, the first token left out."""
-    return float((acts[:, 1:] > 0).sum(-1).double().mean())
 
 
 def all_curves(analysed: Analysed) -> dict[tuple[str, str], Curve]:
@@ -228,7 +234,7 @@ def _summary(
     lm, task, below = analysed.lm, analysed.task, analysed.below
     features, neurons = curves[FEATURES, "variance"], curves[NEURONS, "variance"]
     suspect = harmful[harmful["is_steepest"]].iloc[0]
-    scored = task.scored()
+    scored, is_text = task.scored(), task.tokens != lm.bos_id
     return {
         "form": task.form,
         "layer": dictionary.config.layer,
@@ -248,6 +254,6 @@ def _summary(
         "harmful_rank": int(suspect["rank"]),
         "harmful_gain": float(suspect["gain"]),
         "best_single_gain_feature": int(harmful.iloc[0]["unit"]),
-        "l0": {name: _l0(units.acts) for name, units in analysed.units.items()},
+        "l0": {name: l0(units.acts[is_text]) for name, units in analysed.units.items()},
         "top_features": analysed.orders[FEATURES, "variance"][:N_CURVE_FEATURES].tolist(),
     }

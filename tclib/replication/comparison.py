@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tclib.blind.latents import LabelledRows, label_scores, labelled_rows, recovered_latents
-from tclib.blind.predicates import ACTIVE_SHARE, fit_predicate, score
+from tclib.blind.predicates import fit_predicate, score
 from tclib.blind.ratings import Rating
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.evaluation.metrics import l0
+from tclib.evaluation.metrics import ACTIVE_SHARE, l0, strong_threshold
 from tclib.features.dashboard import build_dashboard
 from tclib.features.examples import feature_activations, live_features
 from tclib.features.html import dashboard_html, save_page
@@ -186,7 +186,7 @@ def proxy_rating(
     Active means above a quarter of the maximum on the first text. A feature that is never active on the
     second has no score and counts as `not`.
     """
-    threshold = ACTIVE_SHARE * float(acts.max())
+    threshold = strong_threshold(acts)
     predicate = fit_predicate(rows, acts, bos_id, threshold)
     line: dict[str, Any] = {"predicate": json.dumps(predicate.as_dict())}
     line["context_free"] = predicate.is_context_free

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tclib.dictionaries.dictionary import Dictionary, TopFeatures, topk_features
+from tclib.evaluation import metrics
 from tclib.training.spec import Loss, Recipe
 
 _EMBEDDING_BAG_SUM = 0
@@ -54,7 +55,7 @@ class StepResult(NamedTuple):
     @property
     def l0(self) -> float:
         """Mean number of active features a token."""
-        return int((self.acts > 0).sum()) / self.n_tokens
+        return metrics.mean_active(int(metrics.is_active(self.acts).sum()), self.n_tokens)
 
 
 def token_weights(y: Float[Tensor, "token d_out"], loss: Loss) -> Float[Tensor, "token 1"]:

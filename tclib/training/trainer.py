@@ -16,6 +16,7 @@ from tclib.dictionaries.dictionary import (
     DictionaryConfig,
     activate,
 )
+from tclib.evaluation import metrics
 from tclib.training.activations import Block
 from tclib.training.gradients import StepResult, step_result
 from tclib.training.spec import DictionarySpec, TrainingConfig
@@ -77,11 +78,10 @@ class DictionaryTrainer:
     def measure(self, result: StepResult, block: Block, rows: slice) -> Measurement:
         """The log line of a step: its loss, L0 and FVU on its own batch, and the dead share."""
         y = block[self.dictionary.config.output_site][rows]
-        total = (y - y.mean(0)).pow(2).sum()
         return Measurement(
             loss=float(result.loss),
             l0=result.l0,
-            fvu=float(result.squared_error / total),
+            fvu=float(result.squared_error / metrics.variation(y)),
             dead_share=float(self.dead.float().mean()),
         )
 
