@@ -65,8 +65,6 @@ class _Secret:
 
 # Kept apart from the sessions, so that nothing that walks over a session's attributes finds it.
 _SECRETS: WeakKeyDictionary[BlindSession, _Secret] = WeakKeyDictionary()
-
-
 OWN: Any = None  # the layer or the feature under study
 
 _Asked = ParamSpec("_Asked")

@@ -96,8 +96,6 @@ def predicted_against_actual(table: pd.DataFrame, unit: str) -> Figure:
 
 
 OF_ALL: dict[str, Any] = {"marker": "o"}
-
-
 OF_ACTIVE: dict[str, Any] = {"marker": "o", "mfc": "white", "linestyle": "-."}
 
 

@@ -25,7 +25,6 @@ CURVES = {
     "exact": ("brought by the head (rescaled)", "#009E73", ":"),
 }
 
-
 MANY_LAYERS = 12  # above this, every third is named on an axis
 
 

@@ -16,7 +16,6 @@ KIND_STYLE: dict[str, dict[str, Any]] = {
     "sae_mlp_in": {"color": "#009E73", "marker": "^", "label": "SAE on mlp_in"},
 }
 
-
 FAMILY_STYLE: dict[str, dict[str, Any]] = {
     **KIND_STYLE,
     "transcoder topk": {**KIND_STYLE["transcoder"], "label": "transcoder, top-k"},
@@ -35,10 +34,7 @@ FAMILY_STYLE: dict[str, dict[str, Any]] = {
     "transcoder jumprelu": {"color": "#CC79A7", "marker": "v", "label": "transcoder, JumpReLU"},
 }
 
-
 OTHER_STYLE: dict[str, Any] = {"color": "0.4", "marker": "x"}
-
-
 SAVED_DPI = 150
 
 

@@ -70,8 +70,6 @@ def write_csv(table: pd.DataFrame, step: Step, name: str) -> None:
 
 
 MANIFEST = "manifest.json"
-
-
 RECORDED_PACKAGES = ("tclib", "torch", "transformers", "datasets", "safetensors", "numpy", "pandas")
 
 

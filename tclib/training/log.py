@@ -79,7 +79,6 @@ def _flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 LOG = "training_log.csv"
 
-
 LOG_COLUMNS = (
     "step",
     "n_tokens",
