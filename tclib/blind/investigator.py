@@ -198,7 +198,3 @@ def _in_words(predicate: Predicate, names: dict[int, str]) -> str:
         where = f"within {predicate.reach} tokens before" if predicate.reach else "anywhere before"
         parts.append(f"{where} stands one of {listed(predicate.attended)}")
     return " and ".join(parts)
-
-
-# ---------------------------------------------------------------------------------------------
-# Grading

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -45,6 +48,7 @@ from tclib.features.from_weights import (
 from tclib.models.language_model import LanguageModel
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
+from tclib.support.statistics import to_numpy
 
 
 @dataclass
@@ -61,6 +65,35 @@ class _Secret:
 
 # Kept apart from the sessions, so that nothing that walks over a session's attributes finds it.
 _SECRETS: WeakKeyDictionary[BlindSession, _Secret] = WeakKeyDictionary()
+OWN: Any = None  # the layer or the feature under study
+
+_Asked = ParamSpec("_Asked")
+_Answer = TypeVar("_Answer")
+
+
+def question(
+    method: Callable[Concatenate[BlindSession, _Asked], _Answer],
+) -> Callable[Concatenate[BlindSession, _Asked], _Answer]:
+    """A method whose every answer goes into the ledger, with all arguments, defaults filled in."""
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def asked(session: BlindSession, *args: _Asked.args, **kwargs: _Asked.kwargs) -> _Answer:
+        bound = signature.bind(session, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = {name: bound.arguments[name] for name in list(bound.arguments)[1:]}
+        for name in ("layer", "feature"):
+            if name in arguments and arguments[name] is OWN:
+                bound.arguments[name] = arguments[name] = getattr(session, name)
+        answer = method(*bound.args, **bound.kwargs)
+        if "position" in arguments:
+            arguments = {**vars(arguments.pop("position")), **arguments}
+        if arguments.get("head") is not None:
+            arguments["head"] = list(arguments["head"])
+        session._record("question", method.__name__, arguments, plain(answer))
+        return answer
+
+    return asked
 
 
 class BlindSession:
@@ -150,6 +183,7 @@ class BlindSession:
 
     # -- questions that need the corpus -----------------------------------------------------
 
+    @question
     def examples(self, n_examples: int = 10, min_share: float = 0.0) -> pd.DataFrame:
         """Positions where the feature is active, evenly over its range: example, pos, activation.
 
@@ -159,27 +193,22 @@ class BlindSession:
         strong = torch.where(secret.acts > min_share * secret.acts.max(), secret.acts, 0.0)
         n = min(n_examples, int((strong > 0).sum()))
         table = sample_in_bands(strong, n)[["row", "pos", "activation"]]
-        answer = table.rename(columns={"row": "example"})
-        return self._answer("examples", {"n_examples": n_examples, "min_share": min_share}, answer)
+        return table.rename(columns={"row": "example"})
 
-    def activation(
-        self, position: Position, layer: int | None = None, feature: int | None = None
-    ) -> float:
+    @question
+    def activation(self, position: Position, layer: int = OWN, feature: int = OWN) -> float:
         """Activation of a feature at a position; of the one under study by default."""
-        layer = self.layer if layer is None else layer
-        feature = self.feature if feature is None else feature
         self._refuse_layer_0(layer)
         frozen = self._frozen(position)
-        target = frozen.feature_target(layer, feature, position.pos)
-        arguments = {**vars(position), "layer": layer, "feature": feature}
-        return self._answer("activation", arguments, max(0.0, frozen.value(target)))
+        return max(0.0, frozen.value(frozen.feature_target(layer, feature, position.pos)))
 
+    @question
     def sources(
         self,
         position: Position,
         n_sources: int = 20,
-        layer: int | None = None,
-        feature: int | None = None,
+        layer: int = OWN,
+        feature: int = OWN,
         rest: bool = False,
     ) -> pd.DataFrame:
         """The strongest sources of a feature at a position, with shares of the sum of sizes.
@@ -188,8 +217,6 @@ class BlindSession:
         feature −1 sum up the sources that are not listed, so that all lines add up to the pre-activation
         (restricted: less what layer 0's features bring).
         """
-        layer = self.layer if layer is None else layer
-        feature = self.feature if feature is None else feature
         self._refuse_layer_0(layer)
         frozen = self._frozen(position)
         (found,) = sources(frozen, [frozen.feature_target(layer, feature, position.pos)])
@@ -202,10 +229,9 @@ class BlindSession:
         answer = by_size.head(n_sources)
         if rest:
             answer = pd.concat([answer, _summed(by_size.iloc[n_sources:])])
-        arguments = {**vars(position), "n_sources": n_sources, "layer": layer, "feature": feature}
-        arguments |= {"rest": rest}
-        return self._answer("sources", arguments, answer.reset_index(drop=True))
+        return answer.reset_index(drop=True)
 
+    @question
     def paths(
         self, position: Position, n_iterations: int = 3, n_branches: int = 10
     ) -> pd.DataFrame:
@@ -215,8 +241,8 @@ class BlindSession:
         """
         frozen = self._frozen(position)
         root = frozen.feature_target(self.layer, self.feature, position.pos)
-        found = [
-            path
+        lines = [
+            {"path": " <- ".join(map(str, path.nodes)), "contribution": path.contribution}
             for level in greedy_paths(frozen, root, n_iterations, n_branches)
             for path in level
             if not (
@@ -224,76 +250,60 @@ class BlindSession:
                 and any(node.kind == "feature" and node.layer == 0 for node in path.nodes)
             )
         ]
-        lines = [
-            {"path": " <- ".join(map(str, path.nodes)), "contribution": path.contribution}
-            for path in found
-        ]
-        arguments = {**vars(position), "n_iterations": n_iterations, "n_branches": n_branches}
-        table = pd.DataFrame(lines, columns=["path", "contribution"])
-        return self._answer("paths", arguments, table)
+        return pd.DataFrame(lines, columns=["path", "contribution"])
 
     # -- questions that need no input -------------------------------------------------------
 
+    @question
     def de_embedding(
         self,
-        layer: int | None = None,
-        feature: int | None = None,
+        layer: int = OWN,
+        feature: int = OWN,
         head: tuple[int, int] | None = None,
         extended: bool = False,
         k: int = 10,
     ) -> pd.DataFrame:
         """Tokens of the vocabulary that excite a feature, from weights alone: rank, token, score."""
-        lm, dictionary, feature = self._subject(layer, feature)
-        through = None if head is None else Head(*head)
         function = extended_de_embedding if extended else de_embedding
-        answer = token_table(lm, function(lm, dictionary, feature, through), k)
-        arguments: dict[str, Any] = {"layer": dictionary.config.layer, "feature": feature, "k": k}
-        arguments |= {"head": None if head is None else list(head), "extended": extended}
-        return self._answer("de_embedding", arguments, answer)
+        through = None if head is None else Head(*head)
+        lm = _SECRETS[self].lm
+        return token_table(lm, function(lm, self._transcoder(layer), feature, through), k)
 
-    def lone_token(
-        self, layer: int | None = None, feature: int | None = None, k: int = 10
-    ) -> pd.DataFrame:
+    @question
+    def lone_token(self, layer: int = OWN, feature: int = OWN, k: int = 10) -> pd.DataFrame:
         """Tokens of the vocabulary that excite a feature by themselves, behind BOS: rank, token, score.
 
         The model runs on single tokens, not on the corpus: no input of the study is in it.
         """
-        lm, dictionary, feature = self._subject(layer, feature)
-        answer = token_table(lm, _SECRETS[self].lone.scores(dictionary, feature), k)
-        arguments = {"layer": dictionary.config.layer, "feature": feature, "k": k}
-        return self._answer("lone_token", arguments, answer)
+        secret = _SECRETS[self]
+        scores = secret.lone.scores(self._transcoder(layer), feature)
+        return token_table(secret.lm, scores, k)
 
+    @question
     def pullback(
         self,
         earlier_layer: int,
-        layer: int | None = None,
-        feature: int | None = None,
+        layer: int = OWN,
+        feature: int = OWN,
         head: tuple[int, int] | None = None,
         k: int = 10,
     ) -> pd.DataFrame:
         """Earlier features that excite a feature, from weights alone: feature, score."""
-        lm, dictionary, feature = self._subject(layer, feature)
-        earlier = self._transcoder(earlier_layer)
+        dictionary, earlier = self._transcoder(layer), self._transcoder(earlier_layer)
         through = None if head is None else Head(*head)
-        scores = pullback(lm, dictionary, feature, earlier, through)
-        arguments: dict[str, Any] = {
-            "earlier_layer": earlier_layer,
-            "layer": dictionary.config.layer,
-        }
-        arguments |= {"feature": feature, "head": None if head is None else list(head), "k": k}
-        return self._answer("pullback", arguments, feature_table(scores, k))
+        return feature_table(pullback(_SECRETS[self].lm, dictionary, feature, earlier, through), k)
 
+    @question
     def logits(self, k: int = 10) -> pd.DataFrame:
         """Tokens that the feature promotes and suppresses: rank, token, score."""
-        lm, dictionary, feature = self._subject(None, None)
-        answer = token_table(lm, direct_logit_attribution(lm, dictionary, feature), k)
-        return self._answer("logits", {"k": k}, answer)
+        lm, dictionary = _SECRETS[self].lm, self._transcoder(self.layer)
+        return token_table(lm, direct_logit_attribution(lm, dictionary, self.feature), k)
 
+    @question
     def ov_norms(self) -> pd.DataFrame:
         """How strongly each head could feed the feature: a line a layer, a column a head."""
-        lm, dictionary, feature = self._subject(None, None)
-        norms = ov_norms(lm, dictionary, feature).double().cpu().numpy()
-        return self._answer("ov_norms", {}, pd.DataFrame(norms))
+        norms = ov_norms(_SECRETS[self].lm, self._transcoder(self.layer), self.feature)
+        return pd.DataFrame(to_numpy(norms))
 
     # -- the end of blindness ---------------------------------------------------------------
 
@@ -370,16 +380,6 @@ class BlindSession:
             )
         return transcoders[layer]
 
-    def _subject(
-        self, layer: int | None, feature: int | None
-    ) -> tuple[LanguageModel, Dictionary, int]:
-        dictionary = self._transcoder(self.layer if layer is None else layer)
-        return _SECRETS[self].lm, dictionary, self.feature if feature is None else feature
-
-    def _answer(self, question: str, arguments: dict[str, Any], answer: Any) -> Any:
-        self._record("question", question, arguments, plain(answer))
-        return answer
-
     def _record(self, kind: str, question: str, arguments: dict[str, Any], answer: Any) -> None:
         before = self._ledger[-1].digest if self._ledger else GENESIS
         index = len(self._ledger)
@@ -394,7 +394,3 @@ def _summed(sources: pd.DataFrame) -> pd.DataFrame:
     sums = groups[["contribution", "share"]].sum().reset_index()
     lines = sums.assign(head=-1, feature=-1, activation=1.0, weight=sums["contribution"])
     return lines[list(sources.columns)]
-
-
-# ---------------------------------------------------------------------------------------------
-# Ledgers on disk

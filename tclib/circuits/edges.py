@@ -19,7 +19,6 @@ the target's token. Either way constant + Σ edges = value, to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -29,10 +28,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.circuits.frozen import FrozenPrompts, ReadSite, SourceKind
+from tclib.circuits.writers import Part, Writer, writers
 from tclib.models.architectures import AttentionWeights
+from tclib.support.statistics import to_numpy
 
 Heads = Literal["summed", "nodes"]
-Written = Literal["mlp", "attention", "embedding"]
+
 _CARRIED_ELEMENTS = 32_000_000  # of g at once: 128 MB in float32
 
 
@@ -43,27 +44,8 @@ class Readers(NamedTuple):
     directions: Float[Tensor, "target d_model"]
 
 
-@dataclass(frozen=True)
-class _Vectors:
-    """A source at every token of one layer: where its columns start, and what it writes."""
-
-    kind: SourceKind
-    layer: int
-    written: Written
-    start: int
-    vectors: Float[Tensor, "pos d_model"]
-
-
-@dataclass(frozen=True)
-class _Features:
-    """Active features of one layer in (pos, feature) order; `offsets` are columns by token."""
-
-    layer: int
-    offsets: list[int]
-    feature: Int[Tensor, "active"]
-    acts: Float[Tensor, "active"]
-    pos: Int[Tensor, "active"]
-    W_dec: Float[Tensor, "n_features d_model"]
+# The order of columns; within a layer errors come before decoder biases.
+_COLUMN_RANK = {"feature": 0, "embedding": 2, "position": 2, "attention_bias": 3}
 
 
 class DirectEffects:
@@ -77,73 +59,34 @@ class DirectEffects:
 
     def __init__(self, frozen: FrozenPrompts, prompt: int = 0, heads: Heads = "summed") -> None:
         self.frozen, self.prompt, self.heads = frozen, prompt, heads
-        self.n_columns = 0
-        self.features = [self._place_features(layer) for layer in frozen.parts]
-        self.n_features = self.n_columns
-        self.vectors = list(self._place_vectors())
-        self.head_start = self.n_columns
+        # What a skip writes is carried through it, to what it reads.
+        found = [w for w in writers(frozen, prompt) if w.kind != "skip"]
+        self.writers = sorted([*found, *self._attention_biases()], key=_column_order)
+        self.starts = [0, *np.cumsum([w.n_lines for w in self.writers]).tolist()]
+        self.head_start = self.n_columns = self.starts[-1]
         if heads == "nodes":
             self.n_columns += frozen.lm.n_layers * frozen.lm.n_heads * frozen.n_pos
-        self._by_layer = {features.layer: features for features in self.features}
 
     # -- columns ----------------------------------------------------------------------------
 
-    def _place_features(self, layer: int) -> _Features:
-        active = self.frozen.parts[layer].active
-        n_pos = self.frozen.n_pos
-        offsets = active.offsets[self.prompt * n_pos : (self.prompt + 1) * n_pos + 1]
-        here = slice(int(offsets[0]), int(offsets[-1]))
-        start = self.n_columns
-        self.n_columns += here.stop - here.start
-        return _Features(
-            layer,
-            (offsets - offsets[0] + start).tolist(),
-            active.feature[here],
-            active.acts[here],
-            active.pos[here],
-            self.frozen.parts[layer].dictionary.W_dec,
-        )
-
-    def _place_vectors(self) -> Iterator[_Vectors]:
-        for kind, layer, written, vectors in self._vector_sources():
-            yield _Vectors(kind, layer, written, self.n_columns, vectors)
-            self.n_columns += self.frozen.n_pos
-
-    def _vector_sources(self) -> Iterator[tuple[SourceKind, int, Written, Tensor]]:
-        frozen, prompt = self.frozen, self.prompt
+    def _attention_biases(self) -> Iterator[Writer]:
+        frozen, every_token = self.frozen, range(self.frozen.n_pos + 1)
         for layer in range(frozen.lm.n_layers):
-            if layer in frozen.parts:
-                parts = frozen.parts[layer]
-                yield "error", layer, "mlp", parts.error[prompt]
-                bias = parts.dictionary.b_dec.expand(frozen.n_pos, -1)
-                yield "decoder_bias", layer, "mlp", bias
-            else:
-                yield "mlp", layer, "mlp", frozen.cache.mlp_out[layer][prompt]
-        yield "embedding", -1, "embedding", frozen.cache.token_embedding[prompt]
-        if frozen.cache.position_embedding is not None:
-            yield "position", -1, "embedding", frozen.cache.position_embedding[prompt]
-        for layer in range(frozen.lm.n_layers):
-            sums = frozen.cache.pattern[layer][prompt].sum(-1)
+            sums = frozen.cache.pattern[layer][self.prompt].sum(-1)
             bias = frozen.b_O[layer] + torch.einsum("ht,hd->td", sums, frozen.value_bias[layer])
-            yield "attention_bias", layer, "attention", bias
+            yield Writer("attention_bias", layer, "attention", every_token, bias)
 
     def table(self) -> pd.DataFrame:
         """A line a column: kind, layer, head, feature, pos, activation (−1 or 1 where none applies)."""
-        n_pos = self.frozen.n_pos
-        parts = [
-            _column_block("feature", f.layer, _ints(f.pos), feature=_ints(f.feature), acts=f.acts)
-            for f in self.features
-        ]
-        tokens = np.arange(n_pos)
-        parts += [_column_block(v.kind, v.layer, tokens) for v in self.vectors]
+        blocks = [_column_block(writer) for writer in self.writers]
         if self.heads == "nodes":
             lm = self.frozen.lm
-            parts += [
-                _column_block("head", layer, tokens, head=head)
-                for layer in range(lm.n_layers)
-                for head in range(lm.n_heads)
-            ]
-        return pd.concat(parts, ignore_index=True)
+            shape = (lm.n_layers, lm.n_heads, self.frozen.n_pos)
+            layer, head, pos = np.indices(shape).reshape(3, -1)
+            blocks.append(
+                _block("head", layer, head, np.full(pos.size, -1), pos, np.ones(pos.size))
+            )
+        return pd.concat(blocks, ignore_index=True)
 
     # -- rows -------------------------------------------------------------------------------
 
@@ -192,31 +135,23 @@ class DirectEffects:
         self._read("embedding", -1, carried, first, pos, out)
 
     def _read(
-        self, written: Written, layer: int, grad: Tensor, first: int, pos: int, out: Tensor
+        self, part: Part, layer: int, grad: Tensor, first: int, pos: int, out: Tensor
     ) -> None:
         """Edges from everything that is written there."""
         n = len(grad)
         if n == 0:
             return
-        for block in self.vectors:
-            if block.written == written and block.layer == layer:
-                columns = slice(block.start + first, block.start + pos + 1)
-                vectors = block.vectors[first : pos + 1]
+        for start, writer in zip(self.starts, self.writers, strict=False):
+            if (writer.part, writer.layer) != (part, layer):
+                continue
+            if writer.kind == "feature":
+                _read_features(writer, grad, first, pos, out[:n, start:])
+            else:
+                columns = slice(start + first, start + pos + 1)
+                vectors = writer.vectors(slice(first, pos + 1))
                 out[:n, columns] = torch.einsum("npd,pd->np", grad, vectors)
-        if written == "mlp" and layer in self._by_layer:
-            self._read_features(self._by_layer[layer], grad, first, pos, out)
-        if written == "attention" and self.heads == "nodes":
+        if part == "attention" and self.heads == "nodes":
             self._read_heads(layer, grad[:, -1], pos, out)
-
-    def _read_features(
-        self, features: _Features, grad: Tensor, first: int, pos: int, out: Tensor
-    ) -> None:
-        base = features.offsets[0]
-        for i, token in enumerate(range(first, pos + 1)):
-            begin, end = features.offsets[token], features.offsets[token + 1]
-            here = slice(begin - base, end - base)
-            written = features.W_dec[features.feature[here]] * features.acts[here, None]
-            torch.mm(grad[:, i], written.T, out=out[: len(grad), begin:end])
 
     def _read_heads(self, layer: int, grad: Tensor, pos: int, out: Tensor) -> None:
         frozen = self.frozen
@@ -278,26 +213,34 @@ def _batches(readers: Sequence[Readers], limit: int) -> Iterator[list[Readers]]:
         yield batch
 
 
-def _column_block(
+def _column_order(writer: Writer) -> tuple[int, int, bool]:
+    return _COLUMN_RANK.get(writer.kind, 1), writer.layer, writer.kind == "decoder_bias"
+
+
+def _read_features(writer: Writer, grad: Tensor, first: int, pos: int, out: Tensor) -> None:
+    """Edges from active features of the tokens from `first` to `pos`; `out` begins at their columns."""
+    assert writer.acts is not None
+    for i, token in enumerate(range(first, pos + 1)):
+        here = writer.lines(token)
+        written = writer.vectors(here) * writer.acts[here, None]
+        torch.mm(grad[:, i], written.T, out=out[:, here])
+
+
+def _column_block(writer: Writer) -> pd.DataFrame:
+    none, ones = np.full(writer.n_lines, -1), np.ones(writer.n_lines)
+    feature = none if writer.feature is None else writer.feature.cpu().numpy().astype(np.int64)
+    pos = np.repeat(np.arange(len(writer.offsets) - 1), np.diff(writer.offsets))
+    acts = ones if writer.acts is None else to_numpy(writer.acts)
+    return _block(writer.kind, writer.layer, -1, feature, pos, acts)
+
+
+def _block(
     kind: SourceKind,
-    layer: int,
+    layer: int | np.ndarray,
+    head: int | np.ndarray,
+    feature: Int[np.ndarray, "column"],
     pos: Int[np.ndarray, "column"],
-    head: int = -1,
-    feature: Int[np.ndarray, "column"] | None = None,
-    acts: Float[Tensor, "column"] | None = None,
+    activation: Float[np.ndarray, "column"],
 ) -> pd.DataFrame:
-    none = np.full(len(pos), -1)
-    return pd.DataFrame(
-        {
-            "kind": kind,
-            "layer": layer,
-            "head": head,
-            "feature": none if feature is None else feature,
-            "pos": pos,
-            "activation": np.ones(len(pos)) if acts is None else acts.double().cpu().numpy(),
-        }
-    )
-
-
-def _ints(tensor: Tensor) -> np.ndarray:
-    return tensor.cpu().numpy().astype(np.int64)
+    columns = {"kind": kind, "layer": layer, "head": head, "feature": feature}
+    return pd.DataFrame({**columns, "pos": pos, "activation": activation})

@@ -19,12 +19,11 @@ computed without a [head, dst, src, d_model] tensor. The sources add up to the t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -251,23 +250,6 @@ class FrozenPrompts:
         site = ReadSite("final", self.lm.n_layers)
         return Target(f"{label}@{pos}", prompt, pos, site, direction, constant)
 
-    def mean_target(self, targets: Sequence[Target], name: str = "") -> Target:
-        """The mean over several targets that read the stream at the same place.
-
-        Errors: `InputError` for none, or for targets of different tokens or sites.
-        """
-        if not targets:
-            raise InputError("a mean over no targets: give at least one")
-        if len({(target.site, target.prompt, target.pos) for target in targets}) > 1:
-            raise InputError(
-                f"a mean over {[target.name for target in targets]}: expected targets of one token and "
-                "site; the sources of others can be averaged one by one, or be roots of one graph"
-            )
-        direction = torch.stack([target.direction for target in targets]).mean(0)
-        constant = float(np.mean([target.constant for target in targets]))
-        label = name or f"mean of {len(targets)}@{targets[0].pos}"
-        return replace(targets[0], name=label, direction=direction, constant=constant)
-
     def value(self, target: Target) -> float:
         """The target's value, directly from the stream that it reads."""
         return float(target_values(self.cache, target)[target.prompt])
@@ -314,14 +296,6 @@ def target_values(cache: ForwardCache, target: Target) -> Float[Tensor, "batch"]
         read = cache.mlp_in if target.site.part == "mlp" else cache.attention_in
         normalised = read[layer][:, pos]
     return target.constant + normalised @ target.direction
-
-
-# ---------------------------------------------------------------------------------------------
-# Sources
-
-
-# ---------------------------------------------------------------------------------------------
-# What stands at one token
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.circuits.frozen import KINDS, FrozenPrompts, SourceKind, Target
+from tclib.circuits.frozen import KINDS, FrozenPrompts, Target
+from tclib.circuits.writers import writers
 from tclib.support.statistics import to_numpy
 
 
@@ -63,7 +63,7 @@ class Sources:
 
 
 def sources(frozen: FrozenPrompts, targets: Sequence[Target]) -> list[Sources]:
-    """The complete list of sources of each target (module equation), for any batch of targets."""
+    """The complete list of sources of each target (the equation of `frozen`), for any batch of targets."""
     if not targets:
         return []
     directions = torch.stack([target.direction for target in targets])
@@ -105,7 +105,7 @@ def _constant_columns(target: Target, scale: float) -> _Columns:
 def _local_columns(frozen: FrozenPrompts, target: Target) -> _Columns:
     """Sources at the target's own token: embeddings, MLP parts, attention biases."""
     local = local_sources(frozen, target.prompt, target.pos)
-    n_mlp = local.n_before[len(frozen.mlp_layers(target.site))]
+    n_mlp = int(np.searchsorted(local.layer, len(frozen.mlp_layers(target.site))))
     n_attention = len(frozen.attention_layers(target.site))
     bias_weight = local.attention_bias[:n_attention] @ target.direction
     weight = torch.cat([local.vectors[:n_mlp] @ target.direction, bias_weight])
@@ -146,8 +146,8 @@ def _head_columns(
 class LocalSources:
     """Everything but heads that the stream at one token may hold, by layer from the bottom.
 
-    `n_before[l]` sources were written before MLP l; `vectors` are what each adds per unit of its
-    activation. `attention_bias` has a row a layer: b_O and the value biases times the pattern's sum.
+    `vectors` are what each source adds per unit of its activation. `attention_bias` has a row a layer:
+    b_O and the value biases times the pattern's sum.
     """
 
     kind: Int[np.ndarray, "source"]
@@ -155,18 +155,7 @@ class LocalSources:
     feature: Int[np.ndarray, "source"]
     activation: Float[np.ndarray, "source"]
     vectors: Float[Tensor, "source d_model"]
-    n_before: list[int]
     attention_bias: Float[Tensor, "layer d_model"]
-
-
-class _Group(NamedTuple):
-    """Sources of one kind and layer at one token."""
-
-    kind: SourceKind
-    layer: int
-    vectors: Tensor
-    feature: Tensor | None = None
-    activation: Tensor | None = None
 
 
 _COLLECTED: WeakKeyDictionary[FrozenPrompts, dict[tuple[int, int], LocalSources]] = (
@@ -183,53 +172,22 @@ def local_sources(frozen: FrozenPrompts, prompt: int, pos: int) -> LocalSources:
 
 
 def _collect_local(frozen: FrozenPrompts, prompt: int, pos: int) -> LocalSources:
-    groups, n_before = _embedding_groups(frozen, prompt, pos), []
-    for layer in range(frozen.lm.n_layers):
-        n_before.append(sum(len(group.vectors) for group in groups))
-        groups += _mlp_groups(frozen, layer, prompt, pos)
-    n_before.append(sum(len(group.vectors) for group in groups))
-    sizes = [len(group.vectors) for group in groups]
+    here = [(writer, writer.lines(pos)) for writer in writers(frozen, prompt)]
+    sizes = [lines.stop - lines.start for _, lines in here]
     features = [
-        -np.ones(n) if g.feature is None else to_numpy(g.feature)
-        for g, n in zip(groups, sizes, strict=True)
+        -np.ones(n, np.int64) if w.feature is None else to_numpy(w.feature[lines]).astype(np.int64)
+        for (w, lines), n in zip(here, sizes, strict=True)
     ]
     acts = [
-        np.ones(n) if g.activation is None else to_numpy(g.activation)
-        for g, n in zip(groups, sizes, strict=True)
+        np.ones(n) if w.acts is None else to_numpy(w.acts[lines])
+        for (w, lines), n in zip(here, sizes, strict=True)
     ]
     pattern_sums = frozen.patterns[:, prompt, :, pos].sum(-1)
     return LocalSources(
-        kind=np.repeat([KINDS.index(group.kind) for group in groups], sizes),
-        layer=np.repeat([group.layer for group in groups], sizes),
-        feature=np.concatenate(features).astype(np.int64),
+        kind=np.repeat([KINDS.index(writer.kind) for writer, _ in here], sizes),
+        layer=np.repeat([writer.layer for writer, _ in here], sizes),
+        feature=np.concatenate(features),
         activation=np.concatenate(acts),
-        vectors=torch.cat([group.vectors for group in groups]),
-        n_before=n_before,
+        vectors=torch.cat([writer.vectors(lines) for writer, lines in here]),
         attention_bias=frozen.b_O + torch.einsum("lh,lhd->ld", pattern_sums, frozen.value_bias),
     )
-
-
-def _embedding_groups(frozen: FrozenPrompts, prompt: int, pos: int) -> list[_Group]:
-    cache, place = frozen.cache, (prompt, pos)
-    groups = [_Group("embedding", -1, cache.token_embedding[place][None])]
-    if cache.position_embedding is not None:
-        groups.append(_Group("position", -1, cache.position_embedding[place][None]))
-    return groups
-
-
-def _mlp_groups(frozen: FrozenPrompts, layer: int, prompt: int, pos: int) -> list[_Group]:
-    """Features, decoder bias, error and skip of a layer with a transcoder, else its whole output."""
-    place = (prompt, pos)
-    if layer not in frozen.parts:
-        return [_Group("mlp", layer, frozen.cache.mlp_out[layer][place][None])]
-    split = frozen.parts[layer]
-    here = split.active.at(prompt, pos, frozen.n_pos)
-    feature = split.active.feature[here]
-    groups = [
-        _Group("feature", layer, split.dictionary.W_dec[feature], feature, split.active.acts[here]),
-        _Group("decoder_bias", layer, split.dictionary.b_dec[None]),
-        _Group("error", layer, split.error[place][None]),
-    ]
-    if split.skip is not None:
-        groups.append(_Group("skip", layer, split.skip[place][None]))
-    return groups

@@ -7,7 +7,7 @@
     ŷ   = z W_dec + b_dec (+ x W_skip)  W_dec [n_features, d_out]  b_dec [d_out]   W_skip [d_in, d_out]
 
 A transcoder maps mlp_in to mlp_out; a sparse autoencoder (SAE) maps mlp_out, or mlp_in, to itself.
-Both sites are in the processed basis of `lm`. The encoder direction of feature i is column i of
+Both sites are in the processed basis of `models.weights`. The encoder direction of feature i is column i of
 W_enc, its decoder direction row i of W_dec.
 """
 
@@ -66,6 +66,20 @@ class DictionaryConfig:
             raise InputError(
                 f"an SAE maps a site to itself, but d_in {self.d_in} ≠ d_out {self.d_out}"
             )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight, by name."""
+        expected: dict[str, tuple[int, ...]] = {
+            "W_enc": (self.d_in, self.n_features),
+            "b_enc": (self.n_features,),
+            "W_dec": (self.n_features, self.d_out),
+            "b_dec": (self.d_out,),
+        }
+        if self.skip:
+            expected["W_skip"] = (self.d_in, self.d_out)
+        if self.activation in TAKES_THRESHOLD:
+            expected["threshold"] = (self.n_features,)
+        return expected
 
     @property
     def input_site(self) -> Site:
@@ -217,17 +231,7 @@ class Dictionary:
             )
 
     def _check_shapes(self) -> None:
-        c = self.config
-        expected = {
-            "W_enc": (c.d_in, c.n_features),
-            "b_enc": (c.n_features,),
-            "W_dec": (c.n_features, c.d_out),
-            "b_dec": (c.d_out,),
-        }
-        if c.skip:
-            expected["W_skip"] = (c.d_in, c.d_out)
-        if c.activation in TAKES_THRESHOLD:
-            expected["threshold"] = (c.n_features,)
+        expected = self.config.shapes()
         found = {name: tuple(tensor.shape) for name, tensor in self.parameters().items()}
         if found != expected:
             raise InputError(f"weights of shapes {found}, but the configuration expects {expected}")

@@ -104,13 +104,6 @@ def mean_mlp_outs(
     return {layer: (total / n_tokens).float() for layer, total in totals.items()}
 
 
-def mean_mlp_out(
-    lm: LanguageModel, layer: int, rows: Int[Tensor, "row pos"], rows_per_forward: int = 16
-) -> Float[Tensor, "d_model"]:
-    """Mean MLP output over all positions of `rows` but BOS."""
-    return mean_mlp_outs(lm, [layer], rows, rows_per_forward)[layer]
-
-
 @torch.no_grad()
 def _reconstruction_sums(
     lm: LanguageModel, dictionaries: dict[str, Dictionary], rows: Tensor, rows_per_forward: int

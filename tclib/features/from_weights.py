@@ -139,18 +139,6 @@ def pullback(
     return earlier.W_dec @ reading_direction(lm, later, feature, head)
 
 
-def mean_pullback(
-    lm: LanguageModel,
-    later: Dictionary,
-    feature: int,
-    earlier: Dictionary,
-    rows: Int[Tensor, "row pos"],
-    min_activation: float = 0.0,
-) -> Float[Tensor, "n_features"]:
-    """`mean_pullbacks` of one feature."""
-    return mean_pullbacks(lm, later, [feature], earlier, rows, [min_activation])[0]
-
-
 @torch.no_grad()
 def mean_pullbacks(
     lm: LanguageModel,

@@ -12,7 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from tclib.figures.style import BLUE, VERMILION, styled
 
+
+@styled
 def score_bars(tables: Mapping[str, pd.DataFrame], unit: str = "score") -> Figure:
     """Ranked tables side by side as horizontal bars, strongest on top: tokens or features.
 
@@ -24,28 +27,26 @@ def score_bars(tables: Mapping[str, pd.DataFrame], unit: str = "score") -> Figur
         len(tables),
         figsize=(3.4 * len(tables), 0.9 + 0.19 * n_bars),
         squeeze=False,
-        layout="constrained",
     )
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
         ranked = table.sort_values("score", ascending=True, kind="stable")
         is_token = "token" in ranked
         names = ranked["token"].map(repr) if is_token else ranked["feature"].astype(str)
         places = np.arange(len(ranked))
-        colours = np.where(ranked["score"] >= 0, "#0072B2", "#D55E00")
+        colours = np.where(ranked["score"] >= 0, BLUE, VERMILION)
         axis.barh(places, ranked["score"], color=colours, height=0.75)
         axis.set_yticks(places, [name.replace("$", r"\$") for name in names], fontsize=7)
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set_xlabel(unit, fontsize=8)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title)
         axis.margins(y=0.01)
     return figure
 
 
+@styled
 def head_heatmap(norms: np.ndarray, title: str, unit: str = "‖W_V W_O f‖") -> Figure:
     """A value a head: layers up, heads across, each cell with its number."""
-    figure, axis = plt.subplots(
-        figsize=(1.6 + 0.55 * norms.shape[1], 1.2 + 0.42 * norms.shape[0]), layout="constrained"
-    )
+    figure, axis = plt.subplots(figsize=(1.6 + 0.55 * norms.shape[1], 1.2 + 0.42 * norms.shape[0]))
     image = axis.imshow(norms, origin="lower", cmap="viridis", aspect="auto", vmin=0)
     middle = (norms.min() + norms.max()) / 2 if norms.size else 0.0
     for (layer, head), norm in np.ndenumerate(norms):
@@ -55,11 +56,12 @@ def head_heatmap(norms: np.ndarray, title: str, unit: str = "‖W_V W_O f‖") -
     axis.set_yticks(range(norms.shape[0]))
     axis.set_xlabel("Head")
     axis.set_ylabel("Layer")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title)
     figure.colorbar(image, ax=axis, label=unit)
     return figure
 
 
+@styled
 def predicted_against_actual(table: pd.DataFrame, unit: str) -> Figure:
     """Change of the root when a feature is taken out, against its total effect over all paths.
 
@@ -67,9 +69,7 @@ def predicted_against_actual(table: pd.DataFrame, unit: str) -> Figure:
 
     The table is that of `interventions.ablation_table`.
     """
-    figure, axes = plt.subplots(
-        1, 2, figsize=(8.6, 4.1), sharex=True, sharey=True, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.1), sharex=True, sharey=True)
     titles = {"actual": "nothing frozen", "actual_norms_frozen": "norm scales frozen"}
     layers = sorted(table["layer"].unique())
     markers = dict(zip(layers, "os^Dv*Xph<>P" * (1 + len(layers) // 12), strict=False))
@@ -87,17 +87,15 @@ def predicted_against_actual(table: pd.DataFrame, unit: str) -> Figure:
         ends = [both.min(), both.max()]
         axis.plot(ends, ends, color="black", linewidth=0.8, linestyle="--", label="exact")
         r = np.corrcoef(both.T)[0, 1]
-        axis.set_title(f"{title}: r = {r:.3f}, {len(table)} features", fontsize=9)
+        axis.set_title(f"{title}: r = {r:.3f}, {len(table)} features")
         axis.set_xlabel("Predicted change, all paths (logits)")
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"Change of {unit}")
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[0].legend()
     return figure
 
 
 OF_ALL: dict[str, Any] = {"marker": "o"}
-
-
 OF_ACTIVE: dict[str, Any] = {"marker": "o", "mfc": "white", "linestyle": "-."}
 
 
@@ -110,12 +108,13 @@ def _overlap_curves(axis: Axes, lines: pd.DataFrame, ks: Sequence[int], **style:
     axis.plot(ks, lines[[f"active_overlap_{k}" for k in ks]].mean(), **OF_ACTIVE, **style)
 
 
+@styled
 def connection_agreement(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     """Top-k overlap of pullback and mean pullback: ours by pair of layers, the paper's two features.
 
     `table` is that of `connections.compare_connections`; `paper` has feature, earlier_layer, k, overlap.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.8))
     ks = [int(str(c).removeprefix("overlap_")) for c in table if str(c).startswith("overlap_")]
     pairs = list(table.groupby(["layer", "earlier_layer"]))
     are_many = len(pairs) > MANY_PAIRS
@@ -131,7 +130,7 @@ def connection_agreement(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
         left.plot(
             lines["k"],
             lines["overlap"],
-            color="#D55E00",
+            color=VERMILION,
             marker="x",
             linestyle=style,
             label=f"paper, {name}",
@@ -144,7 +143,7 @@ def connection_agreement(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     which = f" (bold: mean of {len(pairs)} pairs)" if are_many else ""
     left.plot([], [], color="black", label=f"ours, of all features{which}", **OF_ALL)
     left.plot([], [], color="black", label=f"ours, of co-active features{which}", **OF_ACTIVE)
-    left.legend(fontsize=7, frameon=False)
+    left.legend()
     names = [f"{layer} ← {earlier}" for (layer, earlier), _ in pairs]
     right.set_xticks(range(len(names)), names)
     if are_many:

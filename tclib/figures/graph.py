@@ -19,11 +19,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
 from tclib.circuits.graph import AttributionGraph, edges_between
+from tclib.figures.style import BLUE, VERMILION, styled
 from tclib.support.errors import InputError
 
 SLOT_INCHES, ROW_INCHES = 0.46, 0.42
 SLOTS_A_ROW = 4
-POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
+POSITIVE, NEGATIVE = BLUE, VERMILION
 NODE_STYLE: dict[str, dict[str, Any]] = {
     "feature": {"marker": "o", "facecolor": "white", "edgecolor": "black"},
     "root": {"marker": "*", "facecolor": "#F0E442", "edgecolor": "black"},
@@ -62,6 +63,7 @@ class _Layout:
     height: float
 
 
+@styled
 def layered_graph(graph: AttributionGraph, title: str = "", max_edges: int = 150) -> Figure:
     """Draw a (pruned) graph; nodes that no shown edge touches are left out, roots are not.
 
@@ -81,14 +83,14 @@ def layered_graph(graph: AttributionGraph, title: str = "", max_edges: int = 150
     touched = {end for source, target, _ in shown for end in (source, target)}
     nodes = graph.nodes[graph.is_root | graph.nodes.index.isin(touched)]
     layout = _lay_out(nodes, graph.tokens)
-    figure = plt.figure(figsize=(layout.width + 1.0, layout.height + 1.3), layout="constrained")
+    figure = plt.figure(figsize=(layout.width + 1.0, layout.height + 1.3))
     axis = figure.add_subplot()
     _draw_frame(axis, layout)
     places = dict(zip(nodes.index, zip(layout.x, layout.y, strict=True), strict=True))
     _draw_edges(axis, shown, places)
     _draw_nodes(axis, nodes, layout)
     note = f"the {len(shown)} strongest of {len(edges)} edges" if len(edges) > len(shown) else ""
-    axis.set_title("; ".join(part for part in (title, note) if part), fontsize=9)
+    axis.set_title("; ".join(part for part in (title, note) if part))
     _draw_legend(figure, nodes)
     return figure
 
@@ -219,4 +221,4 @@ def _draw_legend(figure: Figure, nodes: pd.DataFrame) -> None:
     ]
     handles.append(Line2D([], [], color=POSITIVE, label="raises its target"))
     handles.append(Line2D([], [], color=NEGATIVE, linestyle=(0, (4, 2)), label="lowers its target"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)

@@ -12,30 +12,32 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from tclib.figures.style import BLUE, GREEN, PINK, VERMILION, legend_below, styled
+
 STYLE: dict[str, dict[str, Any]] = {
-    "transcoder features": {"color": "#0072B2", "linestyle": "-"},
-    "neurons": {"color": "#D55E00", "linestyle": "--"},
-    "SAE features": {"color": "#009E73", "linestyle": "-."},
+    "transcoder features": {"color": BLUE, "linestyle": "-"},
+    "neurons": {"color": VERMILION, "linestyle": "--"},
+    "SAE features": {"color": GREEN, "linestyle": "-."},
     "random directions": {"color": "#999999", "linestyle": ":"},
-    "transcoder features, without the one that hurts": {"color": "#CC79A7", "linestyle": "-"},
+    "transcoder features, without the one that hurts": {"color": PINK, "linestyle": "-"},
 }
 CURVES = {
-    "dla": ("direct logit attribution", "#0072B2", "-"),
-    "de_embedding": ("de-embedding score (rescaled)", "#D55E00", "--"),
-    "exact": ("brought by the head (rescaled)", "#009E73", ":"),
+    "dla": ("direct logit attribution", BLUE, "-"),
+    "de_embedding": ("de-embedding score (rescaled)", VERMILION, "--"),
+    "exact": ("brought by the head (rescaled)", GREEN, ":"),
 }
-
 
 MANY_LAYERS = 12  # above this, every third is named on an axis
 
 
+@styled
 def component_figure(components: pd.DataFrame) -> Figure:
     """What ablating each MLP and head costs, and each one's direct attribution to the root."""
     mlps = components[components["head"] < 0].sort_values("layer")
     heads = components[components["head"] >= 0]
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9))
     places = np.arange(len(mlps))
-    axes[0].bar(places - 0.2, mlps["mean_drop"], 0.4, color="#0072B2", label="mean ablation")
+    axes[0].bar(places - 0.2, mlps["mean_drop"], 0.4, color=BLUE, label="mean ablation")
     axes[0].bar(
         places + 0.2,
         mlps["zero_drop"],
@@ -53,7 +55,7 @@ def component_figure(components: pd.DataFrame) -> Figure:
         axes[0].set_xlabel("MLP of layer")
     axes[0].axhline(0, color="black", linewidth=0.6)
     axes[0].set_ylabel("Drop of the probability difference")
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].legend(fontsize=8)
     _head_panel(figure, axes[1], heads, "mean_drop", "Drop, mean ablation of heads")
     _head_panel(figure, axes[2], heads, "from_subject", "Direct attribution from the year (logits)")
     return figure
@@ -73,15 +75,16 @@ def _head_panel(figure: Figure, axis: Axes, heads: pd.DataFrame, column: str, ti
     axis.set_yticks(range(0, grid.shape[0], 1 if grid.shape[0] <= MANY_LAYERS else 3))
     axis.set_xlabel("Head")
     axis.set_ylabel("Layer")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title)
     figure.colorbar(image, ax=axis)
 
 
+@styled
 def feature_curve_figure(curves: pd.DataFrame, n_large: int = 3, n_small: int = 7) -> Figure:
     """Figure 4: the first features large, the next as small multiples, in the order of the ranking."""
     features = curves.drop_duplicates("feature").sort_values("rank")["feature"].tolist()
     large, small = features[:n_large], features[n_large : n_large + n_small]
-    figure = plt.figure(figsize=(12.5, 6.4), layout="constrained")
+    figure = plt.figure(figsize=(12.5, 6.4))
     panels: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
     top, bottom = panels
     for axis, feature in zip(
@@ -96,8 +99,7 @@ def feature_curve_figure(curves: pd.DataFrame, n_large: int = 3, n_small: int = 
             draw_feature_curves(axis, curves, feature)
             axis.tick_params(labelsize=6)
             axis.set_xlabel("")
-    handles, labels = top.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    legend_below(figure, top.axes[0], 3, fontsize=8)
     return figure
 
 
@@ -123,13 +125,14 @@ def draw_feature_curves(axis: Axes, curves: pd.DataFrame, feature: int) -> None:
             label=label,
         )
     axis.axhline(0, color="grey", linewidth=0.5)
-    axis.set_title(f"feature {feature}", fontsize=9)
+    axis.set_title(f"feature {feature}")
     axis.set_xlabel("Answer" if len(own) <= 10 else "YY", fontsize=8)
 
 
+@styled
 def ablation_figure(curves: pd.DataFrame, summary: dict[str, Any]) -> Figure:
     """Figure 5 left: keep only the first k, by variance and by attribution; remove only the first k."""
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.4), sharey=True)
     titles = {
         "variance": "keep only the first k by variance (paper)",
         "attribution": "keep only the first k by attribution",
@@ -139,10 +142,9 @@ def ablation_figure(curves: pd.DataFrame, summary: dict[str, Any]) -> Figure:
         own = curves[(curves["ranking"] == ranking) & ~curves["units"].str.contains("without")]
         draw_k_curves(axis, own)
         _baselines(axis, summary)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title)
     axes[0].set_ylabel("Probability difference")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    legend_below(figure, axes[0], 4, fontsize=8)
     return figure
 
 
@@ -163,8 +165,8 @@ def draw_k_curves(axis: Axes, curves: pd.DataFrame) -> None:
 def _baselines(axis: Axes, summary: dict[str, Any]) -> None:
     lines = {
         "original": (summary["original"], "black", "-"),
-        "all features": (summary["all_features"], "#0072B2", "-"),
-        "MLP removed, its bias kept": (summary["mlp_bias_only"], "#D55E00", "--"),
+        "all features": (summary["all_features"], BLUE, "-"),
+        "MLP removed, its bias kept": (summary["mlp_bias_only"], VERMILION, "--"),
         "MLP zero": (summary["mlp_removed"], "#666666", ":"),
     }
     for label, (value, colour, style) in lines.items():
@@ -173,22 +175,24 @@ def _baselines(axis: Axes, summary: dict[str, Any]) -> None:
         )
 
 
+@styled
 def harmful_figure(curves: pd.DataFrame, features: pd.DataFrame, summary: dict[str, Any]) -> Figure:
     """Figure 5 right: the feature that hurts, and the curve with and without it."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2))
     draw_feature_curves(left, features, summary["harmful_feature"])
     left.set_ylabel("Logits a unit of activation")
-    left.legend(fontsize=7, frameon=False)
+    left.legend()
     names = ["transcoder features", "transcoder features, without the one that hurts", "neurons"]
     own = curves[(curves["ranking"] == "variance") & curves["units"].isin(names)]
     draw_k_curves(right, own)
-    right.axvline(summary["harmful_rank"], color="#CC79A7", linewidth=0.8, linestyle=":")
+    right.axvline(summary["harmful_rank"], color=PINK, linewidth=0.8, linestyle=":")
     right.axhline(summary["original"], color="black", linewidth=0.8, label="original")
     right.set_ylabel("Probability difference")
-    right.legend(fontsize=7, frameon=False)
+    right.legend()
     return figure
 
 
+@styled
 def probability_heatmap(
     probabilities: np.ndarray,
     title: str,
@@ -196,7 +200,7 @@ def probability_heatmap(
     answers: Sequence[int] = range(100),
 ) -> Figure:
     """p(answer | first year): rows are the prompt's YY, columns the predicted YY, or its tens digit."""
-    figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(5.2, 4.4))
     is_digits = len(answers) <= 10
     # A square-root-like scale: late first years leave few answers, which share all the mass.
     scale = PowerNorm(0.4, vmin=0)
@@ -211,7 +215,7 @@ def probability_heatmap(
         "Predicted tens digit of the second year" if is_digits else "Predicted second year YY"
     )
     axis.set_ylabel("First year YY in the prompt")
-    axis.set_title(title)
+    axis.set_title(title, fontsize=12)
     kind = "10 digits" if is_digits else f"{len(answers)} YY tokens"
     figure.colorbar(image, ax=axis, label=f"Probability among the {kind}")
     return figure

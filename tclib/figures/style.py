@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tclib.support.steps import Step, record_extra
 
 # Colour-blind safe (Okabe and Ito), and different in print: each kind has a marker of its own.
+BLUE, VERMILION, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 KIND_STYLE: dict[str, dict[str, Any]] = {
-    "transcoder": {"color": "#0072B2", "marker": "o", "label": "transcoder"},
-    "sae_mlp_out": {"color": "#D55E00", "marker": "s", "label": "SAE on mlp_out"},
-    "sae_mlp_in": {"color": "#009E73", "marker": "^", "label": "SAE on mlp_in"},
+    "transcoder": {"color": BLUE, "marker": "o", "label": "transcoder"},
+    "sae_mlp_out": {"color": VERMILION, "marker": "s", "label": "SAE on mlp_out"},
+    "sae_mlp_in": {"color": GREEN, "marker": "^", "label": "SAE on mlp_in"},
 }
-
 
 FAMILY_STYLE: dict[str, dict[str, Any]] = {
     **KIND_STYLE,
@@ -28,18 +30,25 @@ FAMILY_STYLE: dict[str, dict[str, Any]] = {
     },
     "transcoder skip": {"color": "#56B4E9", "marker": "D", "label": "transcoder with skip"},
     "transcoder batch_topk": {
-        "color": "#009E73",
+        "color": GREEN,
         "marker": "^",
         "label": "transcoder, batch top-k",
     },
-    "transcoder jumprelu": {"color": "#CC79A7", "marker": "v", "label": "transcoder, JumpReLU"},
+    "transcoder jumprelu": {"color": PINK, "marker": "v", "label": "transcoder, JumpReLU"},
 }
 
-
 OTHER_STYLE: dict[str, Any] = {"color": "0.4", "marker": "x"}
-
-
 SAVED_DPI = 150
+
+
+# A function that draws a figure does so in the style that all share.
+styled = plt.style.context(Path(__file__).with_name("tclib.mplstyle"))
+
+
+def legend_below(figure: Figure, axis: Axes, ncols: int, **options: Any) -> None:
+    """One legend for all panels, of the lines of one of them."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, **options)
 
 
 def save_figure(figure: Figure, step: Step, name: str) -> Figure:

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tclib.figures.style import FAMILY_STYLE, OTHER_STYLE
+from tclib.figures.style import BLUE, FAMILY_STYLE, OTHER_STYLE, legend_below, styled
 
 
+@styled
 def sparsity_faithfulness(
     tables: Mapping[str, pd.DataFrame],
     paper: pd.DataFrame | None = None,
@@ -25,19 +26,17 @@ def sparsity_faithfulness(
     bounds ce_increase_low and ce_increase_high of the paired interval.
     """
     n_panels = len(tables) + (paper is not None)
-    figure, axes = plt.subplots(
-        1, n_panels, figsize=(5.2 * n_panels, 4.6), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, n_panels, figsize=(5.2 * n_panels, 4.6), squeeze=False)
     for axis, (title, table) in zip(axes[0], tables.items(), strict=False):
         _pareto_panel(axis, table)
-        axis.set_title(title)
+        axis.set_title(title, fontsize=12)
         _draw_baselines(axis, table)
     if paper is not None:
         _pareto_panel(axes[0][-1], paper)
-        axes[0][-1].set_title(paper_title)
+        axes[0][-1].set_title(paper_title, fontsize=12)
         axes[0][-1].set_xlim(0, 250)  # the figure's own axes: one SAE point, L0 505, lies outside
         axes[0][-1].set_ylim(3.32, 3.42)
-    axes[0][0].legend(loc="upper right", frameon=False)
+    axes[0][0].legend(loc="upper right", fontsize=10)
     return figure
 
 
@@ -108,6 +107,7 @@ def _draw_baselines(axis: Axes, table: pd.DataFrame) -> None:
     )
 
 
+@styled
 def training_curves(
     log: pd.DataFrame, columns: Sequence[str] = ("loss", "l0", "fvu", "dead_share")
 ) -> Figure:
@@ -118,9 +118,7 @@ def training_curves(
         "fvu": "FVU",
         "dead_share": "Share of dead features",
     }
-    figure, axes = plt.subplots(
-        1, len(columns), figsize=(3.7 * len(columns), 3.3), layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(columns), figsize=(3.7 * len(columns), 3.3))
     names = list(dict.fromkeys(log["dictionary"]))
     colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.9, len(names)))
     for axis, column in zip(axes, columns, strict=True):
@@ -137,28 +135,21 @@ def training_curves(
         else:
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
             axis.set_ylim(0, max(0.01, 1.1 * log[column].max()))
-    handles, texts = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        texts,
-        loc="outside lower center",
-        ncols=min(4, len(names)),
-        fontsize=7,
-        frameon=False,
-    )
+    legend_below(figure, axes[0], min(4, len(names)))
     return figure
 
 
+@styled
 def layer_faithfulness(table: pd.DataFrame) -> Figure:
     """For the transcoder of each layer: L0, FVU and the share of the MLP's CE that it recovers."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
     panels = {
         "l0": "L0 (features a token)",
         "fvu": "FVU",
         "ce_recovered": "Share of CE recovered",
     }
     for axis, (column, label) in zip(axes, panels.items(), strict=True):
-        bars = axis.bar(table["layer"].astype(str), table[column], color="#0072B2")
+        bars = axis.bar(table["layer"].astype(str), table[column], color=BLUE)
         axis.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
         axis.set_xlabel("Layer")
         axis.set_ylabel(label)

@@ -46,6 +46,10 @@ class Norm:
             return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps)
         return x / self.scale(x)
 
+    def affine(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What comes behind the division: x · gain + bias."""
+        return x * self.gain if self.bias is None else x * self.gain + self.bias
+
 
 @dataclass(frozen=True)
 class Block:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -78,6 +78,30 @@ class _StopForward(Exception):
 
 
 @contextmanager
+def _recording(
+    inputs: Mapping[Any, nn.Module], outputs: Mapping[Any, nn.Module], last: Any = None
+) -> Iterator[dict[Any, Tensor]]:
+    """Notes what enters and what leaves modules, by name; a pass within ends once `last` is noted."""
+    found: dict[Any, Tensor] = {}
+
+    def note(name: Any, value: Tensor) -> None:
+        found[name] = value
+        if name == last:
+            raise _StopForward
+
+    handles = [
+        module.register_forward_pre_hook(lambda _m, args, name=name: note(name, args[0]))
+        for name, module in inputs.items()
+    ]
+    handles += [
+        module.register_forward_hook(lambda _m, _args, output, name=name: note(name, output))
+        for name, module in outputs.items()
+    ]
+    with _attached(handles), suppress(_StopForward):
+        yield found
+
+
+@contextmanager
 def _attached(handles: Iterable[Any]) -> Iterator[None]:
     """While active, hooks are on; afterwards they are off, whatever happened."""
     try:
@@ -105,48 +129,45 @@ class Running(ProcessedWeights):
         self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site]
     ) -> dict[Site, Float[Tensor, "batch pos d_model"]]:
         """Activations at `sites`; the forward pass ends at the last of them."""
-        wanted = set(sites)
-        last = max(site.layer for site in wanted)
-        found: dict[Site, Tensor] = {}
-
-        def keep(layer: int) -> MlpOverride:
-            """Note what is wanted of `layer`, and end the pass at the last one."""
-
-            def hook(mlp_in: Tensor, mlp_out: Tensor) -> Tensor:
-                for name, value in (("mlp_in", mlp_in), ("mlp_out", mlp_out)):
-                    if (site := Site(name, layer)) in wanted:  # type: ignore[arg-type]
-                        found[site] = value
-                if layer == last:
-                    raise _StopForward
-                return mlp_out
-
-            return hook
-
-        with ExitStack() as stack:
-            for layer in sorted({site.layer for site in wanted}):
-                stack.enter_context(self.override_mlp(layer, keep(layer), read_only=True))
-            self._run_hooked(tokens, [])
-        return found
+        return {
+            site: self._processed(site, value) for site, value in self._raw(tokens, sites).items()
+        }
 
     @torch.no_grad()
     def read_with_scale(
         self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site]
     ) -> tuple[dict[Site, Tensor], dict[Site, Float[Tensor, "batch pos"]]]:
         """`read`, and σ of the norm in front of each site's MLP."""
-        wanted = list(sites)
-        scales: dict[Site, Tensor] = {}
+        read_by = {site: Site("mlp_in", site.layer) for site in sites}
+        raw = self._raw(tokens, {*read_by, *read_by.values()})
+        scales = {s: self.mlp_norm(s.layer).scale(raw[by])[..., 0] for s, by in read_by.items()}
+        return {site: self._processed(site, raw[site]) for site in read_by}, scales
 
-        def hook(site: Site) -> Any:
-            norm = self.mlp_norm(site.layer)
+    def _raw(
+        self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site]
+    ) -> dict[Site, Float[Tensor, "batch pos d_model"]]:
+        """What enters the norm of an MLP, and what leaves the MLP, as the model has them."""
+        wanted = sorted(set(sites), key=lambda site: (site.layer, site.name))  # as they are run
+        blocks = {site: self._block(self.check_layer(site.layer)) for site in wanted}
+        inputs = {site: block.mlp_norm for site, block in blocks.items() if site.name == "mlp_in"}
+        outputs = {site: block.mlp for site, block in blocks.items() if site.name == "mlp_out"}
+        return self._run_until(wanted[-1], tokens, inputs, outputs)
 
-            def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                scales[site] = norm.scale(inputs[0])[..., 0]
+    def _processed(self, site: Site, value: Tensor) -> Tensor:
+        norm = self.mlp_norm(site.layer)
+        return norm.normalise(value) if site.name == "mlp_in" else norm.centre(value)
 
-            return self._block(site.layer).mlp_norm.register_forward_pre_hook(before)
-
-        handles = [hook(site) for site in wanted]
-        with _attached(handles):
-            return self.read(tokens, wanted), scales
+    def _run_until(
+        self,
+        last: Any,
+        tokens: Int[Tensor, "batch pos"],
+        inputs: Mapping[Any, nn.Module],
+        outputs: Mapping[Any, nn.Module],
+    ) -> dict[Any, Tensor]:
+        """What `_recording` notes of one pass through the blocks that ends at `last`."""
+        with _recording(inputs, outputs, last) as found:
+            self._backbone(tokens.to(self.device), use_cache=False)
+        return found
 
     @torch.no_grad()
     def run_mlp(
@@ -154,93 +175,74 @@ class Running(ProcessedWeights):
     ) -> Float[Tensor, "*batch d_model"]:
         """mlp_out of `layer` for a given mlp_in."""
         norm = self.mlp_norm(self.check_layer(layer))
-        scaled = mlp_in * norm.gain if norm.bias is None else mlp_in * norm.gain + norm.bias
-        return norm.centre(self._block(layer).mlp(scaled))
+        return norm.centre(self._block(layer).mlp(norm.affine(mlp_in)))
 
     @torch.no_grad()
     def cache(self, tokens: Int[Tensor, "batch pos"]) -> ForwardCache:
         """Run the model once and keep what attribution needs."""
         tokens = tokens.to(self.device)
-        norms = [self._block(layer).attention_norm for layer in range(self.n_layers)]
-        norms += [self._block(layer).mlp_norm for layer in range(self.n_layers)]
-        norms.append(getattr(self._backbone, self._architecture.final_norm))
-        streams: dict[int, Tensor] = {}
-        mlp_out: dict[int, Tensor] = {}
-        handles = [
-            norm.register_forward_pre_hook(lambda _m, args, i=i: streams.__setitem__(i, args[0]))
-            for i, norm in enumerate(norms)
-        ]
-        handles += [
-            self._block(layer).mlp.register_forward_hook(
-                lambda _m, _args, output, layer=layer: mlp_out.__setitem__(layer, output)
-            )
-            for layer in range(self.n_layers)
-        ]
-        if self.dtype == torch.float64:
-            handles += [self._exact_norm(norm) for norm in norms]
-        with _attached(handles), self._eager_attention():
+        modules = self._norm_modules()
+        mlps = {("mlp", layer): self._block(layer).mlp for layer in range(self.n_layers)}
+        # transformers' RMSNorm falls back to float32: in float64 the norms are ours.
+        own = zip(modules, [None] * len(modules), strict=True)
+        exact = self._renormed(own if self.dtype == torch.float64 else [])
+        with _recording(dict(enumerate(modules)), mlps) as found, exact, self._eager_attention():
             output = self.model(tokens, use_cache=False, output_attentions=True)
-        return self._assemble(tokens, streams, mlp_out, output)
+        return self._assemble(tokens, found, output)
 
-    def _exact_norm(self, module: nn.Module) -> Any:
-        """Normalise in the stream's own precision: transformers' RMSNorm falls back to float32."""
-        norm = self._norm(module)
+    def _norm_modules(self) -> list[nn.Module]:
+        """The norms in front of every attention, of every MLP, and of the unembedding."""
+        blocks = [self._block(layer) for layer in range(self.n_layers)]
+        final = getattr(self._backbone, self._architecture.final_norm)
+        return [*(b.attention_norm for b in blocks), *(b.mlp_norm for b in blocks), final]
 
-        def after(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
-            scaled = norm.normalise(inputs[0]) * norm.gain
-            return scaled if norm.bias is None else scaled + norm.bias
+    @contextmanager
+    def _renormed(self, scales: Iterable[tuple[nn.Module, Tensor | None]]) -> Iterator[None]:
+        """While active, norms divide by the scales given (None: their own), in the stream's precision."""
 
-        return module.register_forward_hook(after)
+        def after(
+            scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor
+        ) -> Tensor:
+            norm = self._norm(module)
+            if scale is None:
+                return norm.affine(norm.normalise(inputs[0]))
+            return norm.affine(norm.centre(inputs[0]) / scale)
 
-    def _assemble(
-        self, tokens: Tensor, streams: dict[int, Tensor], mlp_out: dict[int, Tensor], output: Any
-    ) -> ForwardCache:
-        layers = range(self.n_layers)
-        before_attention = [streams[layer] for layer in layers]
-        before_mlp = [streams[self.n_layers + layer] for layer in layers]
-        attention_norms = [self.attention_norm(layer) for layer in layers]
-        mlp_norms = [self.mlp_norm(layer) for layer in layers]
-        final = streams[2 * self.n_layers]
-        pairs = list(zip(attention_norms, before_attention, strict=True))
-        mlp_pairs = list(zip(mlp_norms, before_mlp, strict=True))
-        n_pos = tokens.shape[1]
+        handles = [m.register_forward_hook(partial(after, scale)) for m, scale in scales]
+        with _attached(handles):
+            yield
+
+    def _assemble(self, tokens: Tensor, found: dict[Any, Tensor], output: Any) -> ForwardCache:
+        n, centre = self.n_layers, self.final_norm.centre
+        norms = [self._norm(module) for module in self._norm_modules()]
+        streams = [found[i] for i in range(len(norms))]
+        normalised = [norm.normalise(x) for norm, x in zip(norms[:-1], streams, strict=False)]
+        scales = [norm.scale(x)[..., 0] for norm, x in zip(norms, streams, strict=True)]
+        position = None
+        if self.W_pos is not None:
+            position = self.W_pos[: tokens.shape[1]].expand(len(tokens), -1, -1)
         return ForwardCache(
             tokens=tokens,
             token_embedding=self.W_E[tokens],
-            position_embedding=None
-            if self.W_pos is None
-            else self.W_pos[:n_pos].expand(len(tokens), -1, -1),
-            attention_in=[norm.normalise(x) for norm, x in pairs],
-            attention_scale=[norm.scale(x)[..., 0] for norm, x in pairs],
+            position_embedding=position,
+            attention_in=normalised[:n],
+            attention_scale=scales[:n],
             pattern=list(output.attentions),
-            mlp_in=[norm.normalise(x) for norm, x in mlp_pairs],
-            mlp_scale=[norm.scale(x)[..., 0] for norm, x in mlp_pairs],
-            mlp_out=[self.final_norm.centre(mlp_out[layer]) for layer in layers],
-            final_in=self.final_norm.centre(final),
-            final_scale=self.final_norm.scale(final)[..., 0],
+            mlp_in=normalised[n:],
+            mlp_scale=scales[n:-1],
+            mlp_out=[centre(found["mlp", layer]) for layer in range(n)],
+            final_in=centre(streams[-1]),
+            final_scale=scales[-1],
             logits=output.logits,
         )
 
     @contextmanager
     def frozen_norms(self, cache: ForwardCache, prompt: int) -> Iterator[None]:
         """While active, every norm divides by the scale that it had on `prompt` of `cache`."""
-        norms = [self._block(layer).attention_norm for layer in range(self.n_layers)]
-        norms += [self._block(layer).mlp_norm for layer in range(self.n_layers)]
-        norms.append(getattr(self._backbone, self._architecture.final_norm))
         scales = [*cache.attention_scale, *cache.mlp_scale, cache.final_scale]
-        handles = [
-            module.register_forward_hook(partial(self._divide_by, scale[prompt, :, None]))
-            for module, scale in zip(norms, scales, strict=True)
-        ]
-        with _attached(handles):
+        kept = [scale[prompt, :, None] for scale in scales]
+        with self._renormed(zip(self._norm_modules(), kept, strict=True)):
             yield
-
-    def _divide_by(
-        self, scale: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor
-    ) -> Tensor:
-        norm = self._norm(module)
-        scaled = norm.centre(inputs[0]) / scale * norm.gain
-        return scaled if norm.bias is None else scaled + norm.bias
 
     @contextmanager
     def _eager_attention(self) -> Iterator[None]:
@@ -253,13 +255,10 @@ class Running(ProcessedWeights):
             self.model.set_attn_implementation(before)
 
     @contextmanager
-    def override_mlp(
-        self, layer: int, override: MlpOverride, read_only: bool = False
-    ) -> Iterator[None]:
+    def override_mlp(self, layer: int, override: MlpOverride) -> Iterator[None]:
         """While active, the MLP of `layer` returns `override(mlp_in, mlp_out)`.
 
-        Both arguments and the result are in the processed basis, [batch, pos, d_model]. With
-        `read_only` the result is ignored and the model runs unchanged.
+        Both arguments and the result are in the processed basis, [batch, pos, d_model].
         """
         block = self._block(self.check_layer(layer))
         norm = self.mlp_norm(layer)
@@ -268,9 +267,8 @@ class Running(ProcessedWeights):
         def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             mlp_in[:] = [norm.normalise(inputs[0])]
 
-        def after(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            replaced = override(mlp_in.pop(), norm.centre(output))
-            return None if read_only else replaced.to(output.dtype)
+        def after(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return override(mlp_in.pop(), norm.centre(output)).to(output.dtype)
 
         handles = [
             block.mlp_norm.register_forward_pre_hook(before),
@@ -309,8 +307,7 @@ class Running(ProcessedWeights):
         norm = self.mlp_norm(layer)
 
         def after(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            replaced = override(norm.normalise(inputs[0])) * norm.gain
-            return (replaced if norm.bias is None else replaced + norm.bias).to(output.dtype)
+            return norm.affine(override(norm.normalise(inputs[0]))).to(output.dtype)
 
         handle = block.mlp_norm.register_forward_hook(after)
         with _attached([handle]):
@@ -322,24 +319,8 @@ class Running(ProcessedWeights):
     ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
         """What enters the block of each layer, from one pass that ends at the last of them."""
         wanted = sorted({self.check_layer(layer) for layer in layers})
-        found: dict[int, Tensor] = {}
-
-        def keep(layer: int) -> Callable[..., None]:
-            def note(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                found[layer] = inputs[0]
-                if layer == wanted[-1]:
-                    raise _StopForward
-
-            return note
-
-        handles = [self._blocks[i].register_forward_pre_hook(keep(i)) for i in wanted]
-        self._run_hooked(tokens, handles)
-        return found
-
-    def _run_hooked(self, tokens: Int[Tensor, "batch pos"], handles: Iterable[Any]) -> None:
-        """Run the blocks until a hook raises `_StopForward`, then take the hooks off."""
-        with _attached(handles), suppress(_StopForward):
-            self._backbone(tokens.to(self.device), use_cache=False)
+        inputs = {layer: self._blocks[layer] for layer in wanted}
+        return self._run_until(wanted[-1], tokens, inputs, {})
 
     @contextmanager
     def start_at(self, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
@@ -347,10 +328,16 @@ class Running(ProcessedWeights):
 
         `stream` is what `streams` gave for the same tokens, so the model's results are the same.
         """
+        with self._fed(self.check_layer(layer), stream):
+            yield
+
+    @contextmanager
+    def _fed(self, n_below: int, stream: Tensor) -> Iterator[None]:
+        """While active, `stream` comes out of the first `n_below` blocks, which are not run."""
         backbone, name = self._backbone, self._architecture.blocks
         blocks = self._blocks
-        below = [_Feed(stream) for _ in range(self.check_layer(layer))]
-        setattr(backbone, name, nn.ModuleList([*below, *blocks[layer:]]))
+        below = [_Feed(stream) for _ in range(n_below)]
+        setattr(backbone, name, nn.ModuleList([*below, *blocks[n_below:]]))
         try:
             yield
         finally:
@@ -359,28 +346,11 @@ class Running(ProcessedWeights):
     @torch.no_grad()
     def run_below(self, tokens: Int[Tensor, "batch pos"], layer: int) -> LowerRun:
         """Run up to and including the MLP of `layer`, for `run_above` to go on from."""
-        block = self._blocks[self.check_layer(layer)]
-        parts = self._block(layer)
+        block, parts = self._blocks[self.check_layer(layer)], self._block(layer)
         norm = self.mlp_norm(layer)
-        held: dict[str, Tensor] = {}
-
-        def keep_output(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            held["above"] = output
-            raise _StopForward
-
-        def keep(name: str) -> Callable[..., None]:
-            return lambda _module, inputs: held.__setitem__(name, inputs[0])
-
         neurons_out = getattr(parts.mlp, self._architecture.neurons_out)
-        handles = [
-            parts.mlp_norm.register_forward_pre_hook(keep("stream")),
-            neurons_out.register_forward_pre_hook(keep("neurons")),
-            parts.mlp.register_forward_hook(
-                lambda _module, _inputs, output: held.__setitem__("raw", output)
-            ),
-            block.register_forward_hook(keep_output),
-        ]
-        self._run_hooked(tokens, handles)
+        inputs = {"stream": parts.mlp_norm, "neurons": neurons_out}
+        held = self._run_until("above", tokens, inputs, {"raw": parts.mlp, "above": block})
         return LowerRun(
             layer,
             held["above"] - held["raw"],
@@ -396,19 +366,11 @@ class Running(ProcessedWeights):
 
         Nothing below is computed. Gradients flow to `stream` unless switched off.
         """
-        backbone, name = self._backbone, self._architecture.blocks
-        blocks = self._blocks
-        final: list[Tensor] = []
-        norm_module = getattr(backbone, self._architecture.final_norm)
-        handle = norm_module.register_forward_pre_hook(lambda _m, inputs: final.append(inputs[0]))
         tokens = torch.zeros(stream.shape[:2], dtype=torch.long, device=stream.device)
-        setattr(backbone, name, nn.ModuleList([_Feed(stream), *blocks[layer + 1 :]]))
-        try:
-            with _attached([handle]):
-                backbone(tokens, use_cache=False)
-        finally:
-            setattr(backbone, name, blocks)
-        return self.final_norm.normalise(final[0][:, -1])
+        final = {"final": getattr(self._backbone, self._architecture.final_norm)}
+        with self._fed(layer + 1, stream):
+            read = self._run_until("final", tokens, final, {})
+        return self.final_norm.normalise(read["final"][:, -1])
 
     @cached_property
     def extended_embedding(self) -> Float[Tensor, "d_vocab d_model"]:

@@ -17,14 +17,8 @@ from tclib.models.locate import check_hub_reachable
 from tclib.support.errors import InputError
 
 MIN_DOCSTRING_CHARACTERS = 200
-
-
 TEXT_DOCUMENT_CHARACTERS = 2_000
-
-
 STREAM_SHUFFLE_BUFFER = 10_000
-
-
 BUNDLED_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 

@@ -6,71 +6,48 @@ import csv
 import importlib.util
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
 from tclib.training.trainer import Measurement
 
-_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
+TRACKERS = ("wandb", "tensorboard")
 
 
-class Tracker(Protocol):
-    """Takes the measurements of each logged step."""
+class Tracker(NamedTuple):
+    """Takes the measurements of each logged step, and is closed after the last."""
 
-    def log(self, step: int, measured: Mapping[str, Mapping[str, float]]) -> None: ...
-
-    def close(self) -> None: ...
+    log: Callable[[int, Mapping[str, Mapping[str, float]]], object]
+    close: Callable[[], object]
 
 
 def open_tracker(kind: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
     """A tracker of the given kind. Errors: `InputError` if it is unknown or not installed."""
     if kind == "none":
-        return _Silent()
-    if kind not in _PACKAGES:
+        return Tracker(lambda step, measured: None, lambda: None)
+    if kind not in TRACKERS:
         raise InputError(f"track {kind!r}: expected 'none', 'wandb' or 'tensorboard'")
-    if importlib.util.find_spec(_PACKAGES[kind]) is None:
-        raise InputError(f"track {kind!r}: not installed; run `pip install {_PACKAGES[kind]}`")
-    return _WandB(folder, config) if kind == "wandb" else _TensorBoard(folder)
-
-
-class _Silent:
-    def log(self, step: int, measured: Mapping[str, Mapping[str, float]]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class _WandB:
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    if importlib.util.find_spec(kind) is None:
+        raise InputError(f"track {kind!r}: not installed; run `pip install {kind}`")
+    if kind == "wandb":
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(project="tclib", dir=str(folder), config=dict(config))
+        run = wandb.init(project="tclib", dir=str(folder), config=dict(config))
+        return Tracker(lambda step, measured: run.log(_flat(measured), step=step), run.finish)
+    from torch.utils.tensorboard import SummaryWriter
 
-    def log(self, step: int, measured: Mapping[str, Mapping[str, float]]) -> None:
-        self._run.log(_flat(measured), step=step)
+    writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, step: int, measured: Mapping[str, Mapping[str, float]]) -> None:
+    def log(step: int, measured: Mapping[str, Mapping[str, float]]) -> None:
         for name, value in _flat(measured).items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    return Tracker(log, writer.close)
 
 
 def _flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -78,7 +55,6 @@ def _flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 LOG = "training_log.csv"
-
 
 LOG_COLUMNS = (
     "step",

@@ -286,7 +286,3 @@ class _BlockHolder:
 def _mean(values: Any) -> float:
     listed = list(values)
     return sum(listed) / len(listed)
-
-
-# ---------------------------------------------------------------------------------------------
-# The log

@@ -195,21 +195,6 @@ def test_roots_are_the_most_likely_tokens() -> None:
         top_logits(frozen, probability=0)
 
 
-def test_a_mean_over_several_targets_is_the_mean_of_their_sources() -> None:
-    frozen = freeze("gpt2")
-    several = [frozen.feature_target(2, i, 4) for i in (1, 5, 8)]
-    mean = frozen.mean_target(several)
-    assert frozen.value(mean) == pytest.approx(np.mean([frozen.value(t) for t in several]))
-    (found,) = sources(frozen, [mean])
-    each = [one.contribution for one in sources(frozen, several)]
-    np.testing.assert_allclose(found.contribution, np.mean(each, axis=0), atol=1e-12)
-    assert abs(found.residual) < 1e-9
-    with pytest.raises(InputError, match="one token and site"):
-        frozen.mean_target([several[0], frozen.feature_target(1, 1, 4)])
-    with pytest.raises(InputError, match="no targets"):
-        frozen.mean_target([])
-
-
 def test_bad_input_is_named() -> None:
     frozen = freeze("gpt2")
     root = frozen.feature_target(2, 3, 5, prompt=1)

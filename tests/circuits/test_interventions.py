@@ -21,7 +21,7 @@ from tclib.circuits.graph import attribution_graph, total_effects
 from tclib.circuits.interventions import ablated_values, ablation_table
 from tclib.features.connections import compare_connections
 from tclib.features.examples import live_features
-from tclib.features.from_weights import mean_pullback, pullback
+from tclib.features.from_weights import mean_pullbacks, pullback
 from tclib.support.errors import InputError
 from tclib.support.statistics import spearman, top_k_overlap
 
@@ -111,7 +111,7 @@ def test_connections_compare_the_two_pullbacks(geometry: str) -> None:
     z = later.encode(lm.read(rows.long(), {later.config.input_site})[later.config.input_site])
     z = z[:, 1:, 3].flatten()
     minimum = float(z[z > 0].double().quantile(0.2))
-    mean = mean_pullback(lm, later, 3, earlier, rows, minimum)
+    mean = mean_pullbacks(lm, later, [3], earlier, rows, [minimum])[0]
     invariant = pullback(lm, later, 3, earlier)
     line = table.iloc[0]
     assert line["n_candidates"] == int((mean != 0).sum())

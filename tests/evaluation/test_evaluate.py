@@ -10,7 +10,7 @@ from tiny import D_MODEL, random_rows, tiny_lm
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig, new_dictionary
 from tclib.evaluation import metrics
-from tclib.evaluation.evaluate import Evaluation, evaluate, mean_mlp_out
+from tclib.evaluation.evaluate import Evaluation, evaluate, mean_mlp_outs
 from tclib.evaluation.replace import replace_mlp
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
@@ -72,7 +72,9 @@ def test_it_does_not_depend_on_the_batch_size_or_the_order(lm: LanguageModel) ->
 def test_mean_ablation_uses_the_mean_over_text(gpt2_lm: LanguageModel) -> None:
     site = Site("mlp_out", 1)
     expected = gpt2_lm.read(ROWS.long(), [site])[site][ROWS != 0].mean(0)
-    torch.testing.assert_close(mean_mlp_out(gpt2_lm, 1, ROWS, 3), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        mean_mlp_outs(gpt2_lm, [1], ROWS, 3)[1], expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_the_original_model_has_no_divergence_from_itself(gpt2_lm: LanguageModel) -> None:

@@ -120,7 +120,7 @@ def test_mean_pullback_is_the_mean_of_exact_attributions(geometry: str) -> None:
     several = features.mean_pullbacks(
         frozen.lm, later, [feature, 3], earlier, rows, rows_per_forward=2
     )
-    found = features.mean_pullback(frozen.lm, later, feature, earlier, rows)
+    found = features.mean_pullbacks(frozen.lm, later, [feature], earlier, rows)[0]
     torch.testing.assert_close(several[0], found)
     expected = torch.zeros(N_FEATURES, dtype=torch.float64)
     n_tokens = 0
@@ -183,6 +183,6 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match="does not read MLP 0"):
         features.extended_de_embedding(lm, first, 0)
     with pytest.raises(InputError, match="never exceeds 1000"):
-        features.mean_pullback(lm, later, 0, first, random_rows(2), min_activation=1000.0)
+        features.mean_pullbacks(lm, later, [0], first, random_rows(2), [1000.0])
     with pytest.raises(InputError, match="k 5: expected 1 to 4"):
         top_k_overlap(torch.ones(4), torch.ones(4), 5)

@@ -218,7 +218,7 @@ def test_ablating_components_by_hand(geometry: str) -> None:
     means: list[torch.Tensor] = []
     with (
         ablate_component(lm, Component(1, -1), "mean"),
-        lm.override_mlp(1, lambda _x, y: means.append(y) or y, read_only=True),
+        lm.override_mlp(1, lambda _x, y: means.append(y) or y),
     ):
         lm.logits(task.tokens)
     own = lm.run_below(task.tokens, 1).mlp_out.mean(0, keepdim=True)

@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tclib.dictionaries.dictionary import Dictionary
+from tclib.dictionaries.dictionary import Activation, Basis, Dictionary, DictionaryConfig
 from tclib.support.errors import InputError
 
-HOOK_IN, HOOK_OUT = "blocks.{layer}.ln2.hook_normalized", "blocks.{layer}.hook_mlp_out"
+HOOK_IN = {"processed": "ln2.hook_normalized", "raw": "hook_mlp_in"}
+HOOK_OUT = "hook_mlp_out"
+JUMPS: tuple[Activation, ...] = ("relu", "jumprelu", "batch_topk")  # what a format without k holds
 
 
-def layer_of(hook: str, where: Path) -> int:
-    """The layer that a hook name speaks of. Errors: `InputError` for one that is no MLP input."""
+def place_of(hook: str, where: Path) -> tuple[int, Basis]:
+    """The layer and the basis of a hook's activations. Errors: `InputError` if it is no MLP input."""
     parts = hook.split(".")
     if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
         raise InputError(f"{where}: hook {hook!r}; expected one like blocks.8.ln2.hook_normalized")
-    basis_of(hook)
-    return int(parts[1])
-
-
-def basis_of(hook: str) -> Literal["processed", "raw"]:
-    """The basis of the activations at a hook. Errors: `InputError` for one that is no MLP input."""
     if hook.endswith("ln2.hook_normalized"):
-        return "processed"
+        return int(parts[1]), "processed"
     if hook.endswith(("hook_mlp_in", "mlp.hook_in")):
-        return "raw"
-    raise InputError(f"hook {hook!r} is no MLP input: expected ln2.hook_normalized or mlp.hook_in")
+        return int(parts[1]), "raw"
+    raise InputError(
+        f"{where}: hook {hook!r} is no MLP input: expected ln2.hook_normalized or mlp.hook_in"
+    )
 
 
-def check_exportable(dictionary: Dictionary, name: str, activations: tuple[str, ...]) -> None:
+def check_exportable(
+    dictionary: Dictionary, name: str, activations: tuple[Activation, ...]
+) -> None:
     """Raise `InputError` for anything but a transcoder of one of the activations that `name` can hold."""
     config = dictionary.config
     if config.kind != "transcoder" or config.activation not in activations:
@@ -46,10 +47,45 @@ def check_exportable(dictionary: Dictionary, name: str, activations: tuple[str, 
         )
 
 
-def check_tensors(
+@dataclass(frozen=True)
+class Tensors:
+    """How a format keeps a dictionary's weights: where its names differ, and what it transposes."""
+
+    names: Mapping[str, str] = field(default_factory=dict)  # ours: theirs
+    transposed: frozenset[str] = frozenset()  # our names
+
+    def ours(
+        self,
+        where: Path,
+        tensors: Mapping[str, Tensor],
+        config: DictionaryConfig,
+        besides: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> dict[str, Tensor]:
+        """The weights that `config` expects, by our names.
+
+        Errors: `InputError` unless exactly they (and those of shapes `besides`) are there, in their
+        shapes, as floating point.
+        """
+        expected = {
+            self.names.get(name, name): shape[::-1] if name in self.transposed else shape
+            for name, shape in config.shapes().items()
+        }
+        _check_tensors(where, tensors, {**expected, **(besides or {})})
+        found = {name: tensors[self.names.get(name, name)] for name in config.shapes()}
+        return {n: t.T.contiguous() if n in self.transposed else t for n, t in found.items()}
+
+    def save(self, dictionary: Dictionary, path: Path) -> None:
+        """Write the weights by the format's names, in float32, as safetensors."""
+        weights = {
+            self.names.get(name, name): weight.T if name in self.transposed else weight
+            for name, weight in dictionary.parameters().items()
+        }
+        save_file({n: w.float().contiguous().cpu() for n, w in weights.items()}, path)
+
+
+def _check_tensors(
     where: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise `InputError` unless exactly the tensors of `shapes` are there, as floating point."""
     missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if missing or extra:
         raise InputError(f"{where}: tensors missing {missing}, not expected {extra}")
@@ -92,8 +128,3 @@ def _read_config(path: Path, parse: Any) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise InputError(f"{path} holds a {type(held).__name__}: expected names and values")
     return held
-
-
-def for_saving(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them."""
-    return {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}

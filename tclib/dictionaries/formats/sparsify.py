@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-from tclib.dictionaries.formats.parts import (
-    check_exportable,
-    check_tensors,
-    for_saving,
-    read_json,
-    read_tensors,
-)
+from tclib.dictionaries.formats.parts import Tensors, check_exportable, read_json, read_tensors
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
+
+TENSORS = Tensors(
+    {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}, frozenset({"W_enc", "W_skip"})
+)
 
 
 def read_sparsify(folder: Path) -> Dictionary:
     """A sparsify transcoder of one hookpoint (h.8.mlp, layers.8.mlp): raw basis, ReLU before top-k.
 
-    Errors: `InputError` for an autoencoder, group-max, multi-topk, or tensors that do not fit.
+    Errors: `InputError` for an autoencoder, group-max, or tensors that do not fit.
     """
     config = read_json(folder / "cfg.json")
     if not config.get("transcode", False):
@@ -37,33 +33,11 @@ def read_sparsify(folder: Path) -> Dictionary:
     n_features = int(config.get("num_latents") or d_in * int(config["expansion_factor"]))
     tensors = read_tensors(folder / "sae.safetensors")
     skip = bool(config.get("skip_connection", False))
-    shapes: dict[str, tuple[int, ...]] = {
-        "encoder.weight": (n_features, d_in),
-        "encoder.bias": (n_features,),
-        "W_dec": (n_features, d_in),
-        "b_dec": (d_in,),
-    }
-    shapes |= {"W_skip": (d_in, d_in)} if skip else {}
-    check_tensors(folder, tensors, shapes)
+    layer, k = int(numbers[0]), int(config["k"])
     own = DictionaryConfig(
-        "transcoder",
-        int(numbers[0]),
-        d_in,
-        d_in,
-        n_features,
-        "topk",
-        int(config["k"]),
-        skip,
-        basis="raw",
+        "transcoder", layer, d_in, d_in, n_features, "topk", k, skip, basis="raw"
     )
-    return Dictionary(
-        own,
-        tensors["encoder.weight"].T,
-        tensors["encoder.bias"],
-        tensors["W_dec"],
-        tensors["b_dec"],
-        tensors["W_skip"].T.contiguous() if skip else None,
-    )
+    return Dictionary(own, **TENSORS.ours(folder, tensors, own))
 
 
 def write_sparsify(dictionary: Dictionary, folder: Path) -> None:
@@ -72,14 +46,6 @@ def write_sparsify(dictionary: Dictionary, folder: Path) -> None:
     config = dictionary.config
     if config.basis != "raw":
         raise InputError("sparsify reads the MLP's raw input: convert with to_raw first")
-    tensors = {
-        "encoder.weight": dictionary.W_enc.T,
-        "encoder.bias": dictionary.b_enc,
-        "W_dec": dictionary.W_dec,
-        "b_dec": dictionary.b_dec,
-    }
-    if dictionary.W_skip is not None:
-        tensors["W_skip"] = dictionary.W_skip.T
     document = {
         "activation": "topk",
         "expansion_factor": max(1, config.n_features // config.d_in),
@@ -92,5 +58,5 @@ def write_sparsify(dictionary: Dictionary, folder: Path) -> None:
         "d_in": config.d_in,
     }
     with new_folder(folder) as temporary:
-        save_file(for_saving(tensors), temporary / "sae.safetensors")
+        TENSORS.save(dictionary, temporary / "sae.safetensors")
         (temporary / "cfg.json").write_text(json.dumps(document, indent=2))
