@@ -13,10 +13,9 @@ from tclib.replication.collect import collect as collect_run
 from tclib.replication.model_and_data import check_ready, load_model, prepare_corpus
 from tclib.replication.presets import Preset, load_preset, preset_names
 from tclib.support.errors import InputError
-from tclib.support.files import REPOSITORY, exclusive, new_file
+from tclib.support.files import NOTEBOOKS, exclusive, new_file
 from tclib.support.progress import progress
 
-NOTEBOOKS = REPOSITORY / "notebooks"
 EXECUTED = "notebooks"
 PROGRESS = "progress.json"
 
@@ -34,7 +33,9 @@ def main() -> None:
 
 PresetOption = Annotated[str, typer.Option(help="A file of notebooks/presets, without .yaml.")]
 SeedOption = Annotated[int | None, typer.Option(help="Another seed than the preset's.")]
-RunsOption = Annotated[Path | None, typer.Option(help="Where runs go; data/runs by default.")]
+RunsOption = Annotated[
+    Path | None, typer.Option(help="Where runs go; data/runs of a checkout, else ./runs.")
+]
 
 
 @app.command()
@@ -119,7 +120,7 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
-            str(notebook), str(output), parameters, cwd=str(NOTEBOOKS), kernel_name="python3"
+            str(notebook), str(output), parameters, cwd=str(output.parent), kernel_name="python3"
         )
     except PapermillExecutionError as error:
         raise InputError(
@@ -325,6 +326,36 @@ def smollm2() -> None:
     for digit in range(1, 10):
         above, below = next_digit_mass(lm, digit)
         typer.echo(f"  d = {digit}   at or above d: {above:.3f}   below d: {below:.3f}")
+
+
+@app.command()
+def notebooks(
+    destination: Annotated[
+        Path, typer.Argument(metavar="[DEST]", help="Folder to write; ./notebooks by default.")
+    ] = Path("notebooks"),
+) -> None:
+    """Copy the notebooks and presets where they can be opened; no changed file is overwritten."""
+    from tclib.support.files import copy_folder
+
+    written, kept = copy_folder(NOTEBOOKS, destination)
+    typer.echo(f"{destination}: {len(written)} files written, {len(kept)} already there")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"tclib {version('tclib')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it.")
+    ] = False,
+) -> None:
+    """Transcoders: training, circuits, and the replication of the paper."""
 
 
 if __name__ == "__main__":

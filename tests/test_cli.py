@@ -155,7 +155,7 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_notebooks_have_one_typed_parameters_cell_and_no_functions() -> None:
-    for path in sorted((cli.REPOSITORY / "notebooks").glob("*.ipynb")):
+    for path in sorted(cli.NOTEBOOKS.glob("*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]

@@ -14,13 +14,12 @@ from tclib.dictionaries.dictionary import TAKES_K, Activation, Kind
 from tclib.greater_than.task import PAPER_TEMPLATE
 from tclib.models.language_model import LanguageModel
 from tclib.support.errors import InputError
-from tclib.support.files import DATA, REPOSITORY
+from tclib.support.files import PRESETS, default_runs
 from tclib.support.steps import Step
 from tclib.text.corpus import CorpusConfig
 from tclib.training.gradients import Loss
 from tclib.training.spec import DictionarySpec, TrainingConfig
 
-PRESETS = REPOSITORY / "notebooks" / "presets"
 _STRICT = ConfigDict(extra="forbid")  # a misspelt key is an error
 
 
@@ -214,7 +213,7 @@ class Preset:
     n_evaluation_rows: int | None = None  # over which losses are measured; null: all held-out rows
     companions: tuple[str, ...] = ()  # presets whose sweep notebook 02 draws beside this one's
     seed: int = 42
-    runs_dir: Path = DATA / "runs"
+    runs_dir: Path = field(default_factory=default_runs)
 
     @property
     def folder(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.resources
 import json
 import os
 import shutil
@@ -19,10 +20,25 @@ from torch import Tensor
 
 from tclib.support.errors import InputError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+
+def _checkout() -> Path | None:
+    """The checkout that this package lies in; None where it is installed from a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    whole = all((root / name).exists() for name in ("pyproject.toml", "notebooks", "data/demo"))
+    return root if whole else None
 
 
-DATA = REPOSITORY / "data"
+CHECKOUT = _checkout()
+# What users open stands in a checkout's notebooks/ and data/; a wheel has copies in tclib/assets.
+_ASSETS = CHECKOUT or Path(str(importlib.resources.files("tclib"))) / "assets"
+NOTEBOOKS = _ASSETS / "notebooks"
+PRESETS = NOTEBOOKS / "presets"
+DATA = _ASSETS / "data"
+
+
+def default_runs() -> Path:
+    """Where runs go: data/runs of a checkout; for an installed package, runs in the current folder."""
+    return CHECKOUT / "data" / "runs" if CHECKOUT else Path.cwd() / "runs"
 
 
 HEADER_KEY = "tclib"
@@ -80,6 +96,35 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def copy_folder(source: Path, target: Path) -> tuple[list[Path], list[Path]]:
+    """Copy every file of `source` that `target` lacks: (files written, equal files left alone).
+
+    Errors: `InputError` naming the files of `target` that differ; nothing is written then.
+    """
+    wanted = {
+        path: target / path.relative_to(source)
+        for path in sorted(source.rglob("*"))
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(source).parts)
+    }
+    there = {path: copy for path, copy in wanted.items() if copy.exists()}
+    changed = [copy for path, copy in there.items() if not _equal_files(path, copy)]
+    if changed:
+        raise InputError(
+            f"{', '.join(map(str, changed))} would be overwritten: "
+            "choose another folder, or move what is there"
+        )
+    written = [copy for path, copy in wanted.items() if path not in there]
+    for path, copy in wanted.items():
+        if path not in there:
+            with new_file(copy) as temporary:
+                shutil.copyfile(path, temporary)
+    return written, list(there.values())
+
+
+def _equal_files(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and file_hash(one) == file_hash(other)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
