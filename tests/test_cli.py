@@ -54,6 +54,7 @@ def log(folder: Path) -> list[str]:
     return (folder / "log").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_run_resumes_from_the_notebook_that_failed(sequence: Path) -> None:
     arguments = ("run", "--preset", "demo", "--runs-dir", str(sequence))
     with pytest.raises(InputError, match=r"01_b\.ipynb stopped: AssertionError: not ok"):
@@ -73,6 +74,7 @@ def test_run_resumes_from_the_notebook_that_failed(sequence: Path) -> None:
     assert len(log(sequence)) == 6
 
 
+@pytest.mark.slow
 def test_from_only_and_seed_choose(sequence: Path) -> None:
     (sequence / "ok").touch()
     base = ("run", "--runs-dir", str(sequence))
@@ -84,6 +86,7 @@ def test_from_only_and_seed_choose(sequence: Path) -> None:
         invoke(*base, "--only", "09")
 
 
+@pytest.mark.slow
 def test_fresh_deletes_the_earlier_run(sequence: Path) -> None:
     (sequence / "ok").touch()
     (sequence / "demo").mkdir()
@@ -104,6 +107,7 @@ def run_process(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["gpt2", "pythia-410m", "pythia-1.4b"])
 def test_the_papers_presets_end_in_one_sentence_without_a_hub(preset: str, tmp_path: Path) -> None:
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": ""}
@@ -114,6 +118,7 @@ def test_the_papers_presets_end_in_one_sentence_without_a_hub(preset: str, tmp_p
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_an_unknown_preset_ends_in_one_sentence(tmp_path: Path) -> None:
     done = run_process("nope", tmp_path / "r")
     assert done.returncode == 2
@@ -131,6 +136,7 @@ def test_report_says_what_to_run_when_there_is_nothing(tmp_path: Path) -> None:
         invoke("report", "--runs-dir", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import yaml
 

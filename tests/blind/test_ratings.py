@@ -144,6 +144,7 @@ def compared(preset: Preset) -> Comparison:
     return comparison.make_comparison(preset, lm, corpus, sweep)
 
 
+@pytest.mark.slow
 def test_pages_do_not_tell_where_a_feature_comes_from(compared: Comparison) -> None:
     pages = compared.pages()
     assert len(pages) == 8 and sorted(compared.origin.values()).count("transcoder") == 4
@@ -156,6 +157,7 @@ def test_pages_do_not_tell_where_a_feature_comes_from(compared: Comparison) -> N
     assert order != sorted(order)
 
 
+@pytest.mark.slow
 def test_proxy_shares_and_intervals_are_of_the_items(compared: Comparison) -> None:
     shares = comparison.proxy_shares(compared, seed=0)
     items = compared.items.assign(kind=compared.items["number"].map(compared.origin))
@@ -172,6 +174,7 @@ def test_proxy_shares_and_intervals_are_of_the_items(compared: Comparison) -> No
     assert compared.latents["f1"].between(0, 1).all()
 
 
+@pytest.mark.slow
 def test_case_studies_leave_ledgers_dashboards_and_grades(preset: Preset) -> None:
     lm = LanguageModel.load("demo")
     corpus = prepare_corpus(preset, lm)
@@ -193,6 +196,7 @@ def test_case_studies_leave_ledgers_dashboards_and_grades(preset: Preset) -> Non
         case_studies.make_case_studies(missing, lm, corpus, transcoders)
 
 
+@pytest.mark.slow
 def test_a_pair_needs_both_kinds(preset: Preset) -> None:
     lm = LanguageModel.load("demo")
     corpus = prepare_corpus(preset, lm)

@@ -41,6 +41,8 @@ from tclib.support.errors import InputError
 
 mpl.use("Agg")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:

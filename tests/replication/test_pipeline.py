@@ -19,6 +19,8 @@ from tclib.replication.transcoders import TRANSCODERS_STEP, train_transcoders
 from tclib.support.errors import InputError
 from tclib.support.steps import read_manifest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Preset:

@@ -57,6 +57,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.slow
 def test_a_write_beyond_the_limit_of_the_disk_is_one_error_and_loses_nothing(
     tmp_path: Path,
 ) -> None:
