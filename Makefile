@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo fast test lab smollm2 check notebooks wheel clean
+.PHONY: demo fast test nbval lab smollm2 check notebooks wheel clean
 
 # Two processes, each with one thread for sums: more threads than cores only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -15,6 +15,9 @@ fast: .venv/.complete  ## the tests for the inner loop: under a minute on two co
 
 test: .venv/.complete  ## every test with coverage, then every notebook through nbval
 	$(PYTEST) --cov=tclib --cov-report=term tests
+	$(MAKE) nbval
+
+nbval: .venv/.complete  ## every notebook, its checked outputs against the committed ones
 	TCLIB_QUIET=1 $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks
 
 lab: .venv/.complete  ## open JupyterLab at the notebooks, with the whole repository in reach
