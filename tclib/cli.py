@@ -15,6 +15,7 @@ import typer
 
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
+from tclib.support.places import NOTEBOOKS
 from tclib.training.spec import DictionarySpec, TrainingConfig
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 # What is slow to import (torch, pandas, transformers) is imported by the commands that need it.
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXECUTED = "notebooks"
 PROGRESS = "progress.json"
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(importlib.metadata.version("tclib"))
+        typer.echo(f"tclib {importlib.metadata.version('tclib')}")
         raise typer.Exit
 
 
@@ -65,7 +65,9 @@ PresetOption = Annotated[
     str, typer.Option(help="A file of notebooks/presets, without .yaml, or a YAML file of yours.")
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Another seed than the preset's.")]
-RunsOption = Annotated[Path | None, typer.Option(help="Where runs go; data/runs by default.")]
+RunsOption = Annotated[
+    Path | None, typer.Option(help="Where runs go; data/runs of a checkout, else ./runs.")
+]
 
 
 @app.command()
@@ -157,7 +159,7 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
-            str(notebook), str(output), parameters, cwd=str(NOTEBOOKS), kernel_name="python3"
+            str(notebook), str(output), parameters, cwd=str(output.parent), kernel_name="python3"
         )
     except PapermillExecutionError as error:
         raise InputError(
@@ -396,6 +398,19 @@ def smollm2() -> None:
     for digit in range(1, 10):
         above, below = next_digit_mass(lm, digit)
         typer.echo(f"  d = {digit}   at or above d: {above:.3f}   below d: {below:.3f}")
+
+
+@app.command()
+def notebooks(
+    destination: Annotated[
+        Path, typer.Argument(metavar="[DEST]", help="Folder to write; ./notebooks by default.")
+    ] = Path("notebooks"),
+) -> None:
+    """Copy the notebooks and presets where they can be opened; no changed file is overwritten."""
+    from tclib.support.files import copy_folder
+
+    written, kept = copy_folder(NOTEBOOKS, destination)
+    typer.echo(f"{destination}: {len(written)} files written, {len(kept)} already there")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def log(folder: Path) -> list[str]:
     return (folder / "log").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_run_resumes_from_the_notebook_that_failed(sequence: Path) -> None:
     arguments = ("run", "--preset", "demo", "--runs-dir", str(sequence))
     with pytest.raises(InputError, match=r"01_b\.ipynb stopped: AssertionError: not ok"):
@@ -77,6 +78,7 @@ def test_run_resumes_from_the_notebook_that_failed(sequence: Path) -> None:
     assert len(log(sequence)) == 6
 
 
+@pytest.mark.slow
 def test_from_only_and_seed_choose(sequence: Path) -> None:
     (sequence / "ok").touch()
     base = ("run", "--runs-dir", str(sequence))
@@ -98,6 +100,7 @@ def test_the_notebooks_find_a_preset_of_ones_own(
     assert (sequence / "mine" / "notebooks").is_dir()
 
 
+@pytest.mark.slow
 def test_fresh_deletes_the_earlier_run(sequence: Path) -> None:
     (sequence / "ok").touch()
     (sequence / "demo").mkdir()
@@ -118,6 +121,7 @@ def run_process(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["gpt2", "pythia-410m", "pythia-1.4b"])
 def test_the_papers_presets_end_in_one_sentence_without_a_hub(preset: str, tmp_path: Path) -> None:
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": ""}
@@ -128,6 +132,7 @@ def test_the_papers_presets_end_in_one_sentence_without_a_hub(preset: str, tmp_p
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_an_unknown_preset_ends_in_one_sentence(tmp_path: Path) -> None:
     done = run_process("nope", tmp_path / "r")
     assert done.returncode == 2
@@ -145,6 +150,7 @@ def test_report_says_what_to_run_when_there_is_nothing(tmp_path: Path) -> None:
         invoke("report", "--runs-dir", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import yaml
 

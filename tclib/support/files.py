@@ -19,12 +19,6 @@ from torch import Tensor
 
 from tclib.support.errors import InputError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-DATA = REPOSITORY / "data"
-
-
 HEADER_KEY = "tclib"
 
 
@@ -80,6 +74,35 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def copy_folder(source: Path, target: Path) -> tuple[list[Path], list[Path]]:
+    """Copy every file of `source` that `target` lacks: (files written, equal files left alone).
+
+    Errors: `InputError` naming the files of `target` that differ; nothing is written then.
+    """
+    wanted = {
+        path: target / path.relative_to(source)
+        for path in sorted(source.rglob("*"))
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(source).parts)
+    }
+    there = {path: copy for path, copy in wanted.items() if copy.exists()}
+    changed = [copy for path, copy in there.items() if not _equal_files(path, copy)]
+    if changed:
+        raise InputError(
+            f"{', '.join(map(str, changed))} would be overwritten: "
+            "choose another folder, or move what is there"
+        )
+    written = [copy for path, copy in wanted.items() if path not in there]
+    for path, copy in wanted.items():
+        if path not in there:
+            with new_file(copy) as temporary:
+                shutil.copyfile(path, temporary)
+    return written, list(there.values())
+
+
+def _equal_files(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and file_hash(one) == file_hash(other)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

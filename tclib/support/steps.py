@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 
 from tclib.support.errors import InputError
-from tclib.support.files import REPOSITORY, file_hash, json_ready, new_file
+from tclib.support.files import file_hash, json_ready, new_file
+from tclib.support.places import CHECKOUT
 
 MANIFEST = "manifest.json"
 RECORDED_PACKAGES = ("tclib", "torch", "transformers", "datasets", "safetensors", "numpy", "pandas")
@@ -148,8 +149,13 @@ def package_versions() -> dict[str, str]:
 
 
 def current_commit() -> str | None:
-    """The commit of this checkout, marked `+` when the tree differs from it; None outside git."""
-    git = ["git", "-C", str(REPOSITORY)]
+    """The commit of this checkout, marked `+` when the tree differs from it.
+
+    None for an installed package, whatever repository it lies in, and outside git.
+    """
+    if CHECKOUT is None or not (CHECKOUT / ".git").exists():
+        return None
+    git = ["git", "-C", str(CHECKOUT)]
     try:
         commit = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True

@@ -262,6 +262,7 @@ def test_a_hypothesis_says_a_word_once_and_shows_white_space() -> None:
     assert many.endswith("'w21' … (20 tokens)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restricted", [False, True])
 def test_the_investigator_writes_a_predicate_through_the_ledger(restricted: bool) -> None:
     session = make_session(restricted)

@@ -25,6 +25,7 @@ def sixty_nodes() -> AttributionGraph:
     return min(sizes.values(), key=lambda pruned: abs(len(pruned.nodes) - 60))
 
 
+@pytest.mark.slow
 def test_no_two_labels_overlap() -> None:
     graph = sixty_nodes()
     assert 50 <= len(graph.nodes) <= 75
@@ -48,6 +49,7 @@ def test_signs_differ_by_line_and_kinds_by_marker() -> None:
     assert "the 40 strongest of" in axis.get_title()
 
 
+@pytest.mark.slow
 def test_merged_graphs_are_drawn_and_impossible_ones_refused() -> None:
     graph = sixty_nodes()
     assert layered_graph(sum_over_tokens(graph)).axes

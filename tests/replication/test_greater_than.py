@@ -32,6 +32,8 @@ from tclib.support.errors import InputError
 
 mpl.use("Agg")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

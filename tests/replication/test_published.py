@@ -130,6 +130,7 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published, "CLOSURE_FEATURE", (2, 89))
 
 
+@pytest.mark.slow
 def test_the_whole_preset_runs_on_files_of_the_published_format(
     preset: Preset, paper: None
 ) -> None:

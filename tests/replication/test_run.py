@@ -18,6 +18,8 @@ from tclib.support import files, steps
 from tclib.support.errors import InputError
 from tclib.support.steps import read_manifest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Preset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +13,14 @@ import torch
 from tclib.replication.paper import paper_table
 from tclib.support.errors import InputError
 from tclib.support.files import (
-    REPOSITORY,
+    copy_folder,
     exclusive,
     load_tensors,
     new_file,
     new_folder,
     save_tensors,
 )
+from tclib.support.places import CHECKOUT
 from tclib.support.steps import (
     Step,
     current_commit,
@@ -57,6 +57,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.slow
 def test_a_write_beyond_the_limit_of_the_disk_is_one_error_and_loses_nothing(
     tmp_path: Path,
 ) -> None:
@@ -165,6 +166,25 @@ def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_is_copied_and_no_changed_file_overwritten(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("a.txt", "sub/b.txt", ".hidden/c.txt"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    written, kept = copy_folder(source, target)
+    assert (written, kept) == ([target / "a.txt", target / "sub" / "b.txt"], [])
+    (target / "a.txt").unlink()
+    (target / "mine.txt").touch()
+    assert copy_folder(source, target) == ([target / "a.txt"], [target / "sub" / "b.txt"])
+    (target / "a.txt").unlink()
+    (target / "sub" / "b.txt").write_text("changed")
+    with pytest.raises(InputError, match=r"b\.txt would be overwritten: choose another folder"):
+        copy_folder(source, target)
+    assert not (target / "a.txt").exists()
+    assert (target / "sub" / "b.txt").read_text() == "changed"
+    assert copy_folder(source, source)[0] == []
+
+
 def test_paper_tables_are_read_and_unknown_ones_listed() -> None:
     rows = paper_table("fig3_pythia410m")
     assert len(rows) == 9
@@ -174,11 +194,9 @@ def test_paper_tables_are_read_and_unknown_ones_listed() -> None:
 
 
 def test_the_commit_is_that_of_the_checkout() -> None:
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPOSITORY
-    )
-    if git.returncode != 0 or not os.path.isdir(REPOSITORY / ".git"):
+    if CHECKOUT is None or not (CHECKOUT / ".git").exists():
         pytest.skip("not a git checkout")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=CHECKOUT)
     commit = current_commit()
     assert commit is not None
     assert commit.rstrip("+") == git.stdout.strip()

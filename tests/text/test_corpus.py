@@ -79,6 +79,7 @@ def test_docstrings_are_found_and_the_broken_files_passed_over(tmp_path: Path) -
     assert list(module.docstring_documents(tmp_path)) == [long.strip()]
 
 
+@pytest.mark.slow
 def test_installed_docstrings_are_plenty() -> None:
     import torch as package
 

@@ -85,6 +85,7 @@ def test_surprisal_of_a_document_is_the_log_probability_of_its_choices() -> None
     assert weighted.surprisals == [0.0]
 
 
+@pytest.mark.slow
 def test_the_tokenizer_reads_every_document_back_exactly() -> None:
     tokenizer = world.build_tokenizer()
     ids = tokenizer.get_vocab()
@@ -95,16 +96,19 @@ def test_the_tokenizer_reads_every_document_back_exactly() -> None:
         assert tokenizer.decode(encoded) == document.text
 
 
+@pytest.mark.slow
 def test_numbers_are_two_digit_tokens() -> None:
     tokens = world.build_tokenizer().tokenize("The siege lasted from the year 1735 to the year 17")
     assert tokens[6:8] == [" 17", "35"] and tokens[-1] == " 17"
 
 
+@pytest.mark.slow
 def test_the_bundled_tokenizers_are_those_of_the_world() -> None:
     for name in BUNDLED:
         assert LanguageModel.load(name).tokenizer.get_vocab() == world.build_tokenizer().get_vocab()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(BUNDLED))
 def test_the_committed_models_have_the_losses_on_their_cards(name: str) -> None:
     lm = LanguageModel.load(name, device="cpu")
@@ -124,6 +128,7 @@ def test_the_bundled_gpt2_compares_years() -> None:
     assert mean_probability_difference(lm, GreaterThan.of(lm)) >= 0.80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "neox"])
 def test_training_learns_writes_a_model_and_repeats(architecture: str, tmp_path: Path) -> None:
     config = world_models.ModelTraining(
@@ -140,6 +145,7 @@ def test_training_learns_writes_a_model_and_repeats(architecture: str, tmp_path:
     assert LanguageModel.load(str(tmp_path / "a")).n_layers == 1
 
 
+@pytest.mark.slow
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="architecture 'mamba'"):
         world_models.train_model(world_models.ModelTraining("mamba"), tmp_path / "x")

@@ -152,6 +152,7 @@ def test_the_log_has_a_line_a_dictionary_and_logged_step(uninterrupted: Path) ->
     assert log["dead_share"].between(0, 1).all()
 
 
+@pytest.mark.slow
 def test_auxk_revives_dead_features(tmp_path: Path) -> None:
     config = replace(CONFIG, n_tokens=64 * 400, dead_after_tokens=1000, learning_rate=1e-2)
     spec = DictionarySpec("transcoder", 1, "topk", expansion=16, k=4, auxk_k=16)
@@ -163,6 +164,7 @@ def test_auxk_revives_dead_features(tmp_path: Path) -> None:
     assert shares[1] < 0.95 * shares[0]
 
 
+@pytest.mark.slow
 def test_the_trained_thresholds_give_the_l0_that_was_asked_for(tmp_path: Path) -> None:
     lm, config = tiny_lm(), replace(CONFIG, n_tokens=64 * 400)
     batch, cheap, dear = (
@@ -219,6 +221,7 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert rates[-1] == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_compile_train_too(tmp_path: Path) -> None:
     config = replace(CONFIG, n_tokens=64 * 20, precision="bfloat16", compile=True)
     full = replace(CONFIG, n_tokens=64 * 20)
