@@ -1,7 +1,7 @@
 """What a feature reads and writes, from weights alone (paper Sections 3.3 and 4.1; Eq. 7).
 
 With f = P W_enc[:, i] the feature's encoder direction at the stream, and W_E, W_U, W_V, W_O in the
-processed basis of `lm`:
+processed basis of `models.weights`:
 
     de-embedding                W_E f                            which tokens excite it directly
       through a head            W_E W_V W_O f

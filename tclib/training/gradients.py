@@ -16,7 +16,7 @@ decoder rows of each token (decode), and the tokens of each active feature (both
                 K(u) = 1[|u| < ½] of bandwidth ε (Rajamanoharan et al. 2024):
                 ∂z/∂θ = −θ/ε K((pre − θ)/ε),   ∂‖z‖₀/∂θ = −1/ε K((pre − θ)/ε)
 
-`tests/test_objective.py` holds them against autograd.
+`tests/training/test_gradients.py` holds them against autograd.
 """
 
 from __future__ import annotations
