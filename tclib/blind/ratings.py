@@ -8,7 +8,7 @@ kernel goes on where it stopped; two raters' files can be compared.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -144,13 +144,9 @@ def rating_widget(items: Sequence[Item], store: RatingStore) -> Any:
             shown[0] = max(0, current - 1)
             show()
 
-    def button(rating: Rating) -> Any:
-        one = widgets.Button(description=rating)
-        handler: Callable[[Any], None] = lambda _button: rate(rating, free.value)  # noqa: E731
-        one.on_click(handler)
-        return one
-
+    buttons = [widgets.Button(description=rating) for rating in KEYS.values()]
+    for button in buttons:
+        button.on_click(lambda pressed: rate(pressed.description, free.value))
     keys.observe(on_key, names="value")
     show()
-    buttons = widgets.HBox([*(button(rating) for rating in KEYS.values()), free, keys])
-    return widgets.VBox([bar, buttons, view])
+    return widgets.VBox([bar, widgets.HBox([*buttons, free, keys]), view])

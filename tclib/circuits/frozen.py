@@ -218,11 +218,7 @@ class FrozenPrompts:
         The feature need not be active; its value is then zero or below.
         """
         dictionary = self._transcoder_at(layer)
-        if not 0 <= feature < dictionary.config.n_features:
-            raise InputError(
-                f"feature {feature} is out of range: layer {layer} has features 0 to "
-                f"{dictionary.config.n_features - 1}"
-            )
+        dictionary.check_features(feature)
         pos, prompt = self._check_place(pos, prompt)
         direction = self.lm.final_norm.centre(dictionary.encoder_direction(feature))
         constant = float(dictionary.b_enc[feature])

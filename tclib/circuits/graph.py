@@ -1,6 +1,6 @@
 """The full attribution graph of a prompt: every active feature, error, token and bias, and the roots.
 
-An edge is the direct effect of its source on its target, attention and norms frozen (`direct_effects`).
+An edge is the direct effect of its source on its target, attention and norms frozen (`edges`).
 Rows of the edge matrix are targets (features and roots), columns are nodes, and at every target
 
     value = constant + Σ edges + left out

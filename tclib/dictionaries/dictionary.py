@@ -198,6 +198,16 @@ class Dictionary:
                 f"whose d_model is {lm.d_model}: it was trained on {self.config.model or 'another model'}"
             )
 
+    def check_features(self, *features: int) -> None:
+        """Raise `InputError` for a feature that this dictionary does not have, or for none at all."""
+        last = self.config.n_features - 1
+        unknown = [feature for feature in features if not 0 <= feature <= last]
+        if unknown or not features:
+            raise InputError(
+                f"feature {', '.join(map(str, unknown)) or 'none'} is out of range: "
+                f"layer {self.config.layer} has features 0 to {last}"
+            )
+
     def save(self, path: Path, training: dict[str, Any] | None = None) -> None:
         """Write one safetensors file; `training` is kept in its header."""
         metadata = {

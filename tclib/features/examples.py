@@ -38,7 +38,7 @@ def feature_activations(
     Takes 4 bytes × features × rows × positions. Errors: `InputError` for a feature that does not
     exist, or more memory than allowed.
     """
-    _check_features(dictionary, features)
+    dictionary.check_features(*features)
     needed = 4 * len(features) * rows.numel() / 2**30
     if needed > memory_limit_gib:
         raise InputError(
@@ -263,10 +263,3 @@ def band_shares(
     return pd.DataFrame(
         {"band": range(n_bands), "low": edges[:-1], "high": edges[1:], "share": counts / n_tokens}
     )
-
-
-def _check_features(dictionary: Dictionary, features: Sequence[int]) -> None:
-    n_features = dictionary.config.n_features
-    unknown = [feature for feature in features if not 0 <= feature < n_features]
-    if unknown or not features:
-        raise InputError(f"features {unknown or list(features)}: expected 0 to {n_features - 1}")

@@ -1,7 +1,7 @@
 """What a feature reads and writes, from weights alone (paper Sections 3.3 and 4.1; Eq. 7).
 
 With f = P W_enc[:, i] the feature's encoder direction at the stream, and W_E, W_U, W_V, W_O in the
-processed basis of `lm`:
+processed basis of `models.weights`:
 
     de-embedding                W_E f                            which tokens excite it directly
       through a head            W_E W_V W_O f
@@ -47,7 +47,7 @@ def reading_direction(
 
     Errors: `InputError` for a feature or a head that does not exist, or a head that comes too late.
     """
-    _check_feature(dictionary, feature)
+    dictionary.check_features(feature)
     direction = lm.final_norm.centre(dictionary.encoder_direction(feature))
     if head is None:
         return direction
@@ -99,7 +99,7 @@ class LoneTokens:
 
     def scores(self, dictionary: Dictionary, feature: int) -> Float[Tensor, "d_vocab"]:
         """Pre-activations of one feature. Errors: `InputError` for a feature that does not exist."""
-        _check_feature(dictionary, feature)
+        dictionary.check_features(feature)
         site = dictionary.config.input_site
         if site not in self._inputs:
             self._read({s for s in self._sites | {site} if s.layer <= site.layer})
@@ -196,7 +196,7 @@ def direct_logit_attribution(
 
     Relative to their mean over the vocabulary, and before division by the final norm's scale.
     """
-    _check_feature(dictionary, feature)
+    dictionary.check_features(feature)
     return dictionary.decoder_direction(feature) @ lm.W_U
 
 
@@ -243,11 +243,3 @@ def feature_table(scores: Float[Tensor, "n_features"], k: int = 10) -> pd.DataFr
     return pd.DataFrame(
         {"feature": strongest.cpu().numpy(), "score": scores[strongest].double().cpu().numpy()}
     )
-
-
-def _check_feature(dictionary: Dictionary, feature: int) -> None:
-    if not 0 <= feature < dictionary.config.n_features:
-        raise InputError(
-            f"feature {feature} is out of range: layer {dictionary.config.layer} has features 0 to "
-            f"{dictionary.config.n_features - 1}"
-        )

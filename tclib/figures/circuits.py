@@ -67,7 +67,7 @@ def predicted_against_actual(table: pd.DataFrame, unit: str) -> Figure:
 
     Left with nothing frozen, right with the norm scales frozen.
 
-    The table is that of `interventions.ablation_table`.
+    The table is that of `circuits.interventions.ablation_table`.
     """
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.1), sharex=True, sharey=True)
     titles = {"actual": "nothing frozen", "actual_norms_frozen": "norm scales frozen"}
@@ -112,7 +112,7 @@ def _overlap_curves(axis: Axes, lines: pd.DataFrame, ks: Sequence[int], **style:
 def connection_agreement(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     """Top-k overlap of pullback and mean pullback: ours by pair of layers, the paper's two features.
 
-    `table` is that of `connections.compare_connections`; `paper` has feature, earlier_layer, k, overlap.
+    `table` is that of `features.connections.compare_connections`; `paper` has feature, earlier_layer, k, overlap.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.8))
     ks = [int(str(c).removeprefix("overlap_")) for c in table if str(c).startswith("overlap_")]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -97,16 +97,12 @@ class GreaterThan:
     def subset(self, prompts: Sequence[int]) -> GreaterThan:
         """The task on some of its prompts."""
         index = torch.tensor(list(prompts), device=self.tokens.device)
-        return GreaterThan(
-            self.form,
-            self.tokens[index],
-            tuple(self.numbers[i] for i in prompts),
-            tuple(self.template_idx[i] for i in prompts),
-            self.subject_pos,
-            self.answer_ids,
-            self.answers,
-            self.is_greater[index.to(self.is_greater.device)],
-            self.left_out,
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            numbers=tuple(self.numbers[i] for i in prompts),
+            template_idx=tuple(self.template_idx[i] for i in prompts),
+            is_greater=self.is_greater[index.to(self.is_greater.device)],
         )
 
     def every(self, step: int) -> GreaterThan:

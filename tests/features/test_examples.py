@@ -42,7 +42,9 @@ def test_activations_are_the_dictionarys_with_bos_silent() -> None:
     expected = dense(lm, dictionary, rows)[..., [3, 7]].permute(2, 0, 1)
     torch.testing.assert_close(found, expected)
     assert (found[:, :, 0] == 0).all()
-    with pytest.raises(InputError, match=r"features \[40\]: expected 0 to 39"):
+    with pytest.raises(
+        InputError, match="feature 40 is out of range: layer .* has features 0 to 39"
+    ):
         feature_activations(lm, dictionary, [40], rows)
     with pytest.raises(InputError, match="raise memory_limit_gib above"):
         feature_activations(lm, dictionary, [1], rows, memory_limit_gib=1e-9)
