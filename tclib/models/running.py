@@ -325,7 +325,7 @@ class Running(ProcessedWeights):
         found: dict[int, Tensor] = {}
 
         def keep(layer: int) -> Callable[..., None]:
-            def note(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            def note(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 found[layer] = inputs[0]
                 if layer == wanted[-1]:
                     raise _StopForward

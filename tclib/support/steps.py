@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 from torch import Tensor
@@ -45,6 +45,7 @@ def ensure(
     return read_manifest(step)
 
 
+@runtime_checkable
 class Weighted(Protocol):
     """What has weights by name: a dictionary."""
 

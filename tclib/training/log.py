@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
@@ -18,6 +18,7 @@ from tclib.training.trainer import Measurement
 _PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Takes the measurements of each logged step."""
 
