@@ -199,7 +199,7 @@ def test_train_refuses_what_a_preset_would(tmp_path: Path) -> None:
 
 
 def test_the_version_is_the_packages() -> None:
-    assert invoke("--version").strip() == importlib.metadata.version("tclib")
+    assert invoke("--version").split() == ["tclib", importlib.metadata.version("tclib")]
 
 
 def test_help_comes_at_once_without_what_is_slow_to_import() -> None:

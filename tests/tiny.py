@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -26,6 +29,19 @@ from tclib.replication.presets import Preset, load_preset
 
 D_MODEL, N_LAYERS, D_VOCAB, N_CTX = 16, 3, 100, 64
 GEOMETRIES = ("gpt2", "neox", "llama")
+
+
+@contextmanager
+def unchecked_types() -> Iterator[None]:
+    """While active, tclib runs as it does for users: without the test run's checks of types.
+
+    Bad input would else never come as far as the `InputError` that users see.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -99,6 +99,7 @@ def ledger_summary(entries: list[Entry]) -> pd.DataFrame:
     return pd.DataFrame(lines.values())
 
 
+@runtime_checkable
 class Studied(Protocol):
     """What a ledger can be replayed on: a blind session."""
 

@@ -58,7 +58,7 @@ def edge_influence(matrix: EdgeMatrix) -> Float[Tensor, "target column"]:
     return sizes * torch.where(totals > 0, passed_on / totals, 0.0)[:, None]
 
 
-def threshold_for(scores: Float[Tensor, "item"], share: float) -> float:
+def threshold_for(scores: Float[Tensor, "*item"], share: float) -> float:
     """The smallest score (none negative) among the largest that together make up `share` of the sum."""
     ordered = scores[scores > 0].sort(descending=True).values
     if len(ordered) == 0:

@@ -105,6 +105,6 @@ class LanguageModel(Running):
             )
         return torch.tensor([ids], device=self.device)
 
-    def token_strings(self, ids: Iterable[int]) -> list[str]:
+    def token_strings(self, ids: Iterable[int] | Int[Tensor, "token"]) -> list[str]:
         """The text of each token by itself."""
         return [self.tokenizer.decode([int(i)]) for i in ids]

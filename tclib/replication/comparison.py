@@ -177,8 +177,8 @@ def _save_item(
 def proxy_rating(
     rows: Int[Tensor, "row pos"],
     acts: Float[Tensor, "row pos"],
-    held_out: Int[Tensor, "row pos"],
-    held_acts: Float[Tensor, "row pos"],
+    held_out: Int[Tensor, "held_row pos"],
+    held_acts: Float[Tensor, "held_row pos"],
     bos_id: int,
 ) -> dict[str, Any]:
     """The simplest predicate on one text, scored on the other: predicate, f1, auroc, rating, context_free.

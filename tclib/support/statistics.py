@@ -25,7 +25,7 @@ def bootstrap_means(
 
 def interval(
     means: Float[np.ndarray, "resample *columns"], level: float = 0.95
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float[np.ndarray | np.float64, "*columns"], Float[np.ndarray | np.float64, "*columns"]]:
     """Percentile interval over resamples: (low, high)."""
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)

@@ -172,7 +172,7 @@ def _pack_split(
 ) -> Int[Tensor, "row pos"]:
     ids = _token_ids(splits.documents(split), lm)
     encoded = progress(ids, f"{config.kind} {split}", unit="doc", leave=False)
-    rows = pack(encoded, config.n_ctx, lm.bos_id, n_rows)
+    rows = pack(iter(encoded), config.n_ctx, lm.bos_id, n_rows)
     order = np.random.default_rng(config.seed).permutation(len(rows))
     return torch.from_numpy(rows[order])
 

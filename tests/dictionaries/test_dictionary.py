@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import D_MODEL, tiny_lm
+from tiny import D_MODEL, tiny_lm, unchecked_types
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig, activate, new_dictionary
 from tclib.models.running import Site
@@ -118,7 +118,7 @@ def test_saving_and_loading_is_exact(tmp_path: Path, skip: bool) -> None:
     ],
 )
 def test_configurations_out_of_range_are_refused(changes: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with unchecked_types(), pytest.raises(InputError, match=message):
         replace(CONFIG, **changes)
 
 
@@ -156,7 +156,7 @@ def test_a_dictionary_of_another_width_is_named() -> None:
 
 
 def test_weights_of_another_shape_are_refused() -> None:
-    with pytest.raises(InputError, match="the configuration expects"):
+    with unchecked_types(), pytest.raises(InputError, match="the configuration expects"):
         Dictionary(CONFIG, torch.zeros(2, 5), torch.zeros(4), torch.zeros(4, 3), torch.zeros(3))
 
 
