@@ -43,7 +43,7 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool | None) -> None:
     if asked:
         typer.echo(f"tclib {importlib.metadata.version('tclib')}")
         raise typer.Exit
@@ -52,11 +52,11 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _top(
     version: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--version", help="Print the version.", is_eager=True, callback=_print_version
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """Train transcoders, attribute circuits through them, and replicate the paper."""
 

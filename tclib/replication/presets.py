@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationInfo, field_validator
+from pydantic import TypeAdapter, field_validator
 
 from tclib.dictionaries.kinds import Kind
 from tclib.greater_than.task import PAPER_TEMPLATE
@@ -87,7 +87,7 @@ class SweepConfig(PresetRecipe):
 
     @field_validator("families", mode="before")
     @classmethod
-    def _shared(cls, families: Any, checked: ValidationInfo) -> Any:
+    def _shared(cls, families: Any, checked: Any) -> Any:
         own = {f.name: checked.data[f.name] for f in fields(Recipe) if f.name in checked.data}
         return [{**own, **one} if isinstance(one, Mapping) else one for one in families]
 

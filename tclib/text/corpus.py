@@ -78,7 +78,7 @@ class Corpus:
     """Rows for training and for evaluation, and the hash that names them."""
 
     train: Int[Tensor, "row pos"]
-    evaluation: Int[Tensor, "row pos"]
+    evaluation: Int[Tensor, "eval_row pos"]
     bos_id: int
 
     @cached_property
@@ -122,7 +122,9 @@ def build_corpus(config: CorpusConfig, lm: LanguageModel) -> Corpus:
     return Corpus(rows["train"], rows["evaluation"], lm.bos_id)
 
 
-def check_disjoint(train: Int[Tensor, "row pos"], evaluation: Int[Tensor, "row pos"]) -> None:
+def check_disjoint(
+    train: Int[Tensor, "row pos"], evaluation: Int[Tensor, "eval_row eval_pos"]
+) -> None:
     """Raise `InputError` if any evaluation row is also a training row."""
     if train.shape[1] != evaluation.shape[1]:
         return

@@ -20,6 +20,7 @@ from tclib.replication.run import Run
 from tclib.support.errors import InputError
 
 mpl.use("Agg")
+pytestmark = pytest.mark.slow
 
 
 def test_the_proxy_passes_a_planted_feature_and_fails_noise() -> None:
