@@ -6,7 +6,6 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from tclib.dictionaries.dictionary import TopFeatures
 from tclib.evaluation.metrics import kl_divergence, l0
 
 

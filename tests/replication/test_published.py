@@ -267,4 +267,4 @@ def test_a_dictionary_is_not_needed_to_count_dead_features_of_other_models(
     rows = [{"model": "pythia-410m", "layer": "15", "n_dead": "1"}]
     monkeypatch.setattr(published, "paper_table", lambda _: rows)
     empty: dict[int, Dictionary] = {}
-    assert dead_feature_table(gpt2_lm, empty, torch.zeros(1, 4)).empty
+    assert dead_feature_table(gpt2_lm, empty, torch.zeros(1, 4, dtype=torch.int32)).empty
