@@ -1,16 +1,32 @@
-"""Tiny random models of every geometry, and a tokenizer of a hundred words."""
+"""Checks of types and shapes, tiny random models of every geometry, a tokenizer of a hundred words."""
 
 from __future__ import annotations
 
 import sys
 import types
 from dataclasses import make_dataclass
+from pathlib import Path
 
 import pytest
-from tiny import GEOMETRIES, random_rows, tiny_lm
+from jaxtyping import install_import_hook
 
-from tclib.models.language_model import LanguageModel
-from tclib.text.corpus import Corpus
+# What functions and dataclasses take and give is checked in every module of tclib that names shapes,
+# and in no other: the hook costs most where small functions are called most, in the bundled grammar. An int
+# is a float, as mypy has it. This stands before anything imports tclib.
+PACKAGE = Path(__file__).parents[1] / "tclib"
+with_shapes = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if "from jaxtyping import" in path.read_text()
+]
+install_import_hook(
+    with_shapes, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
+
+from tiny import GEOMETRIES, random_rows, tiny_lm  # noqa: E402
+
+from tclib.models.language_model import LanguageModel  # noqa: E402
+from tclib.text.corpus import Corpus  # noqa: E402
 
 
 @pytest.fixture(params=GEOMETRIES)

@@ -53,7 +53,7 @@ def evaluate(
     lm: LanguageModel,
     dictionaries: dict[str, Dictionary],
     rows: Int[Tensor, "row pos"],
-    train_rows: Int[Tensor, "row pos"] | None = None,
+    train_rows: Int[Tensor, "train_row train_pos"] | None = None,
     rows_per_forward: int = 16,
 ) -> Evaluation:
     """Evaluate named dictionaries on held-out `rows`.

@@ -77,8 +77,8 @@ class CorpusConfig:
 class Corpus:
     """Rows for training and for evaluation, and the hash that names them."""
 
-    train: Int[Tensor, "row pos"]
-    evaluation: Int[Tensor, "eval_row pos"]
+    train: Int[Tensor, "train_row pos"]
+    evaluation: Int[Tensor, "evaluation_row pos"]
     bos_id: int
 
     @cached_property
@@ -123,7 +123,8 @@ def build_corpus(config: CorpusConfig, lm: LanguageModel) -> Corpus:
 
 
 def check_disjoint(
-    train: Int[Tensor, "row pos"], evaluation: Int[Tensor, "eval_row eval_pos"]
+    train: Int[Tensor, "train_row train_pos"],
+    evaluation: Int[Tensor, "evaluation_row evaluation_pos"],
 ) -> None:
     """Raise `InputError` if any evaluation row is also a training row."""
     if train.shape[1] != evaluation.shape[1]:
@@ -174,6 +175,7 @@ def _pack_split(
 ) -> Int[Tensor, "row pos"]:
     ids = _token_ids(splits.documents(split), lm)
     encoded = progress(ids, f"{config.kind} {split}", unit="doc", leave=False)
+    # An iterator, since checks of types look into what has a length, and would use up a document.
     rows = pack(iter(encoded), config.n_ctx, lm.bos_id, n_rows)
     order = np.random.default_rng(config.seed).permutation(len(rows))
     return torch.from_numpy(rows[order])
