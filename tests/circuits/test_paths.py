@@ -17,6 +17,7 @@ from tclib.circuits.paths import (
     NodeFilter,
     Path,
     greedy_paths,
+    path_table,
     paths_to_graph,
     root_node,
     step_back,
@@ -173,3 +174,12 @@ def test_the_search_agrees_with_autograd_two_steps_back() -> None:
         expected = first * second * np.prod(scales) * z[0, 2, last.feature]
         assert path.contribution == pytest.approx(float(expected), rel=1e-8)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_path_table_has_the_strongest_paths_of_each_length() -> None:
+    frozen = freeze("gpt2", n_prompts=1)
+    levels = greedy_paths(frozen, frozen.logit_target({5: 1.0}, -1), n_iterations=2, n_branches=4)
+    table = path_table(levels, n_each=2)
+    assert table["length"].tolist() == [2, 2, 3, 3]
+    assert table["contribution"].tolist() == [p.contribution for level in levels for p in level[:2]]
+    assert str(levels[1][0]).startswith(table["path"][2])

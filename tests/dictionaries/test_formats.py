@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from tclib.cli import app
 from tclib.dictionaries.bases import to_processed, to_raw
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.dictionaries.formats.any import load_dictionary
 from tclib.dictionaries.formats.authors import read_authors
 from tclib.dictionaries.formats.circuit_tracer import (
     TRACER_THRESHOLD,
@@ -342,3 +343,15 @@ def test_convert_and_inspect_on_the_command_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             run(*arguments)
     assert not (tmp_path / "x").exists()
+
+
+def test_one_dictionary_is_loaded_from_any_format_and_of_several_the_layer_is_asked(
+    tmp_path: Path,
+) -> None:
+    write_saelens(transcoder(1), tmp_path / "one")
+    assert_same(load_dictionary(tmp_path / "one"), transcoder(1))
+    write_circuit_tracer({layer: transcoder(layer) for layer in range(2)}, tmp_path / "set")
+    assert load_dictionary(str(tmp_path / "set"), layer=1).config.layer == 1
+    for layer in (None, 7):
+        with pytest.raises(InputError, match=rf"holds layers \[0, 1\]: give one.* not {layer}"):
+            load_dictionary(tmp_path / "set", layer)
