@@ -82,7 +82,8 @@ def run(
     """Run the notebooks in order at a preset.
 
     After a failure, the same command goes on from the notebook that failed. What a notebook finds
-    already made from the same parameters, it loads.
+    already made from the same parameters, it loads; one whose executed copy is current is not run again
+    (but by --from and --only).
     """
     from tclib.replication.model_and_data import check_ready
     from tclib.replication.presets import is_path, load_preset
@@ -99,7 +100,7 @@ def run(
         notebooks = _selected(first, only)
         # The seed is always passed: the notebooks' own default need not be the preset's.
         parameters = {"preset": given, "seed": chosen.seed, "runs_dir": str(chosen.runs_dir)}
-        _execute_all(chosen, notebooks, parameters)
+        _execute_all(chosen, notebooks, parameters, anew=bool(from_ or only))
     _print_results(chosen)
 
 
@@ -132,40 +133,36 @@ def _failed_at(preset: Preset) -> str | None:
     return failed
 
 
-def _execute_all(preset: Preset, notebooks: list[Path], parameters: dict[str, Any]) -> None:
+def _execute_all(
+    preset: Preset, notebooks: list[Path], parameters: dict[str, Any], anew: bool
+) -> None:
+    """The notebooks in order; those whose executed copy is current stay, unless `anew`."""
+    from tclib.replication.executed import are_intact, execute, fingerprint, is_current
+    from tclib.replication.run import Run
     from tclib.support.files import new_file
     from tclib.support.progress import progress
 
+    run = Run(preset)
+    anew = anew or not are_intact(run)
     bar = progress(notebooks, f"preset {preset.name}", unit="notebook")
     for notebook in bar:
         bar.set_postfix_str(notebook.stem)
         if notebook.name[:2] in preset.skipped:
             bar.write(f"{notebook.stem} is skipped: {preset.skipped[notebook.name[:2]]}")
             continue
+        output = preset.folder / EXECUTED / notebook.name
+        made_from = fingerprint(run, notebook, parameters)
+        if not anew and is_current(output, made_from):
+            bar.write(f"{notebook.stem} is executed already ({output})")
+            continue
+        anew = True  # what stands behind a notebook reads what it makes
         try:
-            _execute(notebook, preset.folder / EXECUTED / notebook.name, parameters)
+            execute(notebook, output, parameters, made_from)
         except Exception:
             with new_file(preset.folder / PROGRESS) as path:
                 path.write_text(json.dumps({"failed": notebook.name[:2]}))
             raise
     (preset.folder / PROGRESS).unlink(missing_ok=True)
-
-
-def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
-    """Run one notebook through papermill. Errors: `InputError` with the failing cell's message."""
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        papermill.execute_notebook(
-            str(notebook), str(output), parameters, cwd=str(output.parent), kernel_name="python3"
-        )
-    except PapermillExecutionError as error:
-        raise InputError(
-            f"{notebook.name} stopped: {error.ename}: {error.evalue} (see {output}); "
-            "run the same command again to go on from there"
-        ) from error
 
 
 def _print_results(preset: Preset) -> None:

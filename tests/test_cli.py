@@ -18,6 +18,7 @@ from tclib.dictionaries.dictionary import Dictionary
 from tclib.replication.presets import PRESETS, load_preset
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
+from tclib.support.steps import Step, write_manifest
 from tclib.training.spec import DictionarySpec, TrainingConfig
 
 RUNNER = CliRunner()
@@ -74,8 +75,31 @@ def test_run_resumes_from_the_notebook_that_failed(sequence: Path) -> None:
     assert "going on from there" in invoke(*arguments)
     assert log(sequence) == ["00_a demo 42", "01_b demo 42", "02_c demo 42"]
     assert (sequence / "demo" / "notebooks" / "02_c.ipynb").is_file()
+    assert "02_c is executed already" in invoke(*arguments)
+    assert len(log(sequence)) == 3
+
+
+@pytest.mark.slow
+def test_a_notebook_is_run_again_when_what_it_came_from_has_changed(sequence: Path) -> None:
+    (sequence / "ok").touch()
+    arguments = ("run", "--preset", "demo", "--runs-dir", str(sequence))
     invoke(*arguments)
-    assert len(log(sequence)) == 6
+    invoke(*arguments)
+    assert len(log(sequence)) == 3
+    write_notebook(
+        sequence / "notebooks" / "01_b.ipynb", "open(runs_dir + '/log', 'a').write('new\\n')"
+    )
+    invoke(*arguments)  # and what stands behind it
+    assert [line.split()[0] for line in log(sequence)[3:]] == ["new", "02_c"]
+    step = Step("demo", "00_a", sequence / "demo" / "00_a")
+    step.folder.mkdir()
+    (step.folder / "table.csv").write_text("1")
+    write_manifest(step, {}, {}, 0.0)
+    invoke(*arguments)
+    assert len(log(sequence)) == 5
+    (step.folder / "table.csv").write_text("2")
+    invoke(*arguments)
+    assert len(log(sequence)) == 8
 
 
 @pytest.mark.slow

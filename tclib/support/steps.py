@@ -130,6 +130,13 @@ def read_manifest(step: Step) -> dict[str, Any]:
     return manifest
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether every file that the manifest in `folder` names, figures too, is there as it was written."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    named = {**manifest["outputs"], **manifest.get("extras", {})}
+    return all((folder / n).is_file() and file_hash(folder / n) == h for n, h in named.items())
+
+
 def record_extra(step: Step, path: Path) -> None:
     """Note a figure or table, and its hash, in the step's manifest; these may be made anew any time."""
     manifest_path = step.folder / MANIFEST

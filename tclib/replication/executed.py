@@ -1,0 +1,68 @@
+"""Notebooks of a run, executed: a copy is current as long as all that it came from is what it was.
+
+That is its cells and parameters, the preset, tclib's own files, the packages that decide the numbers, and
+every file that the run's manifests name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tclib
+from tclib.replication.run import Run
+from tclib.support.errors import InputError
+from tclib.support.files import new_file
+from tclib.support.steps import MANIFEST, is_whole, package_versions
+
+FINGERPRINT = "tclib_fingerprint"  # in the executed copy's metadata
+
+
+def fingerprint(run: Run, notebook: Path, parameters: Mapping[str, Any]) -> str:
+    """Names what an executed copy comes from, but for the run's artifacts."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(tclib.__file__).parent.rglob("*")):
+        if path.is_file() and path.suffix in (".py", ".json", ".mplstyle"):
+            digest.update(path.name.encode() + path.read_bytes())
+    cells = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
+    held = [cells, dict(parameters), asdict(run.preset), package_versions()]
+    digest.update(json.dumps(held, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def is_current(output: Path, expected: str) -> bool:
+    """Whether `output` was executed from what `expected` names."""
+    if not output.is_file():
+        return False
+    metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"]
+    return bool(metadata.get(FINGERPRINT) == expected)
+
+
+def are_intact(run: Run) -> bool:
+    """Whether every artifact of the run and its companions is as its manifest says."""
+    folders = [one.preset.folder for one in (run, *run.companions)]
+    return all(is_whole(path.parent) for folder in folders for path in folder.glob(f"*/{MANIFEST}"))
+
+
+def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], made_from: str) -> None:
+    """Run one notebook through papermill. Errors: `InputError` with the failing cell's message."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        executed = papermill.execute_notebook(
+            str(notebook), str(output), parameters, cwd=str(output.parent), kernel_name="python3"
+        )
+    except PapermillExecutionError as error:
+        raise InputError(
+            f"{notebook.name} stopped: {error.ename}: {error.evalue} (see {output}); "
+            "run the same command again to go on from there"
+        ) from error
+    executed.metadata[FINGERPRINT] = made_from
+    with new_file(output) as temporary:
+        temporary.write_text(json.dumps(executed, indent=1, ensure_ascii=False), encoding="utf-8")
