@@ -153,7 +153,7 @@ def _execute_all(
         output = preset.folder / EXECUTED / notebook.name
         made_from = fingerprint(run, notebook, parameters)
         if not anew and is_current(output, made_from):
-            bar.write(f"{notebook.stem} is executed already ({output})")
+            bar.write(f"{notebook.stem} is executed already")
             continue
         anew = True  # what stands behind a notebook reads what it makes
         try:
