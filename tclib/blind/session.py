@@ -15,7 +15,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -45,6 +45,8 @@ from tclib.features.from_weights import (
 from tclib.models.language_model import LanguageModel
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -376,7 +378,7 @@ class BlindSession:
         dictionary = self._transcoder(self.layer if layer is None else layer)
         return _SECRETS[self].lm, dictionary, self.feature if feature is None else feature
 
-    def _answer(self, question: str, arguments: dict[str, Any], answer: Any) -> Any:
+    def _answer(self, question: str, arguments: dict[str, Any], answer: T) -> T:
         self._record("question", question, arguments, plain(answer))
         return answer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -85,7 +86,7 @@ def _nearest_l0(saes: Mapping[str, Dictionary], below: LowerRun, features: Units
     """The SAE whose L0 on the prompts is nearest to the transcoder's, as a ratio."""
 
     def distance(sae: Dictionary) -> float:
-        return abs(np.log((_l0(sae.encode(below.mlp_out)) + 1e-9) / _l0(features.acts)))
+        return abs(math.log((_l0(sae.encode(below.mlp_out)) + 1e-9) / _l0(features.acts)))
 
     return min(saes.values(), key=distance)
 

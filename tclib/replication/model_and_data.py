@@ -75,4 +75,5 @@ def _rows(step: Step, name: str) -> torch.Tensor:
 
 def demo_world_card(preset: Preset) -> dict[str, Any]:
     """What a bundled model was trained on, its held-out loss, and the language's entropy bound."""
-    return json.loads((BUNDLED[preset.model] / "card.json").read_text())
+    card: dict[str, Any] = json.loads((BUNDLED[preset.model] / "card.json").read_text())
+    return card

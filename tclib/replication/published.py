@@ -163,7 +163,9 @@ ROWS_PER_FORWARD = 32
 _NODE = re.compile(r"(mlp|attn|embed)(\d+)(?:tc)?(?:\[(\d+)\])?@(-?\d+)")
 
 
-def check_line(source: str, quantity: str, paper: float, ours: float, tolerance: float) -> dict:
+def check_line(
+    source: str, quantity: str, paper: float, ours: float, tolerance: float
+) -> dict[str, Any]:
     """One line of the table; `reproduced` where the difference is within the tolerance."""
     difference = ours - paper
     verdict = "reproduced" if abs(difference) <= tolerance else "mismatch"

@@ -135,7 +135,7 @@ def read_manifest(step: Step) -> dict[str, Any]:
             f"`tclib run --preset {step.preset} --only {step.name[:2]}`"
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is truncated or corrupted: {step.remedy}") from error
     for name, expected in manifest["outputs"].items():
@@ -159,7 +159,8 @@ def is_current(step: Step, parameters: Mapping[str, Any], inputs: Mapping[str, s
     if not (step.folder / MANIFEST).is_file():
         return False
     manifest = read_manifest(step)
-    return manifest["parameters"] == json_ready(parameters) and manifest["inputs"] == dict(inputs)
+    made_from = (manifest["parameters"], manifest["inputs"])
+    return made_from == (json_ready(parameters), dict(inputs))
 
 
 def package_versions() -> dict[str, str]:

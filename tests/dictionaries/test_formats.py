@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 from dataclasses import replace
@@ -157,13 +158,13 @@ def test_the_authors_file_is_read_with_its_input_bias_folded(
 
 
 class _Payload:
-    """Unpickled by an ordinary reader, this would make a file."""
+    """Unpickled by an ordinary reader, this would make a folder."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return (open, (self.path, "w"))
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.mkdir, (self.path,))
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
@@ -172,7 +173,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
     proof = tmp_path / "it_ran"
     path = tmp_path / "evil.pt"
     torch.save({"cfg": _Payload(str(proof)), "state_dict": {}}, path)
-    with pytest.raises(InputError, match="asks for .*open.*nothing else is ever run"):
+    with pytest.raises(InputError, match="asks for .*mkdir.*nothing else is ever run"):
         read_authors(path)
     assert not proof.exists()
     torch.load(path, weights_only=False)  # the payload is real: an ordinary reader runs it
