@@ -74,7 +74,7 @@ def token_weights(y: Float[Tensor, "token d_out"], loss: Loss) -> Float[Tensor, 
     """The w of the module's equation."""
     if loss == "paper":
         return torch.ones_like(y[:, :1])
-    return (torch.linalg.vector_norm(y, dim=1, keepdim=True) * y.shape[1]).reciprocal()
+    return torch.reciprocal(y.shape[1] * y.norm(dim=1, keepdim=True))
 
 
 def step_result(

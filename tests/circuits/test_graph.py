@@ -44,7 +44,7 @@ def test_every_node_adds_up(geometry: str, dtype: torch.dtype, kind: str, heads:
     assert closure["residual"].abs().max() < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("geometry", "dtype"), itertools.product(GEOMETRIES, TOLERANCE))
+@pytest.mark.parametrize(("geometry", "dtype"), list(itertools.product(GEOMETRIES, TOLERANCE)))
 def test_every_node_adds_up_on_a_hundred_prompts_of_every_length(
     geometry: str, dtype: torch.dtype
 ) -> None:
