@@ -10,6 +10,7 @@ from typing import Any
 
 import jaxtyping
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -29,6 +30,10 @@ from tclib.replication.presets import Preset, load_preset
 
 D_MODEL, N_LAYERS, D_VOCAB, N_CTX = 16, 3, 100, 64
 GEOMETRIES = ("gpt2", "neox", "llama")
+
+
+# Property tests: the same examples every time, and few of them.
+FEW = settings(max_examples=25, derandomize=True, deadline=None)
 
 
 @contextmanager

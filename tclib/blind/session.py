@@ -78,7 +78,7 @@ def question(
     signature = inspect.signature(method)
 
     @wraps(method)
-    def asked(session: BlindSession, *args: _Asked.args, **kwargs: _Asked.kwargs) -> _Answer:
+    def asked(session: BlindSession, /, *args: _Asked.args, **kwargs: _Asked.kwargs) -> _Answer:
         bound = signature.bind(session, *args, **kwargs)
         bound.apply_defaults()
         arguments = {name: bound.arguments[name] for name in list(bound.arguments)[1:]}

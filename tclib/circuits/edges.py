@@ -19,6 +19,7 @@ the target's token. Either way constant + Σ edges = value, to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -111,14 +112,7 @@ class DirectEffects:
         waiting = {one.site: one.directions for one in readers}
         carried = out.new_zeros(0, pos + 1 - first, frozen.lm.d_model)
 
-        def join(grad: Tensor, site: ReadSite) -> Tensor:
-            directions = waiting.pop(site, None)
-            if directions is None:
-                return grad
-            fresh = grad.new_zeros(len(directions), *grad.shape[1:])
-            fresh[:, -1] = directions * frozen.scale(site, self.prompt, pos)
-            return torch.cat([grad, fresh])
-
+        join = partial(self._join, waiting, pos)
         carried = join(carried, ReadSite("final", frozen.lm.n_layers))
         for layer in reversed(range(frozen.lm.n_layers)):
             self._read("mlp", layer, carried, first, pos, out)
@@ -133,6 +127,17 @@ class DirectEffects:
                 self._read("attention", layer, carried, first, pos, out)
                 carried = carried + self._through_attention(layer, carried, pos)
         self._read("embedding", -1, carried, first, pos, out)
+
+    def _join(
+        self, waiting: dict[ReadSite, Tensor], pos: int, grad: Tensor, site: ReadSite
+    ) -> Tensor:
+        """`grad`, and behind it what waits to be read at `site`."""
+        directions = waiting.pop(site, None)
+        if directions is None:
+            return grad
+        fresh = grad.new_zeros(len(directions), *grad.shape[1:])
+        fresh[:, -1] = directions * self.frozen.scale(site, self.prompt, pos)
+        return torch.cat([grad, fresh])
 
     def _read(
         self, part: Part, layer: int, grad: Tensor, first: int, pos: int, out: Tensor

@@ -228,10 +228,10 @@ def _viewer_number(line: Any) -> int:
     if line.kind == "feature":
         return _cantor(line.layer, line.feature)
     if line.kind == "root":
-        return line.feature if line.feature >= 0 else -100 - line.Index
+        return int(line.feature if line.feature >= 0 else -100 - line.Index)
     if line.kind == "embedding":
-        return line.pos
-    return _VIEWER_CODES.get(line.kind, -10 - max(line.head, 0))
+        return int(line.pos)
+    return int(_VIEWER_CODES.get(line.kind, -10 - max(line.head, 0)))
 
 
 def _cantor(one: int, other: int) -> int:

@@ -41,7 +41,7 @@ class Sources:
     @cached_property
     def contribution(self) -> Float[np.ndarray, "source"]:
         """activation × weight."""
-        return self.activation * self.weight
+        return np.asarray(self.activation * self.weight)
 
     @cached_property
     def table(self) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ def _nearest_l0(
     wanted = l0(features.acts[is_text])
 
     def distance(sae: Dictionary) -> float:
-        return abs(np.log((l0(sae.encode(below.mlp_out)[is_text]) + 1e-9) / wanted))
+        return abs(math.log((l0(sae.encode(below.mlp_out)[is_text]) + 1e-9) / wanted))
 
     return min(saes.values(), key=distance)
 

@@ -70,7 +70,7 @@ class Curve:
     @property
     def mean(self) -> Float[np.ndarray, "k"]:
         """Mean over prompts."""
-        return self.values.mean(1)
+        return np.asarray(self.values.mean(1))
 
     def at(self, k: int) -> float:
         """The mean at one k. Errors: `InputError` if the curve does not have it."""

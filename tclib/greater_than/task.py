@@ -193,7 +193,8 @@ def _answer_ids(lm: LanguageModel, context: str, names: Mapping[int, str]) -> di
     """
 
     def ids(text: str) -> list[int]:
-        return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        found: list[int] = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
 
     before = ids(context)
     tokenised = {value: ids(context + name) for value, name in names.items()}

@@ -64,8 +64,7 @@ def _locate_on_hub(name: str) -> str:
 
 def check_hub_reachable(context: str) -> None:
     """Raise `InputError` beginning with `context` unless the Hugging Face hub answers in 5 s."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     advice = "connect to the network, or set HF_HOME to a folder that holds it"
     if constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):

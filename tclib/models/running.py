@@ -117,12 +117,14 @@ class Running(ProcessedWeights):
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Next-token logits at every position."""
-        return self.model(tokens.to(self.device), use_cache=False).logits
+        logits: Tensor = self.model(tokens.to(self.device), use_cache=False).logits
+        return logits
 
     def last_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
         """Next-token logits at the last position; the others are not unembedded."""
         read = self.model(tokens.to(self.device), use_cache=False, logits_to_keep=1)
-        return read.logits[:, -1]
+        logits: Tensor = read.logits
+        return logits[:, -1]
 
     @torch.no_grad()
     def read(

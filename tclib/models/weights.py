@@ -46,11 +46,13 @@ class ProcessedWeights:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     @property
     def n_layers(self) -> int:
@@ -172,7 +174,8 @@ class ProcessedWeights:
 
     @property
     def _blocks(self) -> nn.ModuleList:
-        return getattr(self._backbone, self._architecture.blocks)
+        blocks: nn.ModuleList = getattr(self._backbone, self._architecture.blocks)
+        return blocks
 
     def _block(self, layer: int) -> Block:
         block = self._blocks[layer]

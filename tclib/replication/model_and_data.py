@@ -67,7 +67,8 @@ def _rows(step: Step, name: str) -> torch.Tensor:
 
 def demo_world_card(run: Run) -> dict[str, Any]:
     """What a bundled model was trained on, its held-out loss, and the language's entropy bound."""
-    return json.loads((BUNDLED[run.preset.model] / "card.json").read_text())
+    card: dict[str, Any] = json.loads((BUNDLED[run.preset.model] / "card.json").read_text())
+    return card
 
 
 @torch.no_grad()

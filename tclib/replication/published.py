@@ -135,7 +135,9 @@ def make_published_checks(run: Run) -> pd.DataFrame:
     return pd.read_csv(step.folder / "checks.csv")
 
 
-def check_line(source: str, quantity: str, paper: float, ours: float, tolerance: float) -> dict:
+def check_line(
+    source: str, quantity: str, paper: float, ours: float, tolerance: float
+) -> dict[str, Any]:
     """One line of the table; `reproduced` where the difference is within the tolerance."""
     difference = ours - paper
     verdict = "reproduced" if abs(difference) <= tolerance else "mismatch"

@@ -93,9 +93,9 @@ def ce_gap(table: pd.DataFrame, at_l0: Float[np.ndarray, "point"]) -> Float[np.n
 
     def curve(kind: str) -> np.ndarray:
         points = table[table["kind"] == kind].sort_values("l0")
-        return np.interp(np.log(at_l0), np.log(points["l0"]), points["ce"])
+        return np.asarray(np.interp(np.log(at_l0), np.log(points["l0"]), points["ce"]))
 
-    return curve("sae_mlp_out") - curve("transcoder")
+    return np.asarray(curve("sae_mlp_out") - curve("transcoder"))
 
 
 def ce_gap_table(evaluation: Evaluation) -> pd.DataFrame:

@@ -16,6 +16,17 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from tclib.support.errors import InputError
 
+__all__ = [
+    "Count",
+    "Natural",
+    "NonNegative",
+    "Positive",
+    "Share",
+    "declared",
+    "descriptions",
+    "parse",
+]
+
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -33,7 +44,7 @@ _WORDS = {
 
 
 def _declared(*, frozen: bool, kw_only: bool = False) -> Any:
-    def decorate(cls: type) -> type:
+    def decorate(cls: type) -> Any:
         made: Any = pydantic_dataclass(cls, frozen=frozen, kw_only=kw_only, config=_CONFIG)
         for name, info in made.__pydantic_fields__.items():
             # Where pydantic looks for the descriptions of fields that a subclass inherits.

@@ -120,7 +120,7 @@ def read_manifest(step: Step) -> dict[str, Any]:
             f"`tclib run --preset {step.preset} --only {step.name[:2]}`"
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is truncated or corrupted: {step.remedy}") from error
     for name, expected in manifest["outputs"].items():

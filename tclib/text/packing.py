@@ -21,6 +21,8 @@ def pack(
     pending: list[int] = []
     width = n_ctx - 1
     for document in documents:
+        if not document:  # it would leave two BOS in a row
+            continue
         pending += [*document, bos_id]
         while len(pending) > width:
             if pending[0] == bos_id:

@@ -62,7 +62,7 @@ def token_weights(y: Float[Tensor, "token d_out"], loss: Loss) -> Float[Tensor, 
     """The w of the module's equation."""
     if loss == "paper":
         return torch.ones_like(y[:, :1])
-    return 1.0 / (y.shape[1] * y.norm(dim=1, keepdim=True))
+    return torch.reciprocal(y.shape[1] * y.norm(dim=1, keepdim=True))
 
 
 def step_result(
@@ -238,9 +238,10 @@ def _sampled_products(
     entries: _Entries,
 ) -> Float[Tensor, "entry"]:
     """grad_out[token] · W_dec[feature] of every entry, without gathering the rows."""
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad_out, W_dec, entries.feature, entries.offsets, entries.token, _EMBEDDING_BAG_SUM
     )
+    return products
 
 
 class _ByFeature(NamedTuple):

@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tclib.dictionaries.dictionary import (
-    TAKES_K,
-    Dictionary,
-    DictionaryConfig,
-    activate,
-)
+from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig, activate
+from tclib.dictionaries.kinds import TAKES_K
 from tclib.evaluation import metrics
 from tclib.training.activations import Block
 from tclib.training.gradients import StepResult, step_result

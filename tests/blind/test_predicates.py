@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import random_rows, tiny_lm
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import FEW, random_rows, tiny_lm
 
 from tclib.blind.latents import LabelledRows, label_scores, labelled_rows, recovered_latents
 from tclib.blind.predicates import Predicate, fit_predicate, score
@@ -32,6 +34,45 @@ def test_predicates_by_hand() -> None:
         Predicate()
     with pytest.raises(InputError, match="reach -1"):
         Predicate(frozenset({1}), reach=-1)
+
+
+TOKENS = st.frozensets(st.integers(1, 8), max_size=4)
+SEEDS = st.integers(0, 10_000)
+
+
+def random_text(seed: int, n_rows: int = 4, n_pos: int = 10) -> torch.Tensor:
+    """Rows of eight tokens, with BOS in front and here and there."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, 9, (n_rows, n_pos), generator=generator, dtype=torch.int32)
+    rows[:, 0] = 0
+    return rows
+
+
+@FEW
+@given(st.none() | TOKENS, TOKENS, st.integers(0, 12), SEEDS)
+def test_a_predicate_holds_where_its_definition_says(
+    current: frozenset[int] | None, attended: frozenset[int], reach: int, seed: int
+) -> None:
+    rows = random_text(seed)
+    expected = torch.zeros(rows.shape, dtype=torch.bool)
+    for row, pos in np.ndindex(*rows.shape):
+        token, before = int(rows[row, pos]), rows[row, max(0, pos - reach) if reach else 0 : pos]
+        is_current = current is None or token in current
+        expected[row, pos] = token != 0 and is_current and bool(attended & {*before.tolist()})
+    assert torch.equal(Predicate(current, attended, reach).holds(rows, 0), expected)
+    if current is not None:
+        alone = torch.tensor([[t in current for t in row] for row in rows.tolist()])
+        assert torch.equal(Predicate(current).holds(rows, 0), alone)
+
+
+@FEW
+@given(SEEDS)
+def test_a_fitted_predicate_is_no_worse_than_always_or_never(seed: int) -> None:
+    rows = random_text(seed, n_rows=20)
+    acts = torch.rand(rows.shape, generator=torch.Generator().manual_seed(seed)) - 0.7
+    text = rows != 0
+    found = score(fit_predicate(rows, acts, 0).holds(rows, 0), acts, text).f1
+    assert found >= score(text, acts, text).f1 > score(text & False, acts, text).f1 == 0.0
 
 
 def test_scores_by_hand() -> None:

@@ -6,8 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import GEOMETRIES, freeze
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import FEW, GEOMETRIES, KINDS, N_FEATURES, freeze, make_lm, random_rows, random_transcoder
 
+from tclib.circuits.frozen import FrozenPrompts
 from tclib.circuits.graph import (
     BIAS_KINDS,
     INPUT_KINDS,
@@ -17,6 +20,7 @@ from tclib.circuits.graph import (
 )
 from tclib.circuits.influence import edge_influence, node_influence, threshold_for
 from tclib.circuits.prune import graph_scores, prune, prune_to_size, sum_over_tokens, supernodes
+from tclib.circuits.sources import sources
 from tclib.support.errors import InputError
 
 
@@ -166,3 +170,56 @@ def test_pruning_to_a_size_keeps_the_first_threshold_that_is_small_enough() -> N
     assert len(same.nodes) == len(large.nodes)
     with pytest.raises(InputError, match="max_nodes 1: .* always stay"):
         prune_to_size(graph, 1)
+
+
+SHARES = st.floats(0.0, 1.0)
+
+
+GEOMETRY = st.sampled_from(GEOMETRIES)
+KIND_OF_LAYER = st.dictionaries(st.sampled_from((0, 1, 2)), st.sampled_from(KINDS), min_size=1)
+N_POS, SEED = st.integers(1, 12), st.integers(0, 1000)
+
+
+def frozen_prompt(
+    geometry: str, kind_of_layer: dict[int, str], n_pos: int, seed: int
+) -> FrozenPrompts:
+    transcoders = [random_transcoder(layer, kind) for layer, kind in kind_of_layer.items()]
+    return FrozenPrompts(make_lm(geometry), random_rows(1, n_pos, seed).long(), transcoders)
+
+
+@FEW
+@given(GEOMETRY, KIND_OF_LAYER, N_POS, SEED, st.data())
+def test_the_sources_of_any_target_add_up(
+    geometry: str, kind_of_layer: dict[int, str], n_pos: int, seed: int, data: st.DataObject
+) -> None:
+    frozen = frozen_prompt(geometry, kind_of_layer, n_pos, seed)
+    pos = data.draw(st.integers(0, frozen.n_pos - 1))
+    layer = data.draw(st.sampled_from(sorted(frozen.transcoders)))
+    feature = data.draw(st.integers(0, N_FEATURES - 1))
+    targets = [frozen.feature_target(layer, feature, pos), frozen.logit_target({feature: 1.0}, pos)]
+    for target, found in zip(targets, sources(frozen, targets), strict=True):
+        assert found.value == pytest.approx(frozen.value(target))
+        assert abs(found.residual) < 1e-9
+
+
+@FEW
+@given(GEOMETRY, KIND_OF_LAYER, N_POS, SEED, SHARES, SHARES)
+def test_however_a_graph_is_pruned_every_target_adds_up(
+    geometry: str,
+    kind_of_layer: dict[int, str],
+    n_pos: int,
+    seed: int,
+    node_threshold: float,
+    edge_threshold: float,
+) -> None:
+    graph = attribution_graph(frozen_prompt(geometry, kind_of_layer, n_pos, seed))
+    small = prune(graph, node_threshold, edge_threshold)
+    totals = []
+    for one in (graph, small):
+        names = one.nodes["name"].to_numpy()[one.targets]
+        total = one.constant + one.edges.sum(1).numpy() + one.left_out
+        totals.append(pd.Series(total, names))
+    whole, pruned = totals
+    assert set(pruned.index) <= set(whole.index)
+    np.testing.assert_allclose(pruned, whole[pruned.index], rtol=1e-9, atol=1e-9)
+    assert small.closure()["residual"].abs().max() < 1e-9

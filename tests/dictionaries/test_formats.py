@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import D_MODEL, GEOMETRIES, authors_file, random_rows, random_transcoder, tiny_lm
+from tiny import D_MODEL, FEW, GEOMETRIES, authors_file, random_rows, random_transcoder, tiny_lm
 from torch import Tensor
 from typer.testing import CliRunner
 
 from tclib.cli import app
 from tclib.dictionaries.bases import to_processed, to_raw
-from tclib.dictionaries.dictionary import Dictionary
-from tclib.dictionaries.formats.any import load_dictionary
+from tclib.dictionaries.dictionary import (
+    TAKES_K,
+    TAKES_THRESHOLD,
+    Dictionary,
+    DictionaryConfig,
+)
+from tclib.dictionaries.formats.any import Format, load_dictionary, read_any, write_any
 from tclib.dictionaries.formats.authors import read_authors
 from tclib.dictionaries.formats.circuit_tracer import (
     TRACER_THRESHOLD,
@@ -115,6 +124,46 @@ def test_sparsify_and_back_is_bit_exact(tmp_path: Path) -> None:
     assert_same(one, read_sparsify(folder))
 
 
+HELD = {  # kinds of dictionary that come back as they were
+    "tclib": ("relu", "topk", "skip", "batch_topk", "jumprelu"),
+    "saelens": ("relu", "skip", "jumprelu"),
+    "circuit-tracer": ("relu", "skip", "jumprelu"),
+    "sparsify": ("topk",),
+}
+WIDTHS = st.integers(1, 40)
+
+
+@FEW
+@given(st.sampled_from(sorted(HELD)), st.data(), WIDTHS, WIDTHS, st.integers(0, 1000))
+def test_any_width_and_kind_comes_back_bit_for_bit(
+    form: Format, data: st.DataObject, width: int, n_features: int, seed: int
+) -> None:
+    kind = data.draw(st.sampled_from(HELD[form]))
+    generator = torch.Generator().manual_seed(seed)
+    takes_k, skip = kind in TAKES_K, kind == "skip"
+    config = DictionaryConfig(
+        *("transcoder", 0, width, width, n_features),
+        activation="relu" if skip else kind,
+        k=data.draw(st.integers(1, n_features)) if takes_k else None,
+        skip=skip,
+        basis="raw" if form == "sparsify" else "processed",
+    )
+    shapes = {"W_enc": (width, n_features), "b_enc": (n_features,)}
+    shapes |= {"W_dec": (n_features, width), "b_dec": (width,)}
+    shapes |= {"W_skip": (width, width)} if skip else {}
+    shapes |= {"threshold": (n_features,)} if kind in TAKES_THRESHOLD else {}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    if "threshold" in weights:
+        weights["threshold"].abs_()
+    one = Dictionary(config, **weights)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / ("layers.0.mlp" + (".safetensors" if form == "tclib" else ""))
+        write_any({0: one}, out, form)
+        found = read_any(out)
+    assert found.format == form
+    assert_same(one, found.dictionaries[0])
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("kind", ["relu", "topk", "skip", "batch_topk", "jumprelu"])
 def test_raw_and_processed_do_the_same_to_the_model(geometry: str, kind: str) -> None:
@@ -158,13 +207,13 @@ def test_the_authors_file_is_read_with_its_input_bias_folded(
 
 
 class _Payload:
-    """Unpickled by an ordinary reader, this would make a file."""
+    """Unpickled by an ordinary reader, this would make a folder."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return (open, (self.path, "w"))
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.mkdir, (self.path,))
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
@@ -173,7 +222,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
     proof = tmp_path / "it_ran"
     path = tmp_path / "evil.pt"
     torch.save({"cfg": _Payload(str(proof)), "state_dict": {}}, path)
-    with pytest.raises(InputError, match="asks for .*open.*nothing else is ever run"):
+    with pytest.raises(InputError, match="asks for .*mkdir.*nothing else is ever run"):
         read_authors(path)
     assert not proof.exists()
     torch.load(path, weights_only=False)  # the payload is real: an ordinary reader runs it

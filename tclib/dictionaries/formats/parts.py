@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tclib.dictionaries.dictionary import Activation, Basis, Dictionary, DictionaryConfig
+from tclib.dictionaries.dictionary import Basis, Dictionary, DictionaryConfig
+from tclib.dictionaries.kinds import Activation
 from tclib.support.errors import InputError
 
 HOOK_IN = {"processed": "ln2.hook_normalized", "raw": "hook_mlp_in"}

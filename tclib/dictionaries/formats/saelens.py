@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tclib.dictionaries.dictionary import Activation, Dictionary, DictionaryConfig
+from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.dictionaries.formats.parts import (
     HOOK_IN,
     HOOK_OUT,
@@ -16,6 +16,7 @@ from tclib.dictionaries.formats.parts import (
     read_json,
     read_tensors,
 )
+from tclib.dictionaries.kinds import Activation
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
 
