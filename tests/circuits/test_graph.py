@@ -92,7 +92,7 @@ def test_edges_equal_autograd_through_the_frozen_model(
             torch.testing.assert_close(found, effects, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("geometry", "kind"), itertools.product(GEOMETRIES, KINDS))
+@pytest.mark.parametrize(("geometry", "kind"), list(itertools.product(GEOMETRIES, KINDS)))
 def test_changing_an_activation_moves_the_next_targets_as_predicted(
     geometry: str, kind: str
 ) -> None:
