@@ -96,7 +96,7 @@ class AttributionGraph:
 
     @property
     def is_root(self) -> Bool[np.ndarray, "node"]:
-        return np.asarray(self.nodes["kind"] == "root")
+        return np.asarray(self.nodes["kind"].to_numpy() == "root")
 
     def edge_matrix(self, counted: frozenset[str] = INPUT_KINDS) -> EdgeMatrix:
         """The edges as `influence` takes them, with the kinds of nodes that take part."""
@@ -251,7 +251,8 @@ def _in_reach(columns: pd.DataFrame, roots: Sequence[Target], heads: Heads) -> n
     for root in roots:
         at_pos = pos <= root.pos if heads == "summed" else pos == root.pos
         seen |= at_pos & (layer < root.site.layer)
-    return np.asarray(seen & (columns["kind"] == "feature"))
+    seen &= columns["kind"].to_numpy() == "feature"
+    return seen
 
 
 # ---------------------------------------------------------------------------------------------
