@@ -110,7 +110,7 @@ def test_a_strangers_repository_gives_no_commit(site: Path, tmp_path: Path) -> N
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
-    code = "from tclib.support import files, steps; print(files.CHECKOUT, steps.current_commit())"
+    code = "from tclib.support import places, steps; print(places.CHECKOUT, steps.current_commit())"
     assert run_code(tree, tmp_path, code) == ["None None"]
     (tree / "pyproject.toml").touch()  # an unpacked archive within another repository
     assert run_code(tree, tmp_path, code) == [f"{tree} None"]
