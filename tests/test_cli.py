@@ -131,6 +131,9 @@ def test_fresh_deletes_the_earlier_run(sequence: Path) -> None:
     (sequence / "demo" / "old").touch()
     invoke("run", "--runs-dir", str(sequence), "--only", "00")
     assert (sequence / "demo" / "old").exists()
+    with pytest.raises(InputError, match="--only 99"):
+        invoke("run", "--runs-dir", str(sequence), "--only", "99", "--fresh")
+    assert (sequence / "demo" / "old").exists()
     invoke("run", "--runs-dir", str(sequence), "--only", "00", "--fresh")
     assert not (sequence / "demo" / "old").exists()
 

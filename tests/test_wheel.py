@@ -69,7 +69,7 @@ def test_the_wheel_carries_each_asset_once_and_nothing_else(wheel: Path) -> None
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
     assets = {name.removeprefix("tclib/assets/") for name in names if "/assets/" in name}
-    patterns = ("notebooks/*.ipynb", "notebooks/presets/*.yaml", "data/demo/*/*", "data/paper/*")
+    patterns = ("notebooks/*.ipynb", "notebooks/presets/*", "data/demo/*/*", "data/paper/*")
     expected = {
         str(path.relative_to(CHECKOUT)) for pattern in patterns for path in CHECKOUT.glob(pattern)
     }

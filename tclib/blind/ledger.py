@@ -64,14 +64,14 @@ def digest_of(before: str, body: dict[str, Any]) -> str:
     return hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()
 
 
-def load_ledger(path: Path) -> list[Entry]:
+def load_ledger(path: str | Path) -> list[Entry]:
     """Read a ledger and check its chain.
 
     Errors: `InputError` naming the first entry that was changed, dropped or reordered, or a question
     asked after unblinding that claims to be blind.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         entries = [Entry(**line) for line in lines]
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} is no ledger ({error}): save it again") from error

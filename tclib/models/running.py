@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tclib.models.weights import ProcessedWeights
+from tclib.support.errors import InputError
 
 SiteName = Literal["mlp_in", "mlp_out"]
 MlpOverride = Callable[[Tensor, Tensor], Tensor]
@@ -24,6 +25,10 @@ class Site:
 
     name: SiteName
     layer: int
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(SiteName):
+            raise InputError(f"site {self.name!r}: expected one of {', '.join(get_args(SiteName))}")
 
 
 @dataclass(frozen=True)

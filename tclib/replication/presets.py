@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import field, fields, replace
 from pathlib import Path
@@ -252,11 +253,19 @@ def load_preset(name: str, seed: int | None = None, runs_dir: str | Path | None 
     if not path.is_file():
         known = "no such file" if is_path(name) else f"expected one of {', '.join(preset_names())}"
         raise InputError(f"unknown preset {name!r}: {known}")
-    preset = parse(Preset, {"name": path.stem, **_mapping(path)}, f"preset {path.stem!r}")
+    values = _mapping(path)
+    if "name" in values or not re.fullmatch(r"\w[\w.-]*", path.stem):
+        raise InputError(
+            f"preset {path}: a run is called as the preset's file: leave out the key name, and use "
+            "letters, digits, -, _ and . for the file"
+        )
+    preset = parse(Preset, {"name": path.stem, **values}, f"preset {path.stem!r}")
+    if is_path(name):
+        preset = _beside(preset, path.resolve().parent)
     if seed is not None and seed != preset.seed:
         preset = replace(preset, seed=seed, name=f"{preset.name}-seed{seed}")
-    if runs_dir:
-        preset = replace(preset, runs_dir=Path(runs_dir).expanduser().resolve())
+    found = Path(runs_dir or preset.runs_dir).expanduser().resolve()
+    preset = replace(preset, runs_dir=found)
     return _seeded(preset)
 
 
@@ -272,10 +281,22 @@ def preset_schema() -> str:
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
+def _beside(preset: Preset, folder: Path) -> Preset:
+    """The preset with its own files found beside it: notebooks run in another folder."""
+
+    def found(value: str) -> str:
+        path = folder / Path(value).expanduser()
+        return str(path) if value and path.exists() else value
+
+    corpus = replace(preset.corpus, source=found(preset.corpus.source))
+    transcoders = replace(preset.transcoders, published=found(preset.transcoders.published))
+    return replace(preset, model=found(preset.model), corpus=corpus, transcoders=transcoders)
+
+
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected the keys of a preset, found {values!r}")

@@ -196,6 +196,3 @@ def sweep_claim(model: str, evaluation: Evaluation) -> Line:
         f"{gaps['ce_gap'].min():+.4f} to {gaps['ce_gap'].max():+.4f} nats: {who_wins(gaps)}",
         verdict if len(gaps) else "no shared range",
     )
-
-
-SWEEP_STEP = "02_sparsity_vs_faithfulness"

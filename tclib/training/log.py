@@ -6,7 +6,7 @@ import csv
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,11 +97,16 @@ def append_log(
             writer.writerow([step, n_tokens, name, *asdict(line).values(), round(speed, 1)])
 
 
-def truncate_log(path: Path, step: int) -> None:
-    """Keep the lines up to `step`: what was logged after the checkpoint will be logged again."""
+def truncate_log(path: Path, step: int, names: Collection[str]) -> None:
+    """Keep the lines up to `step` of the dictionaries `names`, and all of others.
+
+    What was logged after the checkpoint (or by a run that never had one) will be logged again.
+    """
     if not path.exists():
         return
     with open(path, newline="") as file:
-        kept = [row for row in csv.reader(file) if row[:1] == ["step"] or int(row[0]) <= step]
+        header, *rows = list(csv.reader(file))
+    own = header.index("dictionary")
+    kept = [header, *(row for row in rows if row[own] not in names or int(row[0]) <= step)]
     with new_file(path) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows(kept)

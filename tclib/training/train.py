@@ -145,6 +145,7 @@ class _Run:
             first_block = self.harvest.block(0) if resumed is None else None
             self._make_trainers(first_block)
             start = 0 if resumed is None else self._restore(*resumed)
+            truncate_log(self.folder / LOG, start, [spec.name for spec in self.specs])
             del resumed
             blocks = _BlockHolder(self.harvest, first_block)
             del first_block  # the holder frees it
@@ -258,12 +259,11 @@ class _Run:
         )
 
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> int:
-        """Load a checkpoint into the trainers, cut the log back to it, return its step."""
+        """Load a checkpoint into the trainers, return its step."""
         for trainer in self.trainers:
             prefix = f"{trainer.spec.name}/"
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             trainer.load_state(own)
-        truncate_log(self.folder / LOG, metadata["step"])
         return int(metadata["step"])
 
 

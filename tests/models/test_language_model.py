@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import GEOMETRIES, N_LAYERS, random_rows, tiny_hf_model, tiny_lm, tiny_tokenizer
+from tiny import (
+    GEOMETRIES,
+    N_LAYERS,
+    random_rows,
+    tiny_hf_model,
+    tiny_lm,
+    tiny_tokenizer,
+    unchecked_types,
+)
 
 from tclib.models.architectures import Norm
 from tclib.models.language_model import LanguageModel
@@ -198,3 +206,11 @@ def test_a_failed_conversion_leaves_nothing_behind(
         _dequantise(broken, tmp_path / "cache" / "smollm2")
     assert not (tmp_path / "cache" / "smollm2").exists()
     shutil.rmtree(tmp_path / "cache")
+
+
+def test_a_site_that_does_not_exist_is_named() -> None:
+    with (
+        unchecked_types(),
+        pytest.raises(InputError, match="site 'mlp_inn': expected one of mlp_in"),
+    ):
+        Site("mlp_inn", 2)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tclib.replication import presets
-from tclib.replication.presets import load_preset, preset_names
+from tclib.replication.presets import PRESETS, load_preset, preset_names
 from tclib.replication.sweep import paper_sweep
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
@@ -158,3 +158,26 @@ def test_the_committed_schema_is_the_declarations_and_every_preset_follows_it() 
         text = (presets.PRESETS / f"{name}.yaml").read_text()
         assert text.startswith(f"# yaml-language-server: $schema={presets.SCHEMA}\n")
         jsonschema.validate(yaml.safe_load(text), json.loads(committed))
+
+
+def test_a_preset_of_ones_own_finds_what_lies_beside_it_and_cannot_leave_the_runs_folder(
+    tmp_path: Path,
+) -> None:
+    values = yaml.safe_load((PRESETS / "demo.yaml").read_text())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "text.txt").write_text("some text")
+    corpus = {**values["corpus"], "kind": "text", "source": "text.txt"}
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        yaml.safe_dump({**values, "model": "./mine", "corpus": corpus, "runs_dir": "r"})
+    )
+    preset = load_preset(str(path))
+    assert preset.model == str(tmp_path / "mine")
+    assert preset.corpus.source == str(tmp_path / "text.txt")
+    assert preset.runs_dir.is_absolute()
+    path.write_text(yaml.safe_dump({**values, "name": ".."}))
+    with pytest.raises(InputError, match="leave out the key name"):
+        load_preset(str(path))
+    path.write_bytes("description: \u03bb".encode("utf-16"))
+    with pytest.raises(InputError, match="is not YAML"):
+        load_preset(str(path))
