@@ -311,6 +311,8 @@ def evaluate(
 
     chosen = load_preset(preset, seed, runs_dir)
     dictionaries = {file.stem: Dictionary.load(file) for file in files}
+    if len(dictionaries) < len(files):
+        raise InputError(f"{[file.name for file in files]}: expected files of different names")
     check_ready(chosen)
     opened = Run(chosen)
     lm, corpus = opened.lm, opened.corpus
@@ -382,6 +384,8 @@ def demo_model(
 
     from tclib.text.world_models import ModelTraining, train_model
 
+    if architecture not in ("gpt2", "neox"):
+        raise InputError(f"architecture {architecture!r}: expected gpt2 or neox")
     torch.set_num_threads(1)  # sums in another order would give other bits
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(json.dumps(train_model(ModelTraining(architecture), out), indent=2))

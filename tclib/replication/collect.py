@@ -10,6 +10,7 @@ from typing import Any
 from tclib.replication.presets import Preset
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
+from tclib.support.steps import MANIFEST
 
 KEPT = (".png", ".csv", ".json", ".jsonl", ".md", ".ipynb")
 MAX_BYTES = 2_000_000
@@ -20,12 +21,15 @@ def collect(preset: Preset, out: Path) -> list[Path]:
     """Copy what a run made, folder by folder, into `out`; return the files there.
 
     Weights, activations and files over 2 MB stay behind; notebooks lose the paths of the machine that
-    ran them. Errors: `InputError` for a run that is not there.
+    ran them. Errors: `InputError` for a run that is not there, or a folder that holds anything but an
+    earlier collection.
     """
     if not preset.folder.is_dir():
         raise InputError(
             f"{preset.folder} does not exist: run `tclib run --preset {preset.name}` first"
         )
+    if out.is_dir() and any(out.iterdir()) and not any(out.glob(f"*/{MANIFEST}")):
+        raise InputError(f"{out} holds other files: choose a new folder, or that of an earlier run")
     with new_folder(out) as temporary:
         for path in sorted(preset.folder.rglob("*")):
             inside = path.relative_to(preset.folder)
@@ -34,7 +38,8 @@ def collect(preset: Preset, out: Path) -> list[Path]:
             place = temporary / inside
             place.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".ipynb":
-                place.write_text(_without_machine(path.read_text(), preset))
+                text = _without_machine(path.read_text(encoding="utf-8"), preset)
+                place.write_text(text, encoding="utf-8")
             else:
                 shutil.copyfile(path, place)
     return sorted(path for path in out.rglob("*") if path.is_file())

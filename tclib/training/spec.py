@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from tclib.dictionaries.kinds import Activation, Kind
+from tclib.dictionaries.kinds import TAKES_K, Activation, Kind
 from tclib.support.declared import Count, Natural, NonNegative, Positive, declared
 from tclib.support.errors import InputError
 
@@ -78,6 +78,11 @@ class DictionarySpec(Recipe, Place):
             raise InputError(
                 f"l0_coefficient {self.l0_coefficient} for {self.activation}: jumprelu needs one above "
                 "0 to be sparse, the others take none"
+            )
+
+        if (self.activation in TAKES_K) != (self.k is not None):
+            raise InputError(
+                f"k {self.k} for {self.activation}: {' and '.join(TAKES_K)} need one, the others take none"
             )
 
     @property

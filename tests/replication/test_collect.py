@@ -58,3 +58,13 @@ def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
     arguments = ["collect", str(tmp_path / "kept"), "--runs-dir", str(tmp_path)]
     assert CliRunner().invoke(app, arguments).exit_code != 0
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+    preset = replace(load_preset("demo"), runs_dir=tmp_path / "runs")
+    preset.folder.mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        collect_module.collect(preset, tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").is_file()

@@ -379,3 +379,24 @@ def test_trackers_that_are_unknown_or_missing_are_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(InputError, match="pip install wandb"):
         open_tracker("wandb", tmp_path, {})
+
+
+@pytest.mark.parametrize(("activation", "k"), [("topk", None), ("batch_topk", None), ("relu", 4)])
+def test_a_k_that_does_not_fit_the_activation_is_named_before_any_work(
+    activation: Any, k: int | None
+) -> None:
+    with pytest.raises(InputError, match=rf"k {k} for {activation}: topk and batch_topk need one"):
+        DictionarySpec("transcoder", 1, activation, 4, 0.01, k=k)
+
+
+def test_a_run_that_begins_anew_logs_each_step_once_and_keeps_the_lines_of_others(
+    tmp_path: Path,
+) -> None:
+    header = "step,n_tokens,dictionary,loss,l0,fvu,dead_share,tokens_per_s"
+    own, other = SPECS[0].name, "another"
+    stale = [f"1,64,{name},1.0,1.0,1.0,0.0,1.0" for name in (own, other)]
+    (tmp_path / "training_log.csv").write_text("\n".join([header, *stale]) + "\n")
+    train(tiny_lm(), ROWS, SPECS[:1], CONFIG, tmp_path)
+    lines = (tmp_path / "training_log.csv").read_text().splitlines()[1:]
+    steps = [line.split(",")[0] for line in lines if own in line]
+    assert len(steps) == len(set(steps)) and sum(other in line for line in lines) == 1
