@@ -74,7 +74,10 @@ def sources(frozen: FrozenPrompts, targets: Sequence[Target]) -> list[Sources]:
 def _sources_of(
     frozen: FrozenPrompts, target: Target, written: Float[Tensor, "layer head d_head"]
 ) -> Sources:
-    """All sources of one target; `written` is W_O v of every head."""
+    """All sources of one target: Eq. 7 for features, Eq. 8 for heads, activation × weight over σ.
+
+    `written` is W_O v of every head.
+    """
     scale = frozen.scale(target.site, target.prompt, target.pos)
     columns = [
         _constant_columns(target, scale),

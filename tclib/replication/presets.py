@@ -265,6 +265,8 @@ def load_preset(name: str, seed: int | None = None, runs_dir: str | Path | None 
     if seed is not None and seed != preset.seed:
         preset = replace(preset, seed=seed, name=f"{preset.name}-seed{seed}")
     found = Path(runs_dir or preset.runs_dir).expanduser().resolve()
+    if found.is_file():
+        raise InputError(f"runs_dir {found} is a file: expected a folder")
     preset = replace(preset, runs_dir=found)
     return _seeded(preset)
 

@@ -82,6 +82,8 @@ def copy_folder(source: Path, target: Path) -> tuple[list[Path], list[Path]]:
 
     Errors: `InputError` naming the files of `target` that differ; nothing is written then.
     """
+    if target.is_file():
+        raise InputError(f"{target} is a file: expected a folder")
     wanted = {
         path: target / path.relative_to(source)
         for path in sorted(source.rglob("*"))

@@ -16,6 +16,7 @@ from tclib.replication.presets import PRESETS, load_preset, preset_names
 from tclib.replication.sweep import paper_sweep
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
+from tclib.support.files import copy_folder
 from tclib.training.spec import DictionarySpec, Recipe
 
 PAPER = ("gpt2", "pythia-410m", "pythia-1.4b")
@@ -181,3 +182,11 @@ def test_a_preset_of_ones_own_finds_what_lies_beside_it_and_cannot_leave_the_run
     path.write_bytes("description: \u03bb".encode("utf-16"))
     with pytest.raises(InputError, match="is not YAML"):
         load_preset(str(path))
+
+
+def test_a_file_is_no_folder_for_runs_or_notebooks(tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    with pytest.raises(InputError, match="a_file is a file: expected a folder"):
+        load_preset("demo", runs_dir=tmp_path / "a_file")
+    with pytest.raises(InputError, match="a_file is a file: expected a folder"):
+        copy_folder(PRESETS, tmp_path / "a_file")
