@@ -48,7 +48,7 @@ def studied_layer(run: Run) -> int:
 def make_case_studies(run: Run) -> CaseStudies:
     """The artifacts of step 04, made once. Errors: `InputError` if the layer has no transcoder."""
     step, config = run.step(STEP), asdict(run.preset.case_studies)
-    inputs = {"model": run.preset.model, "corpus": run.corpus.content_hash, **run.trained.hashes}
+    inputs = run.inputs(run.trained)
     parameters = {**config, "layer": studied_layer(run), "seed": run.preset.seed}
 
     def make() -> Mapping[str, Any]:

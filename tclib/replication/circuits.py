@@ -43,8 +43,8 @@ from tclib.figures.circuits import (
 )
 from tclib.figures.graph import layered_graph
 from tclib.figures.style import save_figure
-from tclib.greater_than.task import GreaterThan
 from tclib.replication.artifacts import Circuits, Explained
+from tclib.replication.model_and_data import first_sentence
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, claim_line
@@ -65,7 +65,7 @@ def explain_prompt(run: Run) -> Explained:
             f"{len(run.transcoders)} transcoders at preset {run.preset.name}: circuits need two layers or more"
         )
     year = run.preset.circuits.year
-    task = GreaterThan.of(run.lm, run.preset.greater_than.templates[0])
+    task = first_sentence(run)
     frozen = FrozenPrompts(run.lm, task.tokens[[task.prompt_index(year)]], run.transcoders.values())
     return Explained(
         frozen, frozen.logit_target(task.root_weights(year), -1, name="later − earlier")
@@ -75,7 +75,7 @@ def explain_prompt(run: Run) -> Explained:
 def make_circuits(run: Run) -> Circuits:
     """The artifacts of step 03, made once; the pruned graph by the preset's one rule."""
     step, config = run.step(STEP), run.preset.circuits
-    inputs = {"model": run.preset.model, "corpus": run.corpus.content_hash, **run.trained.hashes}
+    inputs = run.inputs(run.trained)
     template = run.preset.greater_than.templates[0]
     parameters = {**asdict(config), "template": template, "seed": run.preset.seed}
 

@@ -99,7 +99,7 @@ def _l0s(
 def make_comparison(run: Run) -> Comparison:
     """The artifacts of step 05, made once."""
     step, config = run.step(STEP), run.preset.comparison
-    inputs = {"model": run.preset.model, "corpus": run.corpus.content_hash, **run.swept.hashes}
+    inputs = run.inputs(run.swept)
 
     def make() -> Mapping[str, Any]:
         rows = run.corpus.evaluation

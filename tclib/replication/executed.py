@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,21 @@ FINGERPRINT = "tclib_fingerprint"  # in the executed copy's metadata
 
 def fingerprint(run: Run, notebook: Path, parameters: Mapping[str, Any]) -> str:
     """Names what an executed copy comes from, but for the run's artifacts."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(tclib.__file__).parent.rglob("*")):
-        if path.is_file() and path.suffix in (".py", ".json", ".mplstyle"):
-            digest.update(path.name.encode() + path.read_bytes())
+    digest = hashlib.sha256(_own_files())
     cells = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
     held = [cells, dict(parameters), asdict(run.preset), package_versions()]
     digest.update(json.dumps(held, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+@cache
+def _own_files() -> bytes:
+    """The hash of tclib's own files, which one process reads once."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(tclib.__file__).parent.rglob("*")):
+        if path.is_file() and path.suffix in (".py", ".json", ".mplstyle"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.digest()
 
 
 def is_current(output: Path, expected: str) -> bool:

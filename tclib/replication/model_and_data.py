@@ -74,7 +74,7 @@ def demo_world_card(run: Run) -> dict[str, Any]:
 @torch.no_grad()
 def second_year_figure(run: Run) -> Figure:
     """The probability of each answer to each prompt of the first sentence, kept and drawn."""
-    task = _first_sentence(run)
+    task = first_sentence(run)
     found = task.answer_probabilities(run.lm.last_logits(task.tokens)).cpu().numpy()
     save_table(pd.DataFrame(found), run.step(STEP), "year_probabilities")
     title = f"{run.lm.name}: the second year comes later"
@@ -84,10 +84,11 @@ def second_year_figure(run: Run) -> Figure:
 
 def behaviour(run: Run) -> float:
     """The mean probability difference over the prompts of the first sentence."""
-    return mean_probability_difference(run.lm, _first_sentence(run))
+    return mean_probability_difference(run.lm, first_sentence(run))
 
 
-def _first_sentence(run: Run) -> GreaterThan:
+def first_sentence(run: Run) -> GreaterThan:
+    """The task on the first of the preset's sentences."""
     return GreaterThan.of(run.lm, run.preset.greater_than.templates[0])
 
 
@@ -113,4 +114,4 @@ def difference_reason(run: Run) -> str:
     """Why the behaviour may be stronger or weaker than GPT-2's."""
     if run.preset.corpus.kind == "demo":
         return REASONS["demo"]
-    return REASONS[_first_sentence(run).form]
+    return REASONS[first_sentence(run).form]

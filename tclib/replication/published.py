@@ -22,7 +22,7 @@ from tclib.evaluation.replace import replace_mlp, set_mlp_out
 from tclib.features.connections import compare_connections
 from tclib.features.examples import firing_frequency
 from tclib.models.language_model import LanguageModel
-from tclib.replication.greater_than import greater_than_table
+from tclib.replication.greater_than import PUBLISHED_TOLERANCE, greater_than_table
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
@@ -42,7 +42,6 @@ OVERLAP_TOLERANCE = 0.1
 DEAD_TOLERANCE = 0.15  # of the published count, which was read off a histogram
 ROWS_PER_FORWARD = 32
 _NODE = re.compile(r"(mlp|attn|embed)(\d+)(?:tc)?(?:\[(\d+)\])?@(-?\d+)")
-TOLERANCE = 0.005
 
 
 @torch.no_grad()
@@ -95,7 +94,7 @@ def prompt_activation_table(
             layer_range(row["transcoder_layers_replaced"]),
         )
         difference = ours - float(row["activation"])
-        verdict = "reproduced" if abs(difference) <= TOLERANCE else "mismatch"
+        verdict = "reproduced" if abs(difference) <= PUBLISHED_TOLERANCE else "mismatch"
         shown = {
             name: row[name] for name in ("layer", "feature", "prompt", "transcoder_layers_replaced")
         }
@@ -120,7 +119,7 @@ def make_published_checks(run: Run) -> pd.DataFrame:
     if not run.preset.transcoders.published:
         raise InputError(f"preset {run.preset.name} trains its own transcoders: nothing to check")
     step, rows = run.step(CHECKS_STEP), run.corpus.evaluation
-    inputs = {"model": run.preset.model, "corpus": run.corpus.content_hash, **run.trained.hashes}
+    inputs = run.inputs(run.trained)
     found = run.greater_than
 
     def make() -> Mapping[str, Any]:
@@ -178,7 +177,7 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
 
 def _as_checks(table: pd.DataFrame, source: str, name: str) -> pd.DataFrame:
     """A table of published figures with its own verdicts, in this module's columns."""
-    shown = table.assign(source=source, quantity=table[name], tolerance=0.005)
+    shown = table.assign(source=source, quantity=table[name], tolerance=PUBLISHED_TOLERANCE)
     if source == "prompt_activations":
         where = table["transcoder_layers_replaced"]
         place = "L" + table["layer"].astype(str) + "." + table["feature"].astype(str)

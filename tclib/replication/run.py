@@ -68,6 +68,13 @@ class Run:
         """Where step `name` of this run lives."""
         return self.preset.step(name)
 
+    def inputs(self, *made_from: Trained) -> dict[str, str]:
+        """What a step depends on: the model, the corpus, and the files of dictionaries."""
+        found = {"model": self.preset.model, "corpus": self.corpus.content_hash}
+        for trained in made_from:
+            found |= trained.hashes
+        return found
+
     def tells(self, notebook: str) -> bool:
         """Whether the preset runs the notebook of this number, and does not skip it."""
         return notebook not in self.preset.skipped

@@ -68,7 +68,7 @@ def train_once(
     """Dictionaries of a step, trained if they are not there yet."""
     step = run.step(step_name)
     parameters = {"specs": [asdict(spec) for spec in specs], "training": asdict(training)}
-    inputs = {"model": run.preset.model, "corpus": run.corpus.content_hash}
+    inputs = run.inputs()
 
     def make() -> Mapping[str, Any]:
         cache = run.preset.folder / CACHE

@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,18 +123,24 @@ def read_manifest(step: Step) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is truncated or corrupted: {step.remedy}") from error
-    for name, expected in manifest["outputs"].items():
-        output = step.folder / name
-        if not output.is_file() or file_hash(output) != expected:
-            raise InputError(f"{output} is missing or was altered: {step.remedy}")
+    for output in _altered(step.folder, manifest["outputs"]):
+        raise InputError(f"{output} is missing or was altered: {step.remedy}")
     return manifest
+
+
+def _altered(folder: Path, named: Mapping[str, str]) -> Iterator[Path]:
+    """Files of `folder` that are missing or have another hash than the one `named`."""
+    for name, expected in named.items():
+        path = folder / name
+        if not path.is_file() or file_hash(path) != expected:
+            yield path
 
 
 def is_whole(folder: Path) -> bool:
     """Whether every file that the manifest in `folder` names, figures too, is there as it was written."""
     manifest = json.loads((folder / MANIFEST).read_text())
     named = {**manifest["outputs"], **manifest.get("extras", {})}
-    return all((folder / n).is_file() and file_hash(folder / n) == h for n, h in named.items())
+    return not any(_altered(folder, named))
 
 
 def record_extra(step: Step, path: Path) -> None:
