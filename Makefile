@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo fast test nbval lab smollm2 check notebooks wheel clean
+.PHONY: demo fast test bench nbval lab smollm2 check notebooks wheel clean
 
 # Two processes, each with one thread for sums: more threads than cores only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -13,11 +13,15 @@ demo: .venv/.complete  ## run every notebook at the demo preset
 fast: .venv/.complete  ## the tests for the inner loop: under a minute on two cores
 	$(PYTEST) -m "not slow and not gpu" tests
 
-test: .venv/.complete  ## every test with coverage, then every notebook through nbval
-	$(PYTEST) --cov=tclib --cov-report=term tests
-	$(MAKE) nbval
+test: .venv/.complete  ## every test with coverage, and every notebook against its committed outputs
+	TCLIB_QUIET=1 $(PYTEST) --dist loadscope --no-loadscope-reorder --cov=tclib --cov-report=term \
+	    --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks tests
 
-nbval: .venv/.complete  ## every notebook, its checked outputs against the committed ones
+bench: .venv/.complete  ## every benchmark at a small size: its two ways agree; README has the table of results.json
+	$(BIN)/python benchmarks/run.py --readme check
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py --small
+
+nbval: .venv/.complete  ## the notebooks alone
 	TCLIB_QUIET=1 $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks
 
 lab: .venv/.complete  ## open JupyterLab at the notebooks, with the whole repository in reach

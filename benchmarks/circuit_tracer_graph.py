@@ -1,33 +1,30 @@
-"""circuit-tracer's graph of the prompt that full_graph.py has written; runs in an environment of its own.
+"""circuit-tracer's graph of the prompt that full_graph.py has written, beside ours; in its own environment.
 
+python benchmarks/full_graph.py FOLDER
 python3.11 -m venv their_env
 their_env/bin/pip install -c constraints.txt torch==2.13.0
 their_env/bin/pip install circuit-tracer==0.5.0
-their_env/bin/python benchmarks/circuit_tracer_graph.py --folder full_graph_run
+their_env/bin/python benchmarks/circuit_tracer_graph.py FOLDER
 """
 
-from __future__ import annotations
-
-import argparse
 import json
-import resource
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from circuit_tracer import ReplacementModel, attribute
+from circuit_tracer import attribute
 from circuit_tracer.graph import compute_graph_scores, prune_graph
 from circuit_tracer.replacement_model.replacement_model_transformerlens import (
     TransformerLensReplacementModel,
 )
 from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
-from safetensors.torch import load_file, save_file
+from result import peak_gib
+from safetensors.torch import load_file
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 from transformers import GPT2LMHeadModel
-
-N_LAYERS, MAX_FEATURES = 12, 7500
-FEATURE_INPUT, FEATURE_OUTPUT = "ln2.hook_normalized", "hook_mlp_out"
 
 
 class NoTokenizer:
@@ -41,7 +38,7 @@ class NoTokenizer:
     padding_side = "right"
 
 
-def load_model(folder: Path) -> ReplacementModel:
+def load_model(folder: Path) -> TransformerLensReplacementModel:
     source = GPT2LMHeadModel.from_pretrained(folder / "model").eval()
     own = source.config
     config = HookedTransformerConfig(
@@ -59,45 +56,55 @@ def load_model(folder: Path) -> ReplacementModel:
         device="cpu",
         original_architecture="GPT2LMHeadModel",
     )
-    paths = {i: str(folder / f"layer_{i}.safetensors") for i in range(N_LAYERS)}
-    transcoders = load_transcoder_set(paths, "random", FEATURE_INPUT, FEATURE_OUTPUT)
     model = TransformerLensReplacementModel(config)
     model.load_and_process_state_dict(
         convert_gpt2_weights(source, config), fold_ln=False, center_writing_weights=False,
         center_unembed=False, fold_value_biases=False,
     )  # fmt: skip
-    model._configure_replacement_model(transcoders)
+    paths = {i: str(folder / f"layer_{i}.safetensors") for i in range(own.n_layer)}
+    hooks = ("ln2.hook_normalized", "hook_mlp_out")
+    model._configure_replacement_model(load_transcoder_set(paths, "random", *hooks))
     model.tokenizer = NoTokenizer()
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("full_graph_run"))
-    folder = parser.parse_args().folder
-    model = load_model(folder)
-    tokens = load_file(folder / "tokens.safetensors")["tokens"]
+def node_names(graph: Any, n_layers: int, n_pos: int) -> list[tuple[object, ...]]:
+    """Its nodes in its order (features, errors, tokens, logits), with our kinds and places."""
+    features = graph.active_features[graph.selected_features].tolist()
+    return [
+        *(("feature", *place) for place in features),
+        *(("error", layer, pos, -1) for layer in range(n_layers) for pos in range(n_pos)),
+        *(("embedding", -1, pos, -1) for pos in range(n_pos)),
+        *(("root", rank) for rank in range(len(graph.logit_targets))),
+    ]
+
+
+def main(folder: Path) -> None:
+    told = json.loads((folder / "ours.json").read_text())
+    ours, model = load_file(folder / "ours.safetensors"), load_model(folder)
+    names = [tuple(node) for node in told["nodes"]]
+    n_roots = sum(kind == "root" for kind, *_ in names)
+    names[-n_roots:] = [("root", rank) for rank in range(n_roots)]
+    n_features = sum(kind == "feature" for kind, *_ in names)
     began = time.perf_counter()
-    graph = attribute(tokens, model, max_feature_nodes=MAX_FEATURES, verbose=True)
-    built = time.perf_counter() - began
-    pruned = prune_graph(graph)
+    graph = attribute(ours["tokens"], model, max_feature_nodes=n_features, verbose=True)
+    prune_graph(graph)
     seconds = time.perf_counter() - began
-    n_features = len(graph.selected_features)
-    places = graph.active_features[graph.selected_features]
-    n_roots = len(graph.logit_targets)
-    rows = torch.cat(
-        [torch.arange(n_features), torch.arange(len(graph.adjacency_matrix))[-n_roots:]]
-    )
-    edges = graph.adjacency_matrix[rows][:, :-n_roots].contiguous()
-    save_file(
-        {"features": places.long().contiguous(), "edges": edges}, folder / "theirs.safetensors"
-    )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    (folder / "theirs.json").write_text(json.dumps({"seconds": seconds, "peak_gib": peak}))
-    scores = compute_graph_scores(graph)
-    print(f"graph {built:.1f} s, with pruning {seconds:.1f} s; {int(pruned.node_mask.sum())} nodes")
-    print(f"replacement {scores[0]:.4f}, completeness {scores[1]:.4f}; peak {peak:.1f} GiB")
+    nodes = node_names(graph, model.cfg.n_layers, len(ours["tokens"]))
+    theirs = {name: i for i, name in enumerate(nodes)}
+    rows = [(row, theirs[names[i]]) for row, i in enumerate(told["targets"]) if names[i] in theirs]
+    columns = [(i, theirs[name]) for i, name in enumerate(names) if name in theirs]
+    own_rows, their_rows = torch.tensor(rows).T
+    own_columns, their_columns = torch.tensor(columns).T
+    expected = graph.adjacency_matrix[their_rows][:, their_columns]
+    apart = (ours["edges"][own_rows][:, own_columns] - expected).abs().max()
+    print(f"seconds: ours {told['seconds']:.1f}, theirs {seconds:.1f}; peak {peak_gib():.1f} GiB")
+    print(f"features chosen by both: {len(rows) - n_roots} of {n_features}")
+    print(f"largest difference of an edge {apart:.2e}, largest edge {expected.abs().max():.2e}")
+    replacement, completeness = compute_graph_scores(graph)
+    print(f"replacement: ours {told['replacement']:.4f}, theirs {replacement:.4f}")
+    print(f"completeness: ours {told['completeness']:.4f}, theirs {completeness:.4f}")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

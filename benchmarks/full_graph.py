@@ -1,127 +1,122 @@
-"""The full attribution graph of a 32-token prompt, beside circuit-tracer on the same weights.
+"""The full attribution graph of a prompt, beside one backward pass a node.
 
-    python benchmarks/full_graph.py                 ours; writes the weights and the graph into --folder
-    <its environment>/bin/python benchmarks/circuit_tracer_graph.py     theirs, on those weights
-    python benchmarks/full_graph.py --compare       the two graphs, edge by edge
-
-Random GPT-2-small-sized model, twelve transcoders of 24,576 features, L0 about 100 a token; circuit-tracer's
-defaults: at most 7,500 feature nodes, node threshold 0.8, edge threshold 0.98. Features at the first token
-are left out, as circuit-tracer does.
+python benchmarks/full_graph.py FOLDER [--small]    what circuit_tracer_graph.py reads
 """
 
-from __future__ import annotations
-
-import argparse
 import json
-import resource
+import sys
 import time
 from pathlib import Path
 
 import torch
-from attribution import D_VOCAB, random_lm, random_transcoder
-from safetensors.torch import load_file, save_file
+from random_models import GPT2_SMALL, SMALL
+from result import Result, difference, peak_gib
+from safetensors.torch import save_file
+from torch import Tensor
 
 from tclib.circuits.frozen import FrozenPrompts
 from tclib.circuits.graph import AttributionGraph, attribution_graph
 from tclib.circuits.prune import graph_scores, prune
-from tclib.dictionaries.dictionary import Dictionary
-from tclib.models.language_model import LanguageModel
 
-N_POS, N_LAYERS, MAX_FEATURES = 32, 12, 7500
-LABELS = ["layer", "pos", "feature"]
+N_CHECKED = 4
+LABELS = ["kind", "layer", "pos", "feature"]
 
 
-def setup() -> tuple[LanguageModel, torch.Tensor, list[Dictionary]]:
-    lm = random_lm(N_POS)
-    tokens = torch.randint(2, D_VOCAB, (1, N_POS))
-    cache = lm.cache(tokens)
-    return (
-        lm,
-        tokens,
-        [random_transcoder(layer, cache.mlp_in[layer][0]) for layer in range(N_LAYERS)],
+def run(small: bool) -> Result:
+    """32 tokens, twelve transcoders of 24,576 features, L0 about 100. Target: 30 s.
+
+    circuit-tracer's defaults: 7,500 feature nodes, thresholds 0.8 and 0.98, no features at the first token.
+    Edges must be activation × gradient through the frozen model; one backward pass for each node is what
+    one would write first.
+    """
+    frozen, graph, seconds = make(small)
+    peak = peak_gib()
+    rows = graph.nodes.iloc[graph.targets].reset_index(drop=True)
+    features = rows[rows["kind"] == "feature"].sort_values(["layer", "pos"])
+    checked = [one_node(frozen, graph, row) for row in features.index[-N_CHECKED:]]
+    apart, backward = (torch.tensor(column) for column in zip(*checked, strict=True))
+    ratio = float(backward.mean()) * len(rows) / seconds
+    residual = float(graph.closure()["residual"].abs().max())
+    what = f"full graph of {frozen.n_pos} tokens, {len(features):,} feature nodes, pruned"
+    return Result(
+        {"n_pos": frozen.n_pos, "n_feature_nodes": len(features), "n_nodes": len(graph.nodes)},
+        {
+            what: (seconds, "s"),
+            "its peak memory": (peak, "GiB"),
+            "one backward pass a node over the full graph, in time": (ratio, "×"),
+        },
+        {
+            "edges into a node, autograd's": (float(apart.max()), 1e-4),
+            "value of a node, the sum of its edges": (residual, 1e-4),
+        },
     )
 
 
-def write_weights(
-    folder: Path, lm: LanguageModel, tokens: torch.Tensor, transcoders: list[Dictionary]
-) -> None:
-    """What circuit_tracer_graph.py reads: one transcoder a file, the model, the tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lm.model.save_pretrained(folder / "model")
-    save_file({"tokens": tokens[0]}, folder / "tokens.safetensors")
-    for layer, d in enumerate(transcoders):
-        weights = {"W_enc": d.W_enc.T, "b_enc": d.b_enc, "W_dec": d.W_dec, "b_dec": d.b_dec}
-        contiguous = {name: weight.contiguous() for name, weight in weights.items()}
-        save_file(contiguous, folder / f"layer_{layer}.safetensors")
-
-
-def write_graph(folder: Path, graph: AttributionGraph, seconds: float) -> None:
-    """Feature places, and effects on them (and on the logits) from features, errors and tokens."""
-    kind = graph.nodes["kind"]
-    features = (kind == "feature").to_numpy().nonzero()[0]
-    # Errors at the first token are left out here and zero there.
-    errors = graph.nodes[kind == "error"]
-    by_place = torch.zeros(len(graph.edges), N_LAYERS * N_POS)
-    places = torch.tensor((errors["layer"] * N_POS + errors["pos"]).to_numpy())
-    by_place[:, places] = graph.edges[:, torch.tensor(errors.index.to_numpy())]
-    tokens = graph.edges[:, torch.tensor((kind == "embedding").to_numpy())]
-    tensors = {
-        "features": torch.tensor(graph.nodes[kind == "feature"][LABELS].to_numpy()).contiguous(),
-        "edges": torch.cat([graph.edges[:, torch.tensor(features)], by_place, tokens], dim=1),
-    }
-    save_file(tensors, folder / "ours.safetensors")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    (folder / "ours.json").write_text(json.dumps({"seconds": seconds, "peak_gib": peak}))
-
-
-def run(folder: Path) -> None:
-    lm, tokens, transcoders = setup()
-    write_weights(folder, lm, tokens, transcoders)
+def make(small: bool) -> tuple[FrozenPrompts, AttributionGraph, float]:
+    """The prompt, its graph, and the seconds with encoding and pruning."""
+    shape, n_pos, n_nodes = (SMALL, 8, 150) if small else (GPT2_SMALL, 32, 7500)
+    lm, tokens = shape.lm(n_pos), shape.rows(1, n_pos).long()
+    transcoders = shape.transcoders(lm, tokens)
     began = time.perf_counter()
     frozen = FrozenPrompts(lm, tokens, transcoders)
-    graph = attribution_graph(frozen, max_feature_nodes=MAX_FEATURES, keep_bos=False)
-    built = time.perf_counter() - began
-    small = prune(graph)
+    graph = attribution_graph(frozen, max_feature_nodes=n_nodes, keep_bos=False)
+    prune(graph)
+    return frozen, graph, time.perf_counter() - began
+
+
+def one_node(frozen: FrozenPrompts, graph: AttributionGraph, row: int) -> tuple[float, float]:
+    """(Largest difference of an edge into a feature, seconds) of a pass forward and back."""
+    _, layer, pos, feature = graph.nodes.iloc[graph.targets[row]][LABELS]
+    began = time.perf_counter()
+    inputs = frozen.cache.mlp_in[:layer]
+    acts = [frozen.transcoders[i].encode(x)[0].requires_grad_() for i, x in enumerate(inputs)]
+    value = frozen_mlp_in(frozen, acts)[pos] @ frozen.transcoders[layer].W_enc[:, feature]
+    gradients = torch.autograd.grad(value, acts)
+    effects = torch.stack([(z * g).detach() for z, g in zip(acts, gradients, strict=True)])
     seconds = time.perf_counter() - began
-    scores = graph_scores(graph)
-    write_graph(folder, graph, seconds)
-    n_active = sum(len(parts.active.acts) for parts in frozen.parts.values())
-    worst = graph.closure()["residual"].abs().max()
-    print(f"{n_active} active features, {len(graph.targets)} targets, {len(graph.nodes)} nodes")
-    print(f"graph {built:.1f} s, with pruning {seconds:.1f} s; {len(small.nodes)} nodes are kept")
-    print(f"replacement {scores.replacement:.4f}, completeness {scores.completeness:.4f}")
-    print(f"largest relative residual of a node {worst:.1e}")
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    nodes = graph.nodes
+    sources = nodes[(nodes["kind"] == "feature") & (nodes["layer"] < layer)]
+    found = graph.edges[row, sources.index.to_list()]
+    expected = effects[tuple(torch.tensor(sources[LABELS[1:]].to_numpy().T))]
+    return difference(found, expected), seconds
 
 
-def compare(folder: Path) -> None:
-    tensors = {who: load_file(folder / f"{who}.safetensors") for who in ("ours", "theirs")}
-    told = {who: json.loads((folder / f"{who}.json").read_text()) for who in tensors}
-    places = {who: list(map(tuple, t["features"].tolist())) for who, t in tensors.items()}
-    rows = {who: {place: i for i, place in enumerate(p)} for who, p in places.items()}
-    shared = sorted(set(places["ours"]) & set(places["theirs"]))
-    picked = {}
-    for who, table in rows.items():
-        features = torch.tensor([table[place] for place in shared])
-        n_own, n_columns = len(places[who]), tensors[who]["edges"].shape[1]
-        inputs = torch.arange(n_own, n_columns)
-        roots = torch.arange(n_own, len(tensors[who]["edges"]))
-        edges = tensors[who]["edges"][torch.cat([features, roots])]
-        picked[who] = edges[:, torch.cat([features, inputs])]
-    difference = (picked["ours"] - picked["theirs"]).abs().max()
-    largest = picked["theirs"].abs().max()
-    print(f"features chosen by both: {len(shared)} of {len(places['theirs'])}")
-    print(f"largest difference of an edge {difference:.2e}, largest edge {largest:.2e}")
-    ratio = told["theirs"]["seconds"] / told["ours"]["seconds"]
-    print(f"seconds: ours {told['ours']['seconds']:.1f}, theirs {told['theirs']['seconds']:.1f}")
-    print(
-        f"theirs / ours {ratio:.1f}; peak GiB {told['ours']['peak_gib']:.1f} / {told['theirs']['peak_gib']:.1f}"
-    )
+def frozen_mlp_in(frozen: FrozenPrompts, acts: list[Tensor]) -> Tensor:
+    """What the MLP above `acts` reads, patterns and scales frozen, by plain matrices: [pos, d_model]."""
+    cache, top = frozen.cache, len(acts)
+    stream = cache.token_embedding[0] + cache.position_embedding[0]
+    for layer in range(top + 1):
+        w = frozen.attention[layer]
+        normalised = centred(stream) / cache.attention_scale[layer][0, :, None]
+        values = torch.einsum("sd,hdk->hsk", normalised, w.W_V) + w.b_V[:, None]
+        mixed = cache.pattern[layer][0] @ values
+        stream = stream + torch.einsum("htk,hkd->td", mixed, w.W_O) + w.b_O
+        if layer < top:
+            d = frozen.transcoders[layer]
+            stream = stream + acts[layer] @ d.W_dec + d.b_dec + frozen.parts[layer].error[0]
+    return centred(stream) / cache.mlp_scale[top][0, :, None]
+
+
+def centred(stream: Tensor) -> Tensor:
+    return stream - stream.mean(-1, keepdim=True)
+
+
+def write(folder: Path, small: bool) -> None:
+    """One transcoder a file, the model, the tokens, and our graph of them, for circuit-tracer."""
+    frozen, graph, seconds = make(small)
+    frozen.lm.model.save_pretrained(folder / "model")
+    for layer, d in frozen.transcoders.items():
+        weights = {**d.parameters(), "W_enc": d.W_enc.T.contiguous()}
+        save_file(weights, folder / f"layer_{layer}.safetensors")
+    save_file({"tokens": frozen.cache.tokens[0], "edges": graph.edges}, folder / "ours.safetensors")
+    told = {
+        "seconds": seconds,
+        "nodes": graph.nodes[LABELS].to_numpy().tolist(),
+        "targets": graph.targets.tolist(),
+        **graph_scores(graph)._asdict(),
+    }
+    (folder / "ours.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("full_graph_run"))
-    parser.add_argument("--compare", action="store_true")
-    arguments = parser.parse_args()
-    compare(arguments.folder) if arguments.compare else run(arguments.folder)
+    write(Path(sys.argv[1]), "--small" in sys.argv)

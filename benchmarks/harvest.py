@@ -1,67 +1,62 @@
-"""Tokens a second of a harvest against a bare transformers forward cut off at the same layer.
+"""A harvest beside a bare transformers forward that is cut off at the same layer."""
 
-Random GPT-2-small geometry (12 layers, 768), one site pair at layer 6, 16 rows of 128 tokens a
-forward. Target: at least 0.9 of the bare forward. TransformerLens' bridge stands beside it.
-"""
-
-from __future__ import annotations
-
-import tempfile
+from dataclasses import replace
 
 import torch
-from timing import interleaved_medians
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from random_models import GPT2_SMALL, SMALL
+from result import Result, difference, interleaved
+from torch import Tensor
+from transformers import GPT2Model
 
-from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
-from tclib.text.world import build_tokenizer
-from tclib.training.activations import Harvest
+from tclib.training.activations import Block, Harvest
 
-LAYER, N_ROWS, N_CTX, D_VOCAB = 6, 32, 128, 893
-SITES = (Site("mlp_in", LAYER), Site("mlp_out", LAYER))
+N_CTX, N_ROWS, ROWS_PER_FORWARD = 128, 32, 16
 
 
-def bridge_of(model: GPT2LMHeadModel):
-    from transformer_lens.model_bridge import TransformerBridge
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        build_tokenizer().save_pretrained(folder)
-        bridge = TransformerBridge.boot_transformers(folder, device="cpu")
-    bridge.enable_compatibility_mode()
-    return bridge
-
-
-def main() -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=D_VOCAB, n_positions=N_CTX)).eval()
-    bridge = bridge_of(model)
-    truncated = GPT2Model(
-        GPT2Config(vocab_size=D_VOCAB, n_positions=N_CTX, n_layer=LAYER + 1)
-    ).eval()
-    truncated.load_state_dict(model.transformer.state_dict(), strict=False)
+def run(small: bool) -> Result:
+    """One site pair at half the depth: tokens a second, and activations. Target: 0.9 of the forward's."""
+    shape = replace(SMALL if small else GPT2_SMALL, d_vocab=SMALL.d_vocab)
+    layer = shape.n_layers // 2
+    lm, rows = shape.lm(N_CTX), shape.rows(N_ROWS, N_CTX)
+    truncated = GPT2Model(replace(shape, n_layers=layer + 1).config(N_CTX)).eval()
+    truncated.load_state_dict(lm.model.transformer.state_dict(), strict=False)
     truncated.ln_f = torch.nn.Identity()
-    rows = torch.randint(2, D_VOCAB, (N_ROWS, N_CTX), dtype=torch.int32)
-    rows[:, 0] = 0
-    harvest = Harvest(LanguageModel(model, build_tokenizer(), "random"), rows, SITES, N_ROWS, 16)
-    names = [f"blocks.{LAYER}.ln2.hook_normalized", f"blocks.{LAYER}.hook_mlp_out"]
+    sites = (Site("mlp_in", layer), Site("mlp_out", layer))
+    harvest = Harvest(lm, rows, sites, N_ROWS, ROWS_PER_FORWARD)
 
     @torch.no_grad()
     def bare() -> None:
-        for batch in rows.long().split(16):
+        for batch in rows.long().split(ROWS_PER_FORWARD):
             truncated(batch, use_cache=False)
 
-    @torch.no_grad()
-    def lens() -> None:
-        for batch in rows.long().split(16):
-            bridge.run_with_cache(batch, names_filter=names, stop_at_layer=LAYER + 1)
+    n_repeats = 3 if small else 15
+    seconds, found = interleaved(bare, lambda: harvest.block(0), n_repeats=n_repeats, n_warmups=2)
+    expected = bare_activations(truncated, sites, rows)
+    apart = difference(sketch(found[1]), sketch(expected))
+    return Result(
+        {"n_layers": layer + 1, "d_model": shape.d_model, "n_tokens": rows.numel()},
+        {"harvest, share of a bare transformers forward's tokens/s": (seconds[0] / seconds[1], "")},
+        {"activations, the bare forward's": (apart, 1e-4)},
+    )
 
-    candidates = {"bare forward": bare, "tclib harvest": lambda: harvest.block(0), "bridge": lens}
-    medians = interleaved_medians(candidates, n_repeats=7)
-    for name, seconds in medians.items():
-        speed = N_ROWS * N_CTX / seconds
-        print(f"{name:16} {speed:9,.0f} tokens/s   {medians['bare forward'] / seconds:.3f} of bare")
+
+@torch.no_grad()
+def bare_activations(model: GPT2Model, sites: tuple[Site, Site], rows: Tensor) -> Block:
+    """What enters and leaves the MLP; a random GPT-2's norms have gain 1 and bias 0."""
+    found: Block = {}
+
+    def note(_module: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        found[sites[0]] = inputs[0].flatten(0, 1)
+        found[sites[1]] = (output - output.mean(-1, keepdim=True)).flatten(0, 1)
+
+    model.h[sites[0].layer].mlp.register_forward_hook(note)
+    model(rows.long(), use_cache=False)
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def sketch(block: Block) -> Tensor:
+    """The same for any order of tokens: random sums of input and output, each sorted."""
+    both = torch.cat([block[site] for site in sorted(block, key=lambda site: site.name)], dim=1)
+    generator = torch.Generator().manual_seed(0)
+    return (both @ torch.randn(both.shape[1], 64, generator=generator)).sort(0).values

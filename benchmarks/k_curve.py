@@ -1,70 +1,49 @@
-"""The features-against-neurons curve beside one forward pass a k, on a random GPT-2-small-sized model.
-
-A hundred prompts of nine tokens, a transcoder of 24,576 features in the place of MLP 10, k = 0 to 99. One
-forward a k is what the reference code does: the whole model, the transcoder encoded and decoded densely with
-all but the first k features zeroed, logits over the whole vocabulary. Both give the same curve.
-"""
-
-from __future__ import annotations
-
-import time
+"""The features-against-neurons curve beside one forward pass a k."""
 
 import torch
-from attribution import random_lm, random_transcoder
+from random_models import GPT2_SMALL, SMALL
+from result import Result, interleaved
 
 from tclib.evaluation.replace import replace_mlp
 from tclib.greater_than.curves import ablation_curve
 from tclib.greater_than.task import GreaterThan
 from tclib.greater_than.units import dictionary_units, rank_by_variance
 
-LAYER, N_PROMPTS, N_POS, N_ANSWERS, N_K = 10, 100, 9, 100, 100
 N_ONE_BY_ONE = 8  # enough to time the slow way
 
 
-def random_task() -> GreaterThan:
-    tokens = torch.randint(2, 50_000, (N_PROMPTS, N_POS))
-    numbers = tuple(range(N_PROMPTS))
-    greater = torch.arange(N_ANSWERS)[None, :] > torch.arange(N_PROMPTS)[:, None]
-    answer_ids = torch.arange(1000, 1000 + N_ANSWERS)
-    templates = (0,) * N_PROMPTS
-    return GreaterThan(
-        "years", tokens, numbers, templates, 6, answer_ids, tuple(range(N_ANSWERS)), greater
-    )
+def run(small: bool) -> Result:
+    """The hundred prompts, a transcoder for the last MLP but one, k = 0 to 99. Target: 10 times as fast.
 
+    One forward a k is what the reference code does: the whole model, the transcoder encoded and decoded
+    densely with all but the first k features zeroed, logits over the whole vocabulary.
+    """
+    shape, n_k = (SMALL, 20) if small else (GPT2_SMALL, 100)
+    lm, layer = shape.lm(16), shape.n_layers - 2
+    task = GreaterThan.of(lm).every(10 if small else 1)
+    below = lm.run_below(task.tokens, layer)
+    dictionary = shape.transcoder(layer, below.mlp_in[:8].flatten(0, 1))
+    order = rank_by_variance(dictionary_units(dictionary, below), task)
+    ks = torch.linspace(0, n_k - 1, N_ONE_BY_ONE).int().tolist()
 
-def one_forward_a_k(lm, task, dictionary, order, ks) -> list[float]:  # type: ignore[no-untyped-def]
-    values = []
-    for k in ks:
-        with replace_mlp(lm, dictionary, order[:k]):
-            probabilities = task.answer_probabilities(lm.logits(task.tokens)[:, -1])
-        values.append(float(task.differences(probabilities)[task.is_scored].mean()))
-    return values
-
-
-def main() -> None:
-    lm, task = random_lm(N_POS), random_task()
-    below = lm.run_below(task.tokens, LAYER)
-    dictionary = random_transcoder(LAYER, below.mlp_in[:8].flatten(0, 1))
-    ratios = []
-    for repeat in range(3):
-        began = time.perf_counter()
-        below = lm.run_below(task.tokens, LAYER)
+    def at_once() -> torch.Tensor:
+        below = lm.run_below(task.tokens, layer)
         units = dictionary_units(dictionary, below)
-        order = rank_by_variance(units, task)
-        curve = ablation_curve(lm, task, below, units, order, range(N_K))
-        ours = time.perf_counter() - began
-        began = time.perf_counter()
-        ks = [int(k) for k in torch.linspace(0, N_K - 1, N_ONE_BY_ONE)]
-        slow = one_forward_a_k(lm, task, dictionary, order, ks)
-        theirs = (time.perf_counter() - began) / N_ONE_BY_ONE * N_K
-        ratios.append(theirs / ours)
-        worst = max(abs(curve.at(k) - value) for k, value in zip(ks, slow, strict=True))
-        print(
-            f"run {repeat}: {N_K} k in {ours:.2f} s; one forward a k would take {theirs:.1f} s "
-            f"({theirs / ours:.1f} times as long); largest difference {worst:.1e}"
-        )
-    print(f"median ratio {sorted(ratios)[1]:.1f}")
+        ranking = rank_by_variance(units, task)
+        curve = ablation_curve(lm, task, below, units, ranking, range(n_k))
+        return torch.tensor([curve.at(k) for k in ks])
 
+    def one_by_one() -> torch.Tensor:
+        values = []
+        for k in ks:
+            with replace_mlp(lm, dictionary, order[:k]):
+                probabilities = task.answer_probabilities(lm.logits(task.tokens)[:, -1])
+            values.append(task.differences(probabilities)[task.is_scored].mean())
+        return torch.stack(values)
 
-if __name__ == "__main__":
-    main()
+    seconds, curves = interleaved(at_once, one_by_one, n_repeats=1 if small else 3)
+    apart = float((curves[0] - curves[1]).abs().max())
+    ratio = seconds[1] / N_ONE_BY_ONE * n_k / seconds[0]
+    what = f"one forward a k over the features-against-neurons curve of {n_k} k, in time"
+    sizes = {"n_features": shape.n_features, "n_prompts": len(task.tokens), "n_k": n_k}
+    return Result(sizes, {what: (ratio, "×")}, {"curve, that of one forward a k": (apart, 1e-6)})

@@ -1,54 +1,67 @@
-"""How do FVU and recovered CE of one SmolLM2 transcoder move with tokens and with width?
+"""How do FVU and recovered CE of one transcoder move with tokens and with width?"""
 
-    python benchmarks/scaling.py [LAYER]       after `make smollm2`: its text and cached activations are used
-
-All dictionaries are top-k transcoders with the smollm2 preset's schedule, scaled to their length; they are
-evaluated on the first held-out rows. Writes scaling.csv beside the run and prints it.
-"""
-
-from __future__ import annotations
-
-import sys
-import time
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
+import torch
+from result import NotHere, Result
+from torch import Tensor
 
+from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.evaluate import evaluate
-from tclib.replication.run import open_run
+from tclib.replication.run import Run, open_run
 from tclib.training.train import CACHE, train
 
-WIDTHS = ((192_000, (16,)), (768_000, (4, 8, 16)))  # tokens, expansions
-N_ROWS = 32
-COLUMNS = ["n_tokens", "expansion", "l0", "fvu", "ce_recovered", "dead_share", "minutes"]
+
+def run(small: bool) -> Result:
+    """Top-k transcoders of MLP 24 of SmolLM2, after `make smollm2`, whose cached activations are used.
+
+    The preset's schedule is scaled to their length. At the small size: the bundled model's. Each FVU must
+    be that of its definition.
+    """
+    grid = {5_120: (1, 2)} if small else {192_000: (16,), 768_000: (4, 8, 16)}
+    layer, n_rows = (2, 8) if small else (24, 32)
+    measures, differences = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        own = bundled(folder) if small else open_run("smollm2")
+        if not small and not (own.preset.folder / CACHE).is_dir():
+            raise NotHere("needs the run that `make smollm2` makes")
+        rows = own.corpus.evaluation[:n_rows]
+        for n_tokens, widths in grid.items():
+            made = trained(own, layer, n_tokens, widths, Path(folder))
+            table = evaluate(own.lm, made, rows, own.corpus.train).table.set_index("name")
+            for name, dictionary in made.items():
+                fvu, ce = table.loc[name, ["fvu", "ce_recovered"]].astype(float)
+                measures |= {f"FVU, {name}": (fvu, ""), f"CE recovered, {name}": (ce, "")}
+                differences.append(abs(fvu_by_definition(own, dictionary, rows) - fvu))
+    sizes = {"layer": layer, "n_held_out": rows.numel()}
+    return Result(sizes, measures, {"FVU, its definition's": (max(differences), 1e-4)})
 
 
-def main(layer: int) -> None:
-    run = open_run("smollm2")
-    preset, lm, corpus = run.preset, run.lm, run.corpus
-    config = preset.transcoders
-    out = preset.folder / "scaling"
-    parts = []
-    for n_tokens, expansions in WIDTHS:
-        share = n_tokens / config.training.n_tokens
-        training = replace(
-            config.training,
-            n_tokens=n_tokens,
-            decay_steps=int(config.training.decay_steps * share),
-        )
-        specs = [config.at("transcoder", layer, expansion=one) for one in expansions]
-        began = time.perf_counter()
-        folder: Path = out / f"L{layer}-{n_tokens}"
-        made = train(lm, corpus.train, specs, training, folder, preset.folder / CACHE)
-        minutes = (time.perf_counter() - began) / 60
-        named = {spec.name: one for spec, one in zip(specs, made, strict=True)}
-        table = evaluate(lm, named, corpus.evaluation[:N_ROWS], corpus.train).table
-        parts.append(table.assign(n_tokens=n_tokens, expansion=expansions, minutes=minutes))
-    found = pd.concat(parts, ignore_index=True)[COLUMNS]
-    found.to_csv(out / f"scaling_L{layer}.csv", index=False)
-    print(found.round(3).to_string(index=False))
+def bundled(folder: str) -> Run:
+    preset = open_run("demo", runs_dir=folder).preset
+    corpus = replace(preset.corpus, n_train_tokens=12_800, n_eval_tokens=2_560)
+    return Run(replace(preset, corpus=corpus))
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 24)
+def trained(
+    own: Run, layer: int, n_tokens: int, widths: tuple[int, ...], folder: Path
+) -> dict[str, Dictionary]:
+    config = own.preset.transcoders
+    decay = config.training.decay_steps * n_tokens // config.training.n_tokens
+    training = replace(config.training, n_tokens=n_tokens, decay_steps=decay)
+    specs = [config.at("transcoder", layer, expansion=width) for width in widths]
+    cache = own.preset.folder / CACHE
+    made = train(own.lm, own.corpus.train, specs, training, folder / f"{n_tokens}", cache)
+    return {f"{n_tokens:,} tokens, {w} ×": d for w, d in zip(widths, made, strict=True)}
+
+
+@torch.no_grad()
+def fvu_by_definition(own: Run, dictionary: Dictionary, rows: Tensor) -> float:
+    """Σ‖y − ŷ‖² / Σ‖y − ȳ‖² over all tokens at once, in float64, BOS left out."""
+    sites = (dictionary.config.input_site, dictionary.config.output_site)
+    read = own.lm.read(rows.long(), sites)
+    x, y = (read[site][rows != own.lm.bos_id].double() for site in sites)
+    missed = y - dictionary.to(x.device, x.dtype)(x).reconstruction
+    return float(missed.pow(2).sum() / (y - y.mean(0)).pow(2).sum())

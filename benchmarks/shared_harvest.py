@@ -1,48 +1,52 @@
-"""Ten dictionaries from one harvest against ten separate runs: the forward pass is paid once."""
-
-from __future__ import annotations
+"""Ten dictionaries from one harvest beside ten separate runs: the forward pass is paid once."""
 
 import tempfile
-import time
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from random_models import GPT2_SMALL, SMALL
+from result import Result, interleaved
 
-from tclib.models.language_model import LanguageModel
-from tclib.text.world import build_tokenizer
+from tclib.dictionaries.dictionary import Dictionary
 from tclib.training.spec import DictionarySpec, TrainingConfig
 from tclib.training.train import train
 
-LAYER, D_VOCAB, N_CTX = 6, 893, 128
-CONFIG = TrainingConfig(
-    n_tokens=8_192, batch_size=1024, block_rows=64, checkpoint_every_steps=1000, log_every_steps=8
-)
-SPECS = [
-    DictionarySpec(kind, LAYER, expansion=1, l1_coefficient=l1)  # type: ignore[arg-type]
-    for kind in ("transcoder", "sae_mlp_out")
-    for l1 in (1e-4, 2e-4, 3e-4, 4e-4, 5e-4)
-]
+N_CTX = 128
 
 
-def seconds(lm: LanguageModel, rows: torch.Tensor, specs: list[DictionarySpec]) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        train(lm, rows, specs, CONFIG, Path(folder) / "run")
-        return time.perf_counter() - began
+def run(small: bool) -> Result:
+    """Five transcoders and five SAEs of one layer, as wide as the model: the same weights.
 
+    Target: apart at least 5 times as long.
+    """
+    shape = replace(SMALL if small else GPT2_SMALL, d_vocab=SMALL.d_vocab)
+    n_tokens, batch_size = (512, 128) if small else (4_096, 1_024)
+    lm, rows = shape.lm(N_CTX), shape.rows(n_tokens // 64, N_CTX)
+    specs = [
+        DictionarySpec(kind, shape.n_layers // 2, expansion=1, l1_coefficient=l1)
+        for kind in ("transcoder", "sae_mlp_out")
+        for l1 in (1e-4, 2e-4, 3e-4, 4e-4, 5e-4)
+    ]
+    config = TrainingConfig(n_tokens, batch_size, block_rows=n_tokens // N_CTX, log_every_steps=8)
 
-def main() -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=D_VOCAB, n_positions=N_CTX))
-    lm = LanguageModel(model, build_tokenizer(), "random")
-    rows = torch.randint(2, D_VOCAB, (128, N_CTX), dtype=torch.int32)
-    seconds(lm, rows, SPECS[:1])
-    together = seconds(lm, rows, SPECS)
-    apart = sum(seconds(lm, rows, [spec]) for spec in SPECS)
-    print(f"ten from one harvest   {together:7.1f} s")
-    print(f"ten separate runs      {apart:7.1f} s   {apart / together:.2f} × as long")
+    def trained(together: list[DictionarySpec]) -> list[Dictionary]:
+        with tempfile.TemporaryDirectory() as folder:
+            return train(lm, rows, together, config, Path(folder) / "run")
 
-
-if __name__ == "__main__":
-    main()
+    trained(specs[:1])  # as a warm-up
+    seconds, made = interleaved(
+        lambda: trained(specs),
+        lambda: [one for spec in specs for one in trained([spec])],
+        n_repeats=1 if small else 3,
+    )
+    apart = max(
+        float((one.parameters()[name] - weights).abs().max())
+        for one, other in zip(*made, strict=True)
+        for name, weights in other.parameters().items()
+    )
+    what = "ten separate runs over ten dictionaries from one harvest, in time"
+    return Result(
+        {"n_dictionaries": len(specs), "d_model": shape.d_model, "n_tokens": n_tokens},
+        {what: (seconds[1] / seconds[0], "×")},
+        {"weights, those of separate runs": (apart, 0.0)},
+    )
