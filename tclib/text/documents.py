@@ -1,4 +1,4 @@
-"""Where documents come from: text, docstrings, Wikipedia dumps, Hugging Face data sets."""
+"""Where documents come from: text, docstrings, Wikipedia dumps."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from tclib.models.locate import check_hub_reachable
 from tclib.support.errors import InputError
 
 MIN_DOCSTRING_CHARACTERS = 200
 TEXT_DOCUMENT_CHARACTERS = 2_000
-STREAM_SHUFFLE_BUFFER = 10_000
 BUNDLED_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 
@@ -143,19 +141,3 @@ def _article_markup(dump: Path) -> Iterator[tuple[str, str]]:
         raise InputError(
             f"Wikipedia dump {dump}: {error}: expected a whole MediaWiki export, .xml.bz2"
         ) from error
-
-
-def dataset_documents(dataset_id: str, seed: int) -> Iterator[str]:
-    """The `text` column of a Hugging Face dataset's training split, streamed and shuffled."""
-    local = Path(dataset_id).expanduser().exists()
-    if not local:
-        check_hub_reachable(f"dataset {dataset_id!r} is streamed from the Hugging Face hub")
-    import datasets
-
-    stream = datasets.load_dataset(dataset_id, split="train", streaming=True)
-    if stream.features is not None and "text" not in stream.features:
-        raise InputError(
-            f"dataset {dataset_id!r} has columns {sorted(stream.features)}: expected one named text"
-        )
-    shuffled = stream.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE_BUFFER)
-    return (example["text"] for example in shuffled)

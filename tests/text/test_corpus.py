@@ -162,6 +162,12 @@ def test_evaluation_rows_that_were_trained_on_are_counted() -> None:
         ({"eval_fraction": 1.0}, "eval_fraction 1.0"),
         ({"kind": "text"}, "needs a source"),
         ({"n_train_tokens": 3}, "n_train_tokens 3"),
+        ({"revision": "main"}, "kind 'demo' takes no revision and no data_files"),
+        ({"data_files": ("a.txt",)}, "kind 'demo' takes no revision and no data_files"),
+        (
+            {"kind": "huggingface", "source": "a/b", "data_files": ("/a.txt",)},
+            "data_files '/a.txt': expected a name relative to the source",
+        ),
     ],
 )
 def test_configurations_out_of_range_are_refused(changes: dict, message: str) -> None:
@@ -193,5 +199,5 @@ def test_an_unreachable_dataset_is_one_sentence(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = replace(SMALL, kind="huggingface", source="nobody/nothing")
-    with pytest.raises(InputError, match="nobody/nothing' is streamed from the Hugging Face hub"):
+    with pytest.raises(InputError, match="nobody/nothing' is not in the local Hugging Face cache"):
         build_corpus(config, demo_lm)
