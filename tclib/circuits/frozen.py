@@ -19,6 +19,8 @@ computed without a [head, dst, src, d_model] tensor. The sources add up to the t
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +33,7 @@ from torch.nn.functional import embedding_bag
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.models.architectures import AttentionWeights
+from tclib.models.checks import check_parts
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import ForwardCache
 from tclib.support.errors import InputError
@@ -47,7 +50,6 @@ SourceKind = Literal[
     "mlp",
     "constant",
 ]
-
 KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 
 
@@ -154,14 +156,16 @@ class FrozenPrompts:
         tokens: Int[Tensor, "batch pos"],
         transcoders: Iterable[Dictionary],
     ) -> None:
+        lm = _exact(lm)
         self.lm = lm
         self.transcoders = _by_layer(lm, transcoders)
-        _check_tokens(lm, tokens)
+        _check_padding(lm, lm.check_tokens(tokens))
         self.cache: ForwardCache = lm.cache(tokens)
         if not bool(self.cache.logits.isfinite().all()):
             raise InputError(
                 f"{lm.name} gives non-finite values on these prompts: check its weights and its dtype"
             )
+        check_parts(lm, self.cache)
         self.parts = {layer: self._split(layer, d) for layer, d in self.transcoders.items()}
 
     @property
@@ -217,7 +221,11 @@ class FrozenPrompts:
 
         The feature need not be active; its value is then zero or below.
         """
-        dictionary = self._transcoder_at(layer)
+        if layer not in self.transcoders:
+            raise InputError(
+                f"no transcoder at layer {layer}: there is one at layers {sorted(self.transcoders)}"
+            )
+        dictionary = self.transcoders[layer]
         dictionary.check_features(feature)
         pos, prompt = self._check_place(pos, prompt)
         direction = self.lm.final_norm.centre(dictionary.encoder_direction(feature))
@@ -252,26 +260,15 @@ class FrozenPrompts:
 
     def scale(self, site: ReadSite, prompt: int, pos: int) -> float:
         """1 / σ at a site: the input-dependent factor that all sources of a target share."""
-        scales = {"attention": self.cache.attention_scale, "mlp": self.cache.mlp_scale}
         if site.part == "final":
             return 1.0 / float(self.cache.final_scale[prompt, pos])
-        return 1.0 / float(scales[site.part][site.layer][prompt, pos])
+        scales = self.cache.mlp_scale if site.part == "mlp" else self.cache.attention_scale
+        return 1.0 / float(scales[site.layer][prompt, pos])
 
     def attention_layers(self, site: ReadSite) -> range:
         """Layers whose attention has written to the stream before `site`."""
         reads_own = site.part == "mlp" and not self.lm.is_parallel
         return range(site.layer + 1 if reads_own else site.layer)
-
-    def mlp_layers(self, site: ReadSite) -> range:
-        """Layers whose MLP has written to the stream before `site`."""
-        return range(site.layer)
-
-    def _transcoder_at(self, layer: int) -> Dictionary:
-        if layer not in self.transcoders:
-            raise InputError(
-                f"no transcoder at layer {layer}: there is one at layers {sorted(self.transcoders)}"
-            )
-        return self.transcoders[layer]
 
     def _check_place(self, pos: int, prompt: int) -> tuple[int, int]:
         if not -self.n_pos <= pos < self.n_pos:
@@ -294,10 +291,6 @@ def target_values(cache: ForwardCache, target: Target) -> Float[Tensor, "batch"]
     return target.constant + normalised @ target.direction
 
 
-# ---------------------------------------------------------------------------------------------
-# Checks
-
-
 def _by_layer(lm: LanguageModel, transcoders: Iterable[Dictionary]) -> dict[int, Dictionary]:
     found: dict[int, Dictionary] = {}
     for dictionary in transcoders:
@@ -316,10 +309,25 @@ def _by_layer(lm: LanguageModel, transcoders: Iterable[Dictionary]) -> dict[int,
     return dict(sorted(found.items()))
 
 
-def _check_tokens(lm: LanguageModel, tokens: Tensor) -> None:
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise InputError(f"tokens of shape {tuple(tokens.shape)}: expected [batch, pos], not empty")
-    if tokens.shape[1] > lm.n_ctx:
+def _exact(lm: LanguageModel) -> LanguageModel:
+    """The model, or a copy in float32 of one in half precision, in which sums would not close."""
+    if lm.dtype not in (torch.float16, torch.bfloat16):
+        return lm
+    warnings.warn(
+        f"{lm.name} is in {lm.dtype}: attribution runs on a copy of it in float32", stacklevel=3
+    )
+    return LanguageModel(copy.deepcopy(lm.model).float(), lm.tokenizer, lm.name)
+
+
+def _check_padding(lm: LanguageModel, tokens: Tensor) -> None:
+    """Prompts have no mask. Errors: `InputError` for a row that opens with padding, or with BOS twice."""
+    pad_id = lm.tokenizer.pad_token_id
+    is_pad = tokens[:, 0] == (lm.bos_id if pad_id is None else pad_id)
+    if pad_id is None or pad_id == lm.bos_id:
+        is_pad &= (tokens[:, :2] == lm.bos_id).all(1)
+    padded = is_pad & (tokens != tokens[:, :1]).any(1)  # BOS alone, or after itself, is a prompt
+    if bool(padded.any()):
         raise InputError(
-            f"prompt of {tokens.shape[1]} tokens: {lm.name} takes at most {lm.n_ctx}; shorten it"
+            f"prompt {int(padded.nonzero()[0])} opens with padding, or with BOS twice: attribution has no mask; "
+            "give prompts of one length, or one at a time"
         )

@@ -94,8 +94,10 @@ def _neox_values(attention: Any, n_heads: int) -> tuple[Tensor, Tensor, Tensor, 
     joint = attention.query_key_value
     d_model = joint.weight.shape[1]
     W_V = joint.weight.reshape(n_heads, 3, -1, d_model)[:, 2].mT
-    b_V = joint.bias.reshape(n_heads, 3, -1)[:, 2]
-    return W_V, b_V, _by_head(attention.dense.weight.T, n_heads), attention.dense.bias
+    W_O, b_O = _by_head(attention.dense.weight.T, n_heads), attention.dense.bias
+    bias = joint.weight.new_zeros(len(joint.weight)) if joint.bias is None else joint.bias
+    b_O = W_V.new_zeros(d_model) if b_O is None else b_O
+    return W_V, bias.reshape(n_heads, 3, -1)[:, 2], W_O, b_O
 
 
 def _llama_values(attention: Any, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -180,6 +182,11 @@ class NeuronWeights:
 
 def architecture_of(class_name: str, name: str) -> Architecture:
     """The layout of a transformers class. Errors: `InputError` for one that is not known."""
+    if class_name in ("TransformerBridge", "HookedTransformer"):
+        raise InputError(
+            f"model {name!r} is a {class_name} of TransformerLens, which has taken its weights apart: load the "
+            "transformers model that it was made from (LanguageModel.load takes its hub id or folder)"
+        )
     if class_name not in ARCHITECTURES:
         raise InputError(
             f"model {name!r} is a {class_name}; supported: {', '.join(sorted(ARCHITECTURES))}"

@@ -6,6 +6,7 @@ Together with `architectures` and `locate` the only modules that know transforme
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,14 +14,13 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
 
+from tclib.models.checks import check_module, check_report, check_tokenizer
+from tclib.models.identity import model_hash
 from tclib.models.locate import first_line, locate, quiet_transformers
 from tclib.models.running import Running
 from tclib.support.errors import InputError
 
-
-def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+METASPACE = "▁"
 
 
 class LanguageModel(Running):
@@ -34,7 +34,15 @@ class LanguageModel(Running):
 
     def __init__(self, model: Any, tokenizer: Any, name: str = "model") -> None:
         super().__init__(model, name)
+        check_module(model, name)
+        check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, name)
         self.tokenizer = tokenizer
+        self._location: str | None = None
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 of the weights and of how they act: the model's identity, whatever its name."""
+        return model_hash(self.model, self._location)
 
     @classmethod
     def load(
@@ -42,21 +50,33 @@ class LanguageModel(Running):
     ) -> LanguageModel:
         """Load `demo`, `demo-neox`, `smollm2`, a local Hugging Face folder or a hub id.
 
-        Errors: `InputError` if the model is nowhere to be had, or of an unsupported geometry.
+        By default on CUDA where there is one, else on the CPU.
+        Errors: `InputError` if the model is nowhere to be had, of an unsupported geometry or quantised,
+        if any of its tensors is missing, unexpected or of another shape, or if its tokenizer cannot be
+        the model's.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         location = locate(name)
         quiet_transformers()
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            model, report = loaded
+            check_report(report, name, location)
             tokenizer = AutoTokenizer.from_pretrained(location)
+        except InputError:
+            raise
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(
                 f"model {name!r} could not be read from {location} ({first_line(error)}): "
                 "is the folder a complete Hugging Face model?"
             ) from error
-        return cls(model.to(device or default_device()), tokenizer, name)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        lm = cls(model.to(device), tokenizer, name)
+        lm._location = location
+        return lm
 
     def summary(self) -> dict[str, object]:
         """The geometry, for a table."""
@@ -106,5 +126,11 @@ class LanguageModel(Running):
         return torch.tensor([ids], device=self.device)
 
     def token_strings(self, ids: Iterable[int] | Int[Tensor, "token"]) -> list[str]:
-        """The text of each token by itself."""
-        return [self.tokenizer.decode([int(i)]) for i in ids]
+        """The text of each token by itself, with the space in front of it where it has one."""
+        return [self._token_string(int(i)) for i in ids]
+
+    def _token_string(self, token_id: int) -> str:
+        text = str(self.tokenizer.decode([token_id]))
+        # Metaspace decoders (Llama's) drop the space of a text's first word.
+        piece = str(self.tokenizer.convert_ids_to_tokens(token_id))
+        return f" {text.lstrip()}" if piece.startswith(METASPACE) else text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
@@ -94,22 +94,25 @@ def _recording(
         if name == last:
             raise _StopForward
 
-    handles = [
-        module.register_forward_pre_hook(lambda _m, args, name=name: note(name, args[0]))
+    hooks: list[tuple[Any, Any]] = [
+        (module.register_forward_pre_hook, lambda _m, args, name=name: note(name, args[0]))
         for name, module in inputs.items()
     ]
-    handles += [
-        module.register_forward_hook(lambda _m, _args, output, name=name: note(name, output))
+    hooks += [
+        (module.register_forward_hook, lambda _m, _args, output, name=name: note(name, output))
         for name, module in outputs.items()
     ]
-    with _attached(handles), suppress(_StopForward):
+    with _attached(*hooks), suppress(_StopForward):
         yield found
 
 
 @contextmanager
-def _attached(handles: Iterable[Any]) -> Iterator[None]:
-    """While active, hooks are on; afterwards they are off, whatever happened."""
+def _attached(*hooks: tuple[Callable[[Any], Any], Any]) -> Iterator[None]:
+    """While active, hooks are on, each a pair (how to register it, hook); afterwards they are off."""
+    handles: list[Any] = []
     try:
+        for register, hook in hooks:
+            handles.append(register(hook))
         yield
     finally:
         for handle in handles:
@@ -119,15 +122,40 @@ def _attached(handles: Iterable[Any]) -> Iterator[None]:
 class Running(ProcessedWeights):
     """Forward passes of the model, whole or in part; whatever a hook changes is put back afterwards."""
 
+    def check_tokens(self, tokens: Tensor) -> Tensor:
+        """`tokens`, if they are rows of ids that the model takes.
+
+        Errors: `InputError` unless they are whole numbers of the vocabulary, [row, pos], not empty and
+        not longer than the context.
+        """
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.numel() == 0:
+            given = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise InputError(f"tokens {given}: expected a tensor [row, pos] of ids, not empty")
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise InputError(f"tokens of {tokens.dtype}: expected whole numbers, the ids of tokens")
+        if tokens.shape[1] > self.n_ctx:
+            raise InputError(
+                f"rows of {tokens.shape[1]} tokens: {self.name} takes at most {self.n_ctx}; shorten them"
+            )
+        low, high = (int(one) for one in torch.aminmax(tokens))
+        if low < 0 or high >= self.d_vocab:
+            raise InputError(
+                f"token ids from {low} to {high}: {self.name} has ids from 0 to {self.d_vocab - 1}"
+            )
+        return tokens
+
+    def _ids(self, tokens: Tensor) -> Tensor:
+        return self.check_tokens(tokens).to(self.device)
+
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Next-token logits at every position."""
-        logits: Tensor = self.model(tokens.to(self.device), use_cache=False).logits
+        logits: Tensor = self.model(self._ids(tokens), use_cache=False).logits
         return logits
 
     def last_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
         """Next-token logits at the last position; the others are not unembedded."""
-        read = self.model(tokens.to(self.device), use_cache=False, logits_to_keep=1)
+        read = self.model(self._ids(tokens), use_cache=False, logits_to_keep=1)
         logits: Tensor = read.logits
         return logits[:, -1]
 
@@ -173,7 +201,7 @@ class Running(ProcessedWeights):
     ) -> dict[Any, Tensor]:
         """What `_recording` notes of one pass through the blocks that ends at `last`."""
         with _recording(inputs, outputs, last) as found:
-            self._backbone(tokens.to(self.device), use_cache=False)
+            self._backbone(self._ids(tokens), use_cache=False)
         return found
 
     @torch.no_grad()
@@ -187,7 +215,7 @@ class Running(ProcessedWeights):
     @torch.no_grad()
     def cache(self, tokens: Int[Tensor, "batch pos"]) -> ForwardCache:
         """Run the model once and keep what attribution needs."""
-        tokens = tokens.to(self.device)
+        tokens = self._ids(tokens)
         modules = self._norm_modules()
         mlps = {("mlp", layer): self._block(layer).mlp for layer in range(self.n_layers)}
         # transformers' RMSNorm falls back to float32: in float64 the norms are ours.
@@ -203,8 +231,9 @@ class Running(ProcessedWeights):
         final = getattr(self._backbone, self._architecture.final_norm)
         return [*(b.attention_norm for b in blocks), *(b.mlp_norm for b in blocks), final]
 
-    @contextmanager
-    def _renormed(self, scales: Iterable[tuple[nn.Module, Tensor | None]]) -> Iterator[None]:
+    def _renormed(
+        self, scales: Iterable[tuple[nn.Module, Tensor | None]]
+    ) -> AbstractContextManager[None]:
         """While active, norms divide by the scales given (None: their own), in the stream's precision."""
 
         def after(
@@ -215,9 +244,7 @@ class Running(ProcessedWeights):
                 return norm.affine(norm.normalise(inputs[0]))
             return norm.affine(norm.centre(inputs[0]) / scale)
 
-        handles = [m.register_forward_hook(partial(after, scale)) for m, scale in scales]
-        with _attached(handles):
-            yield
+        return _attached(*((m.register_forward_hook, partial(after, scale)) for m, scale in scales))
 
     def _assemble(self, tokens: Tensor, found: dict[Any, Tensor], output: Any) -> ForwardCache:
         n, centre = self.n_layers, self.final_norm.centre
@@ -243,13 +270,11 @@ class Running(ProcessedWeights):
             logits=output.logits,
         )
 
-    @contextmanager
-    def frozen_norms(self, cache: ForwardCache, prompt: int) -> Iterator[None]:
+    def frozen_norms(self, cache: ForwardCache, prompt: int) -> AbstractContextManager[None]:
         """While active, every norm divides by the scale that it had on `prompt` of `cache`."""
         scales = [*cache.attention_scale, *cache.mlp_scale, cache.final_scale]
         kept = [scale[prompt, :, None] for scale in scales]
-        with self._renormed(zip(self._norm_modules(), kept, strict=True)):
-            yield
+        return self._renormed(zip(self._norm_modules(), kept, strict=True))
 
     @contextmanager
     def _eager_attention(self) -> Iterator[None]:
@@ -261,8 +286,7 @@ class Running(ProcessedWeights):
         finally:
             self.model.set_attn_implementation(before)
 
-    @contextmanager
-    def override_mlp(self, layer: int, override: MlpOverride) -> Iterator[None]:
+    def override_mlp(self, layer: int, override: MlpOverride) -> AbstractContextManager[None]:
         """While active, the MLP of `layer` returns `override(mlp_in, mlp_out)`.
 
         Both arguments and the result are in the processed basis, [batch, pos, d_model].
@@ -277,35 +301,57 @@ class Running(ProcessedWeights):
         def after(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return override(mlp_in.pop(), norm.centre(output)).to(output.dtype)
 
-        handles = [
-            block.mlp_norm.register_forward_pre_hook(before),
-            block.mlp.register_forward_hook(after),
-        ]
-        with _attached(handles):
-            yield
+        return _attached(
+            (block.mlp_norm.register_forward_pre_hook, before),
+            (block.mlp.register_forward_hook, after),
+        )
 
     @contextmanager
-    def override_heads(self, layer: int, override: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def stand_in_for_mlp(self, layer: int, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While active, the MLP of `layer` is not run: `stand_in(mlp_in)` is what it returns.
+
+        As `override_mlp`, for what has no use for mlp_out; the MLP is most of a block's work.
+        """
+        block = self._block(self.check_layer(layer))
+        norm = self.mlp_norm(layer)
+        mlp_in: list[Tensor] = []
+
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            mlp_in[:] = [norm.normalise(inputs[0])]
+
+        def forward(x: Tensor) -> Tensor:
+            return stand_in(mlp_in.pop()).to(x.dtype)
+
+        # An attribute of the module itself hides the method of its class.
+        hidden = vars(block.mlp).get("forward")
+        block.mlp.forward = forward
+        try:
+            with _attached((block.mlp_norm.register_forward_pre_hook, before)):
+                yield
+        finally:
+            del block.mlp.forward
+            if hidden is not None:
+                block.mlp.forward = hidden
+
+    def override_heads(
+        self, layer: int, override: Callable[[Tensor], Tensor]
+    ) -> AbstractContextManager[None]:
         """While active, the heads of `layer` put out `override(z)`, z of shape [batch, pos, head, d_head].
 
         z is each head's weighted mean of values, before W_O.
         """
         attention = self._block(self.check_layer(layer)).attention
-        n_heads = self.n_heads
 
         def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            z = inputs[0].unflatten(-1, (n_heads, -1))
+            z = inputs[0].unflatten(-1, (self.n_heads, -1))
             return (override(z).flatten(-2).to(inputs[0]),)
 
         projection = getattr(attention, self._architecture.heads_out)
-        handle = projection.register_forward_pre_hook(before)
-        with _attached([handle]):
-            yield
+        return _attached((projection.register_forward_pre_hook, before))
 
-    @contextmanager
     def override_mlp_input(
         self, layer: int, override: Callable[[Tensor], Tensor]
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """While active, the MLP of `layer` runs on `override(mlp_in)` instead of mlp_in.
 
         The norm's gain and bias are applied behind the override, as the model does.
@@ -316,9 +362,7 @@ class Running(ProcessedWeights):
         def after(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return norm.affine(override(norm.normalise(inputs[0]))).to(output.dtype)
 
-        handle = block.mlp_norm.register_forward_hook(after)
-        with _attached([handle]):
-            yield
+        return _attached((block.mlp_norm.register_forward_hook, after))
 
     @torch.no_grad()
     def streams(
@@ -329,14 +373,14 @@ class Running(ProcessedWeights):
         inputs = {layer: self._blocks[layer] for layer in wanted}
         return self._run_until(wanted[-1], tokens, inputs, {})
 
-    @contextmanager
-    def start_at(self, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
+    def start_at(
+        self, layer: int, stream: Float[Tensor, "batch pos d_model"]
+    ) -> AbstractContextManager[None]:
         """While active, nothing below the block of `layer` is computed: `stream` enters it.
 
         `stream` is what `streams` gave for the same tokens, so the model's results are the same.
         """
-        with self._fed(self.check_layer(layer), stream):
-            yield
+        return self._fed(self.check_layer(layer), stream)
 
     @contextmanager
     def _fed(self, n_below: int, stream: Tensor) -> Iterator[None]:
@@ -375,9 +419,17 @@ class Running(ProcessedWeights):
         """
         tokens = torch.zeros(stream.shape[:2], dtype=torch.long, device=stream.device)
         final = {"final": getattr(self._backbone, self._architecture.final_norm)}
-        with self._fed(layer + 1, stream):
+        with self._last_mlp_at_last_position(), self._fed(layer + 1, stream):
             read = self._run_until("final", tokens, final, {})
         return self.final_norm.normalise(read["final"][:, -1])
+
+    def _last_mlp_at_last_position(self) -> AbstractContextManager[None]:
+        """While active, the last block's MLP sees the last position alone; only there the stream is right.
+
+        What the MLP adds to the other positions, nothing above reads.
+        """
+        mlp = self._block(self.n_layers - 1).mlp
+        return _attached((mlp.register_forward_pre_hook, lambda _mlp, inputs: (inputs[0][:, -1:],)))
 
     @cached_property
     def extended_embedding(self) -> Float[Tensor, "d_vocab d_model"]:

@@ -12,28 +12,20 @@ The model itself runs with its own weights; only what crosses the boundary is co
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tclib.models.architectures import (
-    AttentionWeights,
-    Block,
-    NeuronWeights,
-    Norm,
-    architecture_of,
-)
+from tclib.models.architectures import AttentionWeights, Block, NeuronWeights, Norm, architecture_of
 from tclib.support.errors import InputError
 
 
 class ProcessedWeights:
     """The geometry of a transformers model, and its weights in the processed basis.
 
-    Args:
-        model: a transformers model of a known class (`architectures.ARCHITECTURES`).
-        name: how messages call it.
+    `is_parallel`: whether attention and MLP read the same stream (GPT-NeoX, Pythia).
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -41,8 +33,14 @@ class ProcessedWeights:
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self._attention_weights: dict[int, AttentionWeights] = {}
-
-    # -- geometry ---------------------------------------------------------------------------
+        config = model.config
+        self.n_layers: int = config.num_hidden_layers
+        self.d_model: int = config.hidden_size
+        self.n_heads: int = config.num_attention_heads
+        self.n_ctx: int = config.max_position_embeddings
+        self.d_vocab: int = config.vocab_size
+        self.is_parallel = bool(getattr(config, "use_parallel_residual", False))
+        self.norm_kind = self._architecture.norm
 
     @property
     def device(self) -> torch.device:
@@ -54,35 +52,6 @@ class ProcessedWeights:
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
-    @property
-    def n_layers(self) -> int:
-        return int(self.model.config.num_hidden_layers)
-
-    @property
-    def d_model(self) -> int:
-        return int(self.model.config.hidden_size)
-
-    @property
-    def n_heads(self) -> int:
-        return int(self.model.config.num_attention_heads)
-
-    @property
-    def n_ctx(self) -> int:
-        return int(self.model.config.max_position_embeddings)
-
-    @property
-    def d_vocab(self) -> int:
-        return int(self.model.config.vocab_size)
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether attention and MLP read the same stream (GPT-NeoX, Pythia)."""
-        return bool(getattr(self.model.config, "use_parallel_residual", False))
-
-    @property
-    def norm_kind(self) -> Literal["layer", "rms"]:
-        return self._architecture.norm
-
     def check_layer(self, layer: int) -> int:
         """`layer`, if the model has it; else `InputError`."""
         if not 0 <= layer < self.n_layers:
@@ -90,8 +59,6 @@ class ProcessedWeights:
                 f"layer {layer} is out of range: {self.name} has layers 0 to {self.n_layers - 1}"
             )
         return layer
-
-    # -- weights ----------------------------------------------------------------------------
 
     def mlp_norm(self, layer: int) -> Norm:
         """The norm in front of the MLP of `layer`."""
@@ -103,33 +70,30 @@ class ProcessedWeights:
 
     def attention_weights(self, layer: int) -> AttentionWeights:
         """Value and output weights of `layer`, with the norm's gain and bias folded in (kept)."""
-        if layer not in self._attention_weights:
-            self._attention_weights[layer] = self._folded_attention(layer)
-        return self._attention_weights[layer]
-
-    def _folded_attention(self, layer: int) -> AttentionWeights:
+        if layer in self._attention_weights:
+            return self._attention_weights[layer]
         block = self._block(self.check_layer(layer))
         W_V, b_V, W_O, b_O = self._architecture.values(block.attention, self.n_heads)
         norm = self.attention_norm(layer)
         folded_bias = b_V if norm.bias is None else b_V + torch.einsum("d,hdk->hk", norm.bias, W_V)
-        return AttentionWeights(
+        folded = AttentionWeights(
             W_V=norm.centre((W_V * norm.gain[:, None]).mT).mT,
             b_V=folded_bias,
             W_O=norm.centre(W_O),
             b_O=norm.centre(b_O),
         )
+        self._attention_weights[layer] = folded
+        return folded
 
     def neuron_weights(self, layer: int) -> NeuronWeights:
         """Output weights and bias of an MLP's neurons."""
-        projection = getattr(
-            self._block(self.check_layer(layer)).mlp, self._architecture.neurons_out
-        )
+        mlp = self._block(self.check_layer(layer)).mlp
+        projection = getattr(mlp, self._architecture.neurons_out)
         # GPT-2 keeps weights input first, the others output first.
         is_input_first = self._architecture.backbone == "transformer"
         weight = projection.weight if is_input_first else projection.weight.T
         bias = weight.new_zeros(self.d_model) if projection.bias is None else projection.bias
-        centre = self.final_norm.centre
-        return NeuronWeights(centre(weight), centre(bias))
+        return NeuronWeights(self.final_norm.centre(weight), self.final_norm.centre(bias))
 
     @cached_property
     def final_norm(self) -> Norm:
@@ -165,8 +129,6 @@ class ProcessedWeights:
         if self.final_norm.bias is not None:
             b_U = b_U + head.weight @ self.final_norm.bias
         return b_U - b_U.mean()
-
-    # -- parts of the module ----------------------------------------------------------------
 
     @property
     def _backbone(self) -> Any:

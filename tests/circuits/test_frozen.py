@@ -304,7 +304,7 @@ def test_prompts_that_cannot_be_run_are_named() -> None:
     lm = make_lm("gpt2")
     with pytest.raises(InputError, match="not empty"):
         FrozenPrompts(lm, torch.zeros(1, 0, dtype=torch.long), [])
-    with pytest.raises(InputError, match=r"prompt of 65 tokens: tiny-gpt2 takes at most 64"):
+    with pytest.raises(InputError, match="rows of 65 tokens: tiny-gpt2 takes at most 64"):
         FrozenPrompts(lm, random_rows(1, 65).long(), [])
     lm.model.transformer.wte.weight.data[5] = torch.inf
     with pytest.raises(InputError, match="non-finite"):

@@ -46,6 +46,8 @@ def test_the_transcoders_output_is_what_the_stream_receives(lm: LanguageModel) -
     with replace_mlp(lm, transcoder):
         found = log_probs(lm)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with lm.override_mlp(1, lambda x, _y: transcoder(x).reconstruction):
+        assert torch.equal(log_probs(lm), found)
     assert not torch.allclose(found, log_probs(lm), atol=1e-3)
 
 
@@ -63,6 +65,38 @@ def test_keeping_no_feature_leaves_the_bias_and_keeping_all_is_the_transcoder(
         all_kept = log_probs(lm)
     with replace_mlp(lm, transcoder):
         torch.testing.assert_close(log_probs(lm), all_kept)
+
+
+def test_an_mlp_is_run_only_where_its_output_is_used(lm: LanguageModel) -> None:
+    reached: list[str] = []
+    neurons = getattr(lm._block(1).mlp, lm._architecture.neurons_out)
+    config = DictionaryConfig("transcoder", 1, D_MODEL, D_MODEL, 32)
+    transcoder = new_dictionary(config, torch.Generator().manual_seed(0))
+    changes = {
+        "transcoder": replace_site(lm, transcoder),
+        "mean": set_mlp_out(lm, 1, torch.ones(D_MODEL)),
+        "zero": set_mlp_out(lm, 1),
+        "sae_mlp_out": replace_site(lm, exact_sae("sae_mlp_out")),
+        "sae_mlp_in": replace_site(lm, exact_sae("sae_mlp_in")),
+    }
+    for name, change in changes.items():
+        handle = neurons.register_forward_hook(lambda *_, name=name: reached.append(name))
+        with change:
+            lm.logits(TOKENS)
+        handle.remove()
+    assert reached == ["sae_mlp_out", "sae_mlp_in"]
+
+
+def test_the_last_of_two_stand_ins_acts_and_the_first_comes_back(lm: LanguageModel) -> None:
+    bias = torch.linspace(-1, 1, D_MODEL)
+    with set_mlp_out(lm, 1, bias):
+        alone = log_probs(lm)
+        with set_mlp_out(lm, 1):
+            zero = log_probs(lm)
+        assert torch.equal(log_probs(lm), alone)
+    with set_mlp_out(lm, 1):
+        assert torch.equal(log_probs(lm), zero)
+    assert "forward" not in vars(lm._block(1).mlp)
 
 
 def test_zero_ablation_silences_the_mlp(gpt2_lm: LanguageModel) -> None:

@@ -117,6 +117,21 @@ def test_starting_at_a_layer_changes_nothing_and_is_undone(lm: LanguageModel) ->
         torch.testing.assert_close(lm.logits(tokens), whole)
 
 
+def test_above_a_layer_the_last_mlp_reads_the_last_position_alone(lm: LanguageModel) -> None:
+    tokens, n_positions = random_rows(3).long(), []
+    cache = lm.cache(tokens)
+    expected = (cache.final_in / cache.final_scale[..., None])[:, -1]
+    handle = lm._block(N_LAYERS - 1).mlp.register_forward_hook(
+        lambda _mlp, inputs, _output: n_positions.append(inputs[0].shape[1])
+    )
+    for layer in range(N_LAYERS - 1):
+        with torch.no_grad():
+            found = lm.run_above(layer, lm.streams(tokens, [layer + 1])[layer + 1])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    assert n_positions == [1] * (N_LAYERS - 1)
+
+
 def test_bundled_models_load_by_name() -> None:
     for name, parallel in (("demo", False), ("demo-neox", True)):
         lm = LanguageModel.load(name, device="cpu")

@@ -1,0 +1,167 @@
+"""What is checked before a model is believed: what was loaded, and that its parts make up the whole.
+
+`from_pretrained` fills what a file lacks with random numbers, and a class that looks like a known one
+(another scale, a norm behind a part, an adapter, quantised weights) runs without an error. Both would give
+wrong figures in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tclib.support.errors import InputError
+
+if TYPE_CHECKING:
+    from tclib.models.running import ForwardCache, Running
+
+# Masks and rotary frequencies that older files carry; the model makes them itself.
+BUFFERS = re.compile(
+    r"(^|\.)attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.inv_freq$"
+)
+PART_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+N_NAMED = 3
+
+
+def check_report(report: Mapping[str, Any], name: str, location: str) -> None:
+    """Refuse a model of which anything was not read from its files, by transformers' loading report.
+
+    Errors: `InputError` naming tensors that are missing, not expected or of another shape.
+    """
+    unexpected = [key for key in report["unexpected_keys"] if not BUFFERS.search(key)]
+    mismatched = [
+        f"{key} {tuple(found)} for {tuple(wanted)}"
+        for key, found, wanted in report["mismatched_keys"]
+    ]
+    wrong = {
+        "missing": report["missing_keys"],
+        "not expected": unexpected,
+        "of another shape": mismatched,
+    }
+    said = [f"{_named(keys)} {what}" for what, keys in wrong.items() if keys]
+    if said or report["error_msgs"]:
+        raise InputError(
+            f"model {name!r}: the weights in {location} are not those of its config.json: "
+            f"{'; '.join(said) or _named(report['error_msgs'])}: take a complete copy of the model"
+        )
+
+
+def _named(keys: Any) -> str:
+    listed = sorted(keys)
+    more = f" and {len(listed) - N_NAMED} more" if len(listed) > N_NAMED else ""
+    return f"{', '.join(listed[:N_NAMED])}{more}"
+
+
+def check_config(config: Any, name: str) -> None:
+    """Refuse quantised weights, which no matrix of the model shows."""
+    method = getattr(config, "quantization_config", None)
+    if method is not None:
+        given = method if isinstance(method, dict) else vars(method)
+        kind = given.get("quant_method", "unknown")
+        raise InputError(
+            f"model {name!r} is quantised ({getattr(kind, 'value', kind)}): attribution needs the weights "
+            "themselves; take a copy in float32, bfloat16 or float16"
+        )
+
+
+def check_module(model: Any, name: str) -> None:
+    """Refuse a module whose weights are no plain floating-point matrices."""
+    check_config(model.config, name)
+    for key, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
+            raise InputError(
+                f"model {name!r}: {key} is {type(parameter.data).__name__} of {parameter.dtype}: expected "
+                "plain floating-point weights; take a copy that is not quantised"
+            )
+    upcast = getattr(model.config, "reorder_and_upcast_attn", False)
+    if upcast and next(model.parameters()).dtype == torch.float64:
+        raise InputError(
+            f"model {name!r} computes attention in float32 (reorder_and_upcast_attn) but has float64 weights: "
+            "set that to false in its config, or use float32"
+        )
+
+
+def check_tokenizer(tokenizer: Any, n_embeddings: int, name: str) -> None:
+    """Refuse a tokenizer that cannot have been the model's.
+
+    Errors: `InputError` for one without words (its files are missing), without BOS and EOS, or with
+    ids beyond the embedding.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if not set(vocabulary) - set(tokenizer.all_special_tokens):
+        raise InputError(
+            f"model {name!r} has no tokenizer: expected tokenizer.json (or vocab.json and merges.txt) beside "
+            "its weights"
+        )
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer of {name!r} has neither BOS nor EOS, and every row opens with one: set "
+            "tokenizer.bos_token"
+        )
+    largest = max(vocabulary.values())
+    if largest >= n_embeddings:
+        raise InputError(
+            f"the tokenizer of {name!r} has ids up to {largest}, its embedding {n_embeddings} rows: they "
+            "belong to different models"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# The self-check
+
+
+@torch.no_grad()
+def check_parts(lm: Running, cache: ForwardCache) -> None:
+    """Put a forward pass together again from the parts that attribution uses.
+
+        x = W_E[token] (+ W_pos)    then a layer   x + Σ_h A[h] v[h] W_O[h] + b_O,  + mlp_out
+        logits = x̂ W_U + b_U
+
+    A part is off by the largest difference at a position over the largest entry there. Errors:
+    `InputError` naming the first part that is off by more than 1e-4 (float32) or 1e-9 (float64).
+    """
+    tolerance = PART_TOLERANCE.get(lm.dtype, PART_TOLERANCE[torch.float32])
+    for part, made, measured in _parts(lm, cache):
+        size = measured.abs().amax(-1).clamp_min(torch.finfo(measured.dtype).tiny)
+        off = float(((made - measured).abs().amax(-1) / size).max())
+        if not off <= tolerance:
+            raise InputError(
+                f"{lm.name}: its {part} cannot be put together from the weights that tclib reads (off by "
+                f"{off:.1e}, at most {tolerance:g} expected): it is no plain {type(lm.model).__name__}, so "
+                "attribution through it would be wrong"
+            )
+
+
+def _parts(lm: Running, cache: ForwardCache) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, put together, as measured) of every part, in the order in which the model runs."""
+    scales = [*cache.attention_scale, cache.final_scale]
+    final = cache.final_in / cache.final_scale[..., None]
+    streams = [
+        read * scale[..., None]
+        for read, scale in zip([*cache.attention_in, final], scales, strict=True)
+    ]
+    positions = 0 if cache.position_embedding is None else cache.position_embedding
+    yield "embedding", cache.token_embedding + positions, streams[0]
+    for layer in range(lm.n_layers):
+        attended = streams[layer] + _attention_out(lm, cache, layer)
+        read = cache.mlp_in[layer] * cache.mlp_scale[layer][..., None]
+        if not lm.is_parallel:
+            yield f"attention of layer {layer}", attended, read
+        # The MLP itself is never taken apart: one position shows whether it reads what tclib says.
+        made = lm.run_mlp(layer, cache.mlp_in[layer][:, -1:])
+        yield f"MLP of layer {layer}", made, cache.mlp_out[layer][:, -1:]
+        what = "attention and MLP" if lm.is_parallel else "stream above the MLP"
+        yield f"{what} of layer {layer}", attended + cache.mlp_out[layer], streams[layer + 1]
+    logits = cache.logits - cache.logits.mean(-1, keepdim=True)
+    yield "unembedding", final @ lm.W_U + lm.b_U, logits
+
+
+def _attention_out(lm: Running, cache: ForwardCache, layer: int) -> Tensor:
+    weights = lm.attention_weights(layer)
+    values = torch.einsum("bsd,hdk->bhsk", cache.attention_in[layer], weights.W_V)
+    mixed = cache.pattern[layer] @ (values + weights.b_V[:, None])
+    return torch.einsum("bhtk,hkd->btd", mixed, weights.W_O) + weights.b_O

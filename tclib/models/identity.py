@@ -1,0 +1,81 @@
+"""Which model it is: a hash of its weights, and of what its config says of how they act.
+
+A name, or a folder, can hold other weights tomorrow. The hash of a folder is kept under TCLIB_CACHE, by the
+names, sizes and times of its files, so that it is computed once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tclib.models.locate import cache_folder
+from tclib.support.errors import InputError
+from tclib.support.files import new_file, tensors_hash
+
+HASHES = "model_hashes.json"
+# What decides, besides the weights, what a model of a known class computes.
+ACTS_BY = (
+    "model_type num_attention_heads num_key_value_heads head_dim hidden_act activation_function "
+    "layer_norm_epsilon layer_norm_eps rms_norm_eps use_parallel_residual rope_parameters rotary_pct "
+    "sliding_window scale_attn_weights scale_attn_by_inverse_layer_idx"
+)
+
+
+def model_hash(model: Any, location: str | None = None) -> str:
+    """sha256 of a model's weights, in float32, and of how they act.
+
+    `location`: the folder that it was just loaded from, whose hash may be kept.
+    """
+    dtype = next(model.parameters()).dtype
+    known = kept_hash(location, dtype)
+    if known is not None:
+        return known
+    found = _hash_of(model)
+    if location is not None and Path(location).is_dir():
+        _keep({**_kept(), _key(location, dtype): {"state": _state(location), "hash": found}})
+    return found
+
+
+def kept_hash(location: str | None, dtype: torch.dtype = torch.float32) -> str | None:
+    """The hash of a folder that was loaded before, in `dtype`, and has not changed since."""
+    if location is None or not Path(location).is_dir():
+        return None
+    kept = _kept().get(_key(location, dtype), {})
+    return str(kept["hash"]) if kept.get("state") == _state(location) else None
+
+
+def _key(location: str, dtype: torch.dtype) -> str:
+    return f"{Path(location).resolve()} {dtype}"
+
+
+def _state(location: str) -> list[str]:
+    files = {path.name: path.stat() for path in sorted(Path(location).iterdir()) if path.is_file()}
+    return [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files.items()]
+
+
+def _hash_of(model: Any) -> str:
+    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    acts = {name: getattr(model.config, name, None) for name in ACTS_BY.split()}
+    text = json.dumps(acts, sort_keys=True, default=str) + tensors_hash(weights)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _kept() -> dict[str, Any]:
+    try:
+        kept = json.loads((cache_folder() / HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _keep(kept: dict[str, Any]) -> None:
+    try:
+        with new_file(cache_folder() / HASHES) as temporary:
+            temporary.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    except InputError:
+        pass  # a home that cannot be written costs a hash, not a run
