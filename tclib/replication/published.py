@@ -1,47 +1,131 @@
-"""Every published figure that the released GPT-2 transcoders can be held against, without training."""
+"""Every published figure that the released GPT-2 transcoders can be held against, without training.
+
+Each is computed as the authors compute it (`authors_paths`; their overlaps), and compared by the one rule of
+`checks`; what depends on text has a tolerance of its own, since theirs is another draw of OpenWebText.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.circuits.frozen import FrozenPrompts, Target
-from tclib.circuits.paths import Node, step_back
-from tclib.circuits.sources import sources
+from tclib.circuits.frozen import FrozenPrompts
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.dictionaries.published import NEVER_FIRED, load_frequencies
 from tclib.evaluation import metrics
 from tclib.evaluation.replace import replace_mlp, set_mlp_out
-from tclib.features.connections import compare_connections
+from tclib.features.connections import MIN_QUANTILE
 from tclib.features.examples import firing_frequency
 from tclib.models.language_model import LanguageModel
-from tclib.replication.greater_than import PUBLISHED_TOLERANCE, greater_than_table
+from tclib.replication.authors_paths import (
+    PathStep,
+    Start,
+    activation,
+    edges,
+    feature_start,
+    follow,
+    logit_start,
+    parse_path,
+    transcoder_errors,
+)
+from tclib.replication.checks import COLUMNS, check_line, printed_tolerance
+from tclib.replication.greater_than import greater_than_table
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.steps import (
-    ensure,
-    write_csv,
-)
+from tclib.support.statistics import top_k_overlap
+from tclib.support.steps import ensure, write_csv
 
 CHECKS_STEP = "07_published_checks"
-COLUMNS = ("source", "quantity", "paper", "ours", "difference", "tolerance", "verdict")
+PATHS_PRINTED_AS = ".2"  # Python's two significant digits
 ROOT_ANSWERS = ("40", "20")  # the authors' root is W_U of "40" minus W_U of "20"
-CLOSURE_PROMPT = "Oh, that rifle model is a 6M"
-CLOSURE_FEATURE = (8, 89)
-WHOLE_MODEL_TOLERANCE = 0.1  # nats: other text of the same kind
-OVERLAP_TOLERANCE = 0.1
+WALKTHROUGH = "walkthrough"
+WALKTHROUGH_FEATURE = (8, 89)
+WHOLE_MODEL_TOLERANCE = 0.1  # nats
+OVERLAP_TOLERANCE = 2  # features among the k
 DEAD_TOLERANCE = 0.15  # of the published count, which was read off a histogram
+MIN_LOG10_FREQUENCY = -4.0  # of the authors' live features
 ROWS_PER_FORWARD = 32
-_NODE = re.compile(r"(mlp|attn|embed)(\d+)(?:tc)?(?:\[(\d+)\])?@(-?\d+)")
+
+Lines = list[dict[str, Any]]
+
+
+def make_published_checks(run: Run) -> pd.DataFrame:
+    """Notebook 07 at `gpt2-published`: every figure of data/paper that needs no training, with verdicts.
+
+    Errors: `InputError` at a preset of other transcoders, or of fewer layers than the model has.
+    """
+    source = run.preset.transcoders.published
+    if not source:
+        raise InputError(f"preset {run.preset.name} trains its own transcoders: nothing to check")
+    layers = run.preset.transcoders.layers or range(run.lm.n_layers)
+    missing = sorted(set(range(run.lm.n_layers)) - set(layers))
+    if missing:
+        raise InputError(
+            f"preset {run.preset.name} leaves out layers {missing}: the published figures need all "
+            f"{run.lm.n_layers}; leave transcoders.layers empty"
+        )
+    step, rows = run.step(CHECKS_STEP), run.corpus.evaluation
+    inputs = run.inputs(run.trained)
+    found = run.greater_than
+
+    def make() -> Mapping[str, Any]:
+        compared = greater_than_table(found.summary, found.curves, True)
+        by_layer = {d.config.layer: d for d in run.transcoders.values()}
+        frequencies = {layer: load_frequencies(source, d) for layer, d in by_layer.items()}
+        table = published_table(run.lm, by_layer, rows, compared, frequencies)
+        write_csv(table, step, "checks")
+        n_reproduced = int((table["verdict"] == "reproduced").sum())
+        return {"n_checks": len(table), "n_reproduced": n_reproduced}
+
+    ensure(step, {"n_eval_rows": len(rows)}, inputs, make)
+    return pd.read_csv(step.folder / "checks.csv")
+
+
+def published_table(
+    lm: LanguageModel,
+    transcoders: Mapping[int, Dictionary],
+    rows: Int[Tensor, "row pos"],
+    greater_than: pd.DataFrame,
+    frequencies: Mapping[int, Float[Tensor, "n_features"] | None],
+) -> pd.DataFrame:
+    """All checks: source (a file of data/paper), quantity, paper, ours, difference, tolerance, verdict.
+
+    `greater_than` is `greater_than_table`; `rows` are the evaluation text; `frequencies` are the released
+    log10 firing frequencies by layer, None where there is no file.
+    """
+    tables = [
+        greater_than[list(COLUMNS)],
+        activation_table(lm, transcoders),
+        circuit_table(lm, transcoders),
+        whole_model_table(lm, transcoders, rows),
+        overlap_table(lm, transcoders, rows),
+        dead_feature_table(lm, transcoders, rows, frequencies),
+        live_feature_table(frequencies),
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def counts(table: pd.DataFrame) -> pd.DataFrame:
+    """How many figures of each file are reproduced."""
+    reproduced = table["verdict"] == "reproduced"
+    groups = table.assign(reproduced=reproduced).groupby("source", sort=False)["reproduced"]
+    return groups.agg(reproduced="sum", checked="size").reset_index()
+
+
+def _table(lines: Lines) -> pd.DataFrame:
+    return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+# ---------------------------------------------------------------------------------------------
+# Activations at a prompt
 
 
 @torch.no_grad()
@@ -77,12 +161,11 @@ def prompt_activation(
     return float(transcoders[layer].encode(mlp_in)[0, places[-1], feature])
 
 
-def prompt_activation_table(
-    lm: LanguageModel, transcoders: Mapping[int, Dictionary]
-) -> pd.DataFrame:
-    """Every published activation beside ours: paper, ours, difference, verdict (within 0.005)."""
+def activation_table(lm: LanguageModel, transcoders: Mapping[int, Dictionary]) -> pd.DataFrame:
+    """Every published activation at a prompt."""
     lines = []
     for row in paper_table("prompt_activations"):
+        printed, replaced = row["activation"], row["transcoder_layers_replaced"]
         ours = prompt_activation(
             lm,
             transcoders,
@@ -91,16 +174,13 @@ def prompt_activation_table(
             row["prompt"],
             row["at_token"],
             row["prepend_bos"] == "true",
-            layer_range(row["transcoder_layers_replaced"]),
+            layer_range(replaced),
         )
-        difference = ours - float(row["activation"])
-        verdict = "reproduced" if abs(difference) <= PUBLISHED_TOLERANCE else "mismatch"
-        shown = {
-            name: row[name] for name in ("layer", "feature", "prompt", "transcoder_layers_replaced")
-        }
-        shown |= {"paper": float(row["activation"]), "ours": ours}  # type: ignore[dict-item]
-        lines.append({**shown, "difference": difference, "verdict": verdict})
-    return pd.DataFrame(lines)
+        quantity = f"L{row['layer']}.{row['feature']} at {row['prompt']}, replaced: {replaced}"
+        tolerance = printed_tolerance(printed, row["printed_as"])
+        one = ("prompt_activations", quantity, float(printed), ours, tolerance, ours == 0)
+        lines.append(check_line(*one))
+    return _table(lines)
 
 
 def layer_range(text: str) -> range:
@@ -111,159 +191,33 @@ def layer_range(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
-def make_published_checks(run: Run) -> pd.DataFrame:
-    """Notebook 07 at `gpt2-published`: every figure of data/paper that needs no training, with verdicts.
-
-    Errors: `InputError` at a preset of other transcoders.
-    """
-    if not run.preset.transcoders.published:
-        raise InputError(f"preset {run.preset.name} trains its own transcoders: nothing to check")
-    step, rows = run.step(CHECKS_STEP), run.corpus.evaluation
-    inputs = run.inputs(run.trained)
-    found = run.greater_than
-
-    def make() -> Mapping[str, Any]:
-        compared = greater_than_table(found.summary, found.curves, True)
-        by_layer = {d.config.layer: d for d in run.transcoders.values()}
-        table = published_table(run.lm, by_layer, rows, compared)
-        write_csv(table, step, "checks")
-        n_reproduced = int((table["verdict"] == "reproduced").sum())
-        return {"n_checks": len(table), "n_reproduced": n_reproduced}
-
-    ensure(step, {"n_eval_rows": len(rows)}, inputs, make)
-    return pd.read_csv(step.folder / "checks.csv")
+# ---------------------------------------------------------------------------------------------
+# Paths, edges and closure
 
 
-def check_line(
-    source: str, quantity: str, paper: float, ours: float, tolerance: float
-) -> dict[str, Any]:
-    """One line of the table; `reproduced` where the difference is within the tolerance."""
-    difference = ours - paper
-    verdict = "reproduced" if abs(difference) <= tolerance else "mismatch"
-    return dict(
-        zip(COLUMNS, (source, quantity, paper, ours, difference, tolerance, verdict), strict=True)
-    )
-
-
-def published_table(
-    lm: LanguageModel,
-    transcoders: Mapping[int, Dictionary],
-    rows: Int[Tensor, "row pos"],
-    greater_than: pd.DataFrame,
-) -> pd.DataFrame:
-    """All checks: source (a file of data/paper), quantity, paper, ours, difference, tolerance, verdict.
-
-    `greater_than` is `greater_than_report.greater_than_table`; `rows` are the evaluation text.
-    """
-    activations = prompt_activation_table(lm, transcoders)
-    tables = [
-        _as_checks(greater_than, "greater_than", "quantity"),
-        _as_checks(activations, "prompt_activations", "prompt"),
-        path_table(lm, transcoders),
-        closure_table(lm, transcoders),
-        whole_model_table(lm, transcoders, rows),
-        overlap_table(lm, transcoders, rows),
-        dead_feature_table(lm, transcoders, rows),
-    ]
-    return pd.concat(tables, ignore_index=True)
-
-
-def counts(table: pd.DataFrame) -> pd.DataFrame:
-    """How many figures of each file are reproduced."""
-    reproduced = table["verdict"] == "reproduced"
-    groups = table.assign(reproduced=reproduced).groupby("source", sort=False)["reproduced"]
-    return groups.agg(reproduced="sum", checked="size").reset_index()
-
-
-def _as_checks(table: pd.DataFrame, source: str, name: str) -> pd.DataFrame:
-    """A table of published figures with its own verdicts, in this module's columns."""
-    shown = table.assign(source=source, quantity=table[name], tolerance=PUBLISHED_TOLERANCE)
-    if source == "prompt_activations":
-        where = table["transcoder_layers_replaced"]
-        place = "L" + table["layer"].astype(str) + "." + table["feature"].astype(str)
-        shown["quantity"] = place + " at " + table["prompt"] + ", replaced: " + where
-    return shown[list(COLUMNS)]
-
-
-def parse_path(text: str, n_pos: int) -> tuple[list[Node], str]:
-    """The nodes behind the root of a published path, and its attribution as printed.
-
-    Errors: `InputError` for a node of no known form.
-    """
-    steps = text.split(" <- ")
-    nodes = []
-    for step in steps[1:]:
-        found = _NODE.match(step)
-        if found is None or (found[1] != "embed" and found[3] is None):
-            raise InputError(f"path {text!r}: {step!r} is no feature, head or embedding")
-        layer, component, pos = int(found[2]), int(found[3] or -1), int(found[4]) % n_pos
-        if found[1] == "mlp":
-            nodes.append(Node("feature", layer, -1, component, pos))
-        elif found[1] == "attn":
-            nodes.append(Node("head", layer, component, -1, pos))
-        else:
-            nodes.append(Node("embedding", -1, -1, -1, pos))
-    return nodes, steps[-1].rsplit(": ", 1)[1]
-
-
-def path_contribution(frozen: FrozenPrompts, root: Target, nodes: Iterable[Node]) -> float:
-    """What the last node contributes to the root along the path (Eqs. 7, 8, 24 and 28).
-
-    An embedding node is the token's and the position's together. Zero for a node that is silent.
-    """
-    target, contribution = root, math.nan
-    for node in nodes:
-        (found,) = sources(frozen, [target])
-        table = found.table
-        is_node = (table["layer"] == node.layer) & (table["pos"] == node.pos)
-        if node.kind == "embedding":
-            is_node = table["kind"].isin(["embedding", "position"])
-            is_node &= table["pos"] == node.pos
-        else:
-            own = "head" if node.kind == "head" else "feature"
-            is_node &= (table["kind"] == node.kind) & (table[own] == getattr(node, own))
-        contribution = float(table.loc[is_node, "contribution"].sum())
-        if node.kind != "embedding":
-            target = step_back(frozen, target, node)
-    return contribution
-
-
-def printed_tolerance(printed: str) -> float:
-    """Half a unit of the last digit that was printed, and a little for float32."""
-    mantissa, _, exponent = printed.partition("e")
-    n_decimals = len(mantissa.partition(".")[2])
-    return 0.505 * 10.0 ** (int(exponent or 0) - n_decimals)
-
-
-def path_table(lm: LanguageModel, transcoders: Mapping[int, Dictionary]) -> pd.DataFrame:
-    """Every published path beside our attribution along the same nodes.
-
-    Greater-than roots are the authors': a difference of unembeddings with no final norm, so ours are
-    multiplied by its scale.
-    """
+def circuit_table(lm: LanguageModel, transcoders: Mapping[int, Dictionary]) -> pd.DataFrame:
+    """Every published path, and the walkthrough's edges and closure, along the same nodes."""
     published = pd.DataFrame(paper_table("paths"))
     text = str(published.columns[-1])
-    lines = []
+    lines: Lines = []
     for (notebook, prompt), own in published.groupby(["notebook", "prompt"], sort=False):
         frozen = FrozenPrompts(lm, lm.tokenize(str(prompt)), transcoders.values())
-        root, factor = _path_root(frozen, str(notebook))
-        for path in progress(own[text], f"paths of {prompt!r}", unit="path", leave=False):
-            nodes, printed = parse_path(path, frozen.n_pos)
-            ours = factor * path_contribution(frozen, root, nodes)
-            quantity = f"{prompt}: {path.rsplit(': ', 1)[0]}"
-            tolerance = printed_tolerance(printed)
-            lines.append(check_line("paths", quantity, float(printed), ours, tolerance))
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+        start, paths = _start(frozen, str(notebook)), own[text].tolist()
+        bar = progress(paths, f"paths of {prompt!r}", unit="path", leave=False)
+        followed = [follow(frozen, start, parse_path(path, frozen.n_pos)[0]) for path in bar]
+        for path, steps in zip(paths, followed, strict=True):
+            lines.append(_path_line(str(prompt), path, steps))
+        if notebook == WALKTHROUGH:
+            found = edges(paths, followed)
+            lines += _edge_lines(found) + _closure_lines(frozen, start, found)
+    return _table(lines)
 
 
-def _path_root(frozen: FrozenPrompts, notebook: str) -> tuple[Target, float]:
-    """The root of a notebook's paths, and what turns our contributions into the authors' units."""
-    last = frozen.n_pos - 1
-    if notebook == "walkthrough":
-        return frozen.feature_target(*CLOSURE_FEATURE, last), 1.0
-    ids = [_token_id(frozen.lm, answer) for answer in ROOT_ANSWERS]
-    root = frozen.logit_target({ids[0]: 1.0, ids[1]: -1.0}, last)
-    return root, float(frozen.cache.final_scale[0, last])
+def _start(frozen: FrozenPrompts, notebook: str) -> Start:
+    if notebook == WALKTHROUGH:
+        return feature_start(frozen, *WALKTHROUGH_FEATURE)
+    answer, other = (_token_id(frozen.lm, answer) for answer in ROOT_ANSWERS)
+    return logit_start(frozen, answer, other)
 
 
 def _token_id(lm: LanguageModel, text: str) -> int:
@@ -273,23 +227,59 @@ def _token_id(lm: LanguageModel, text: str) -> int:
     return int(ids[0])
 
 
-def closure_table(lm: LanguageModel, transcoders: Mapping[int, Dictionary]) -> pd.DataFrame:
-    """The published value, bias and error share of one feature; the rest of that table is a graph's."""
-    published = {row["quantity"]: float(row["value"]) for row in paper_table("closure")}
-    frozen = FrozenPrompts(lm, lm.tokenize(CLOSURE_PROMPT), transcoders.values())
-    layer, feature = CLOSURE_FEATURE
-    last = frozen.n_pos - 1
-    (found,) = sources(frozen, [frozen.feature_target(layer, feature, last)])
-    is_error = (found.table["kind"] == "error") & (found.table["pos"] == last)
+def _path_line(prompt: str, path: str, steps: Sequence[PathStep]) -> dict[str, Any]:
+    nodes, printed = path.rsplit(": ", 1)
+    return check_line(
+        "paths",
+        f"{prompt}: {nodes}",
+        float(printed),
+        steps[-1].contribution,
+        printed_tolerance(printed, PATHS_PRINTED_AS),
+        any(step.is_silent for step in steps),
+    )
+
+
+def _edge_lines(found: Mapping[tuple[str, str], PathStep]) -> Lines:
+    """The walkthrough's edges; one that no published path runs through is a mismatch (NaN)."""
+    lines = []
+    for row in paper_table("edges"):
+        source, target, printed = row["source_node"], row["target_node"], row["contribution"]
+        ours = found.get((source, target), PathStep(float("nan"), False))
+        one = ("edges", f"{source} → {target}", float(printed), ours.contribution)
+        lines.append(check_line(*one, printed_tolerance(printed), ours.is_silent))
+    return lines
+
+
+def _closure_lines(
+    frozen: FrozenPrompts, start: Start, found: Mapping[tuple[str, str], PathStep]
+) -> Lines:
+    """The root's value against what the authors set beside it; their prune error is value − edges."""
+    layer, feature = WALKTHROUGH_FEATURE
+    node = activation(frozen, layer, feature, start.pos)
+    root = f"mlp{layer}tc[{feature}]@-1"
+    to_root = sum(step.contribution for (_, target), step in found.items() if target == root)
+    bias = float(frozen.transcoders[layer].b_enc[feature])
+    errors = transcoder_errors(frozen, start, layer)
     ours = {
-        "node": found.value,
-        "bias": float(transcoders[layer].b_enc[feature]),
-        "transcoder_errors": float(found.table.loc[is_error, "contribution"].sum()),
+        "node": node,
+        "edges": to_root,
+        "transcoder_errors": errors,
+        "bias": bias,
+        "prune_error": node - to_root,
+        "shown_sources": node + errors + bias,
     }
-    lines = [
-        check_line("closure", name, published[name], value, 0.005) for name, value in ours.items()
-    ]
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+    hang_on_node = {"node", "prune_error", "shown_sources"}
+    lines = []
+    for row in paper_table("closure"):
+        name, printed = row["quantity"], row["value"]
+        is_silent = node == 0 and name in hang_on_node
+        one = ("closure", name, float(printed), ours[name], printed_tolerance(printed), is_silent)
+        lines.append(check_line(*one))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# Text: losses, overlaps, dead and live features
 
 
 @torch.no_grad()
@@ -306,7 +296,7 @@ def whole_model_table(
         lines.append(check_line("whole_model", f"CE, {name}", float(row["ce"]), ce, tolerance))
         if row["kl"]:
             lines.append(check_line("whole_model", f"KL, {name}", float(row["kl"]), kl, tolerance))
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+    return _table(lines)
 
 
 def _loss_with(
@@ -316,7 +306,7 @@ def _loss_with(
     what: str,
     rows: Int[Tensor, "row pos"],
 ) -> tuple[float, float]:
-    """CE and KL from the original, nats a token."""
+    """CE and KL from the original, nats a token; KL at every position, as the authors take it."""
     ce = kl = 0.0
     batches = rows.split(ROWS_PER_FORWARD)
     for batch in progress(batches, f"{what}, whole model", unit="batch", leave=False):
@@ -331,44 +321,97 @@ def _loss_with(
             logits = lm.logits(tokens)
         weight = len(batch) / len(rows)
         ce += weight * float(metrics.next_token_losses(logits, tokens).mean())
-        kl += weight * float(metrics.kl_divergence(original[:, :-1], logits[:, :-1]).mean())
+        kl += weight * float(metrics.kl_divergence(original, logits).mean())
     return ce, kl
 
 
 def overlap_table(
     lm: LanguageModel, transcoders: Mapping[int, Dictionary], rows: Int[Tensor, "row pos"]
 ) -> pd.DataFrame:
-    """Shares of a pullback's k strongest features that are among the mean pullback's k."""
+    """How many of a pullback's k strongest features are among the mean input-times-gradient's k."""
     published = pd.DataFrame(paper_table("pullback_overlap"))
     lines = []
     for _, own in published.groupby("name", sort=False):
-        first = own.iloc[0]
+        first, ks = own.iloc[0], own["k"].astype(int).tolist()
         later, earlier = transcoders[int(first["layer"])], transcoders[int(first["earlier_layer"])]
-        ours = compare_connections(lm, later, [int(first["feature"])], earlier, rows).iloc[0]
-        for row in own.itertuples():
-            found, quantity = ours.get(f"overlap_{row.k}"), f"{row.name}, k = {row.k}"
-            if found is not None:
-                one = check_line(
-                    "pullback_overlap",
-                    quantity,
-                    float(row.overlap),  # type: ignore[arg-type]
-                    found,
-                    OVERLAP_TOLERANCE,
-                )
-                lines.append(one)
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+        z = mean_acts_where_active(lm, later, int(first["feature"]), earlier, rows)
+        pullback = earlier.W_dec @ later.encoder_direction(int(first["feature"]))
+        for k, share in zip(ks, own["overlap"].astype(float), strict=True):
+            ours = 0 if z is None else round(k * top_k_overlap(pullback, pullback * z, k))
+            quantity = f"{first['name']}: features in common of the {k} strongest"
+            one = ("pullback_overlap", quantity, round(k * share), ours, OVERLAP_TOLERANCE)
+            lines.append(check_line(*one, z is None))
+    return _table(lines)
+
+
+@torch.no_grad()
+def mean_acts_where_active(
+    lm: LanguageModel,
+    later: Dictionary,
+    feature: int,
+    earlier: Dictionary,
+    rows: Int[Tensor, "row pos"],
+) -> Float[Tensor, "n_features"] | None:
+    """Mean activations of the earlier features where the later one exceeds its 20th percentile.
+
+    As in the authors' mean input-times-gradient: BOS counts, scores are float16, no norm scale. None for
+    a feature that never fires on the rows.
+    """
+    later.check_features(feature)
+    reads, writes = later.config.input_site, earlier.config.input_site
+    scores, inputs = [], []
+    bar = progress(rows.split(ROWS_PER_FORWARD), "overlaps", unit="batch", leave=False)
+    for batch in bar:
+        acts = lm.read(batch.long(), {reads, writes})
+        # The released transcoders are plain ReLU, so one column is enough.
+        pre = acts[reads] @ later.encoder_direction(feature) + later.b_enc[feature]
+        scores.append(pre[pre > 0].half().float())
+        inputs.append(acts[writes][pre > 0])
+    score, x = torch.cat(scores), torch.cat(inputs)
+    if not (score > 0).any():
+        return None
+    minimum = score[score > 0].double().quantile(MIN_QUANTILE)
+    strong = x[score > minimum] if (score > minimum).any() else x
+    sums = [earlier.encode(part).sum(0) for part in strong.split(1024)]
+    return torch.stack(sums).sum(0) / len(strong)
 
 
 def dead_feature_table(
-    lm: LanguageModel, transcoders: Mapping[int, Dictionary], rows: Int[Tensor, "row pos"]
+    lm: LanguageModel,
+    transcoders: Mapping[int, Dictionary],
+    rows: Int[Tensor, "row pos"],
+    frequencies: Mapping[int, Float[Tensor, "n_features"] | None],
 ) -> pd.DataFrame:
-    """GPT-2's features that never fire on the rows, BOS left out."""
+    """GPT-2's features that never fired: from the released frequencies, else on the rows, BOS left out."""
     lines = []
     for row in paper_table("dead_features"):
         if row["model"] != "gpt2":
             continue
-        dictionary, paper = transcoders[int(row["layer"])], float(row["n_dead"])
-        ours = float((firing_frequency(lm, dictionary, rows) == 0).sum())
-        quantity = f"dead features of layer {row['layer']}"
+        layer, paper = int(row["layer"]), float(row["n_dead"])
+        released = frequencies.get(layer)
+        if released is None:
+            ours = float((firing_frequency(lm, transcoders[layer], rows) == 0).sum())
+        else:
+            ours = float((released <= NEVER_FIRED).sum())
+        by = "on our rows" if released is None else "by the released frequencies"
+        quantity = f"dead features of layer {layer}, {by}"
         lines.append(check_line("dead_features", quantity, paper, ours, DEAD_TOLERANCE * paper))
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+    return _table(lines)
+
+
+def live_feature_table(
+    frequencies: Mapping[int, Float[Tensor, "n_features"] | None],
+) -> pd.DataFrame:
+    """The published live features, by their place among all live ones; nothing without the frequencies."""
+    published = pd.DataFrame(paper_table("live_features"))
+    lines = []
+    for layer, own in published.groupby("layer", sort=False):
+        released = frequencies.get(int(str(layer)))
+        if released is None:
+            continue
+        live = (released > MIN_LOG10_FREQUENCY).nonzero()[:, 0].tolist()
+        pairs = zip(own["position"].astype(int), own["feature"].astype(int), strict=True)
+        ours = sum(live[position : position + 1] == [feature] for position, feature in pairs)
+        quantity = f"live features of layer {layer} in their published places"
+        lines.append(check_line("live_features", quantity, len(own), ours, 0.0))
+    return _table(lines)

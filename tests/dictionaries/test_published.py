@@ -6,13 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_rehearsal import add_repository
+from huggingface_hub import constants
 from tiny import authors_file, tiny_lm
 
+from tclib.dictionaries import published
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.dictionaries.published import FILE_NAME, load_published
+from tclib.dictionaries.published import (
+    FILE_NAME,
+    FREQUENCIES_NAME,
+    REPOSITORY_ID,
+    load_frequencies,
+    load_published,
+    locate_published,
+)
 from tclib.evaluation.replace import replace_mlp
 from tclib.replication.paper import paper_table
-from tclib.replication.published import prompt_activation, prompt_activation_table
+from tclib.replication.published import activation_table, prompt_activation
 from tclib.support.errors import InputError
 
 
@@ -45,12 +55,61 @@ def test_a_folder_of_published_files_is_loaded_by_layer(
         load_published([3], tmp_path / "hub")
 
 
+def test_cached_files_are_read_without_the_hub_and_a_missing_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runner_config: type
+) -> None:
+    def write(folder: Path) -> None:
+        write_three(folder / "released", runner_config)
+        for path in (folder / "released").iterdir():
+            path.rename(folder / path.name)
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    snapshot = add_repository(tmp_path, "model", REPOSITORY_ID, write)
+    assert {path.parent for path in locate_published("hub", range(3)).values()} == {snapshot}
+    assert list(load_published(range(3))) == [0, 1, 2]
+    with pytest.raises(InputError, match=r"blocks\.3\..*is not in the local .* HF_HUB_OFFLINE"):
+        locate_published("hub", range(4))
+
+
+def test_a_download_that_stops_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stop(*_: object) -> str:
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(published, "check_hub_reachable", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", stop)
+    with pytest.raises(InputError, match=r"stopped \(reset\): run the same command again"):
+        locate_published("hub", [0])
+
+
 def test_without_the_hub_one_sentence_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="pchlenski/gpt2-transcoders"):
         load_published([0])
+
+
+def test_frequencies_are_read_where_they_lie_beside(
+    transcoders: dict[int, Dictionary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, one = tmp_path / "hub", transcoders[1]
+    assert load_frequencies(str(folder), one) is None
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert load_frequencies("hub", one) is None
+    path = folder / FREQUENCIES_NAME.format(layer=1)
+    given = torch.linspace(-10, 0, one.config.n_features)
+    torch.save(given, path)
+    assert torch.equal(load_frequencies(str(folder), one), given)
+    torch.save(given[:3], path)
+    with pytest.raises(InputError, match=r"holds \(3,\) values: expected one for each of the 40"):
+        load_frequencies(str(folder), one)
+    torch.save({"freqs": given}, path)
+    with pytest.raises(InputError, match="holds a dict: expected one tensor"):
+        load_frequencies(str(folder), one)
 
 
 def test_activations_are_those_of_the_model_with_lower_layers_replaced(
@@ -81,10 +140,13 @@ def test_every_published_activation_gets_a_verdict(monkeypatch: pytest.MonkeyPat
 
     def first_is_off(*arguments: object) -> float:
         seen.append(arguments)
-        return next(given) + (1.0 if len(seen) == 1 else 0.004)
+        value = next(given)
+        return value + (1.0 if len(seen) == 1 else 4e-4 * value)  # within a step of float16
 
     monkeypatch.setattr("tclib.replication.published.prompt_activation", first_is_off)
-    table = prompt_activation_table(tiny_lm(), {})
-    assert table["verdict"].tolist() == ["mismatch", *["reproduced"] * (len(rows) - 1)]
+    table = activation_table(tiny_lm(), {})
+    decimals = [row["printed_as"] == "decimals" for row in rows]
+    verdicts = ["mismatch" if is_exact else "reproduced" for is_exact in decimals]
+    assert table["verdict"].tolist() == ["mismatch", *verdicts[1:]] and sum(decimals) == 5
     assert {tuple(arguments[7]) for arguments in seen} >= {(), tuple(range(8))}
     assert torch.tensor(table["difference"]).max() == pytest.approx(1.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
@@ -24,6 +25,8 @@ def read_authors(path: Path) -> Dictionary:
     missing or transposed tensors, or a configuration that lies about its hook.
     """
     held = _loaded(path)
+    if not isinstance(held, Mapping):
+        raise InputError(f"{path} holds a {type(held).__name__}: expected cfg and state_dict")
     state, config = held.get("state_dict"), held.get("cfg")
     if not isinstance(state, Mapping) or not isinstance(config, _Configuration):
         raise InputError(f"{path}: expected cfg and state_dict, found {sorted(map(str, held))}")
@@ -47,6 +50,14 @@ def read_authors(path: Path) -> Dictionary:
     return Dictionary(own, **weights)
 
 
+def read_authors_tensor(path: Path) -> Tensor:
+    """A lone tensor, as the authors saved firing frequencies. Errors: `InputError` for anything else."""
+    held = _loaded(path)
+    if not isinstance(held, Tensor):
+        raise InputError(f"{path} holds a {type(held).__name__}: expected one tensor")
+    return held.float()
+
+
 class _Configuration:
     """Takes the attributes of the authors' configuration, without their class."""
 
@@ -55,7 +66,7 @@ class _Configuration:
 _KNOWN: list[Any] = [(_Configuration, "sae_training.config.LanguageModelSAERunnerConfig"), str]
 
 
-def _loaded(path: Path) -> Mapping[str, Any]:
+def _loaded(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -71,6 +82,4 @@ def _loaded(path: Path) -> Mapping[str, Any]:
             f"{path} asks for {', '.join(strangers)} while it is read: a weights file holds tensors and "
             "plain values only, and nothing else is ever run; get it from a source that you trust"
         )
-    if not isinstance(held, Mapping):
-        raise InputError(f"{path} holds a {type(held).__name__}: expected cfg and state_dict")
     return held
