@@ -14,20 +14,28 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import warnings
+import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
 from tclib.support.errors import InputError
+from tclib.support.files import exclusive, new_file
 from tclib.support.progress import progress
 
+BYTES = 2  # of float16
+ADVICE = "free some space, train fewer layers or tokens, or set cache_activations to false"
 Block = dict[Site, Float[Tensor, "token d_model"]]
 
 
@@ -66,11 +74,12 @@ class Harvest:
 
     def block(self, block_idx: int) -> Block:
         """All sites' activations of block `block_idx`, in its own token order."""
-        order = self._permutation(block_idx)
-        found = {site: self._empty() for site in self.sites}
+        lm, n_tokens = self.lm, self.block_tokens
+        order = torch.randperm(n_tokens, generator=_generator(self.seed, 1, block_idx))
+        found = {site: torch.empty(n_tokens, lm.d_model, device=lm.device) for site in self.sites}
         n_ctx, start = self.rows.shape[1], 0
         for batch in self._row_indices(block_idx).split(self.rows_per_forward):
-            places = order[start : start + len(batch) * n_ctx].to(self.lm.device)
+            places = order[start : start + len(batch) * n_ctx].to(lm.device)
             for site, acts in self._read(batch).items():
                 found[site].index_copy_(0, places, acts.flatten(0, 1).float())
             start += len(batch) * n_ctx
@@ -81,100 +90,162 @@ class Harvest:
             return self.lm.read(self.rows[row_indices].long(), self.sites)
         return self.cache.read(self.sites, row_indices, self.lm.device)
 
-    def _empty(self) -> Float[Tensor, "token d_model"]:
-        return torch.empty(self.block_tokens, self.lm.d_model, device=self.lm.device)
-
-    def _permutation(self, block_idx: int) -> Int[Tensor, "token"]:
-        return torch.randperm(self.block_tokens, generator=_generator(self.seed, 1, block_idx))
-
     def _row_indices(self, block_idx: int) -> Int[Tensor, "row"]:
         """Rows block_idx × block_rows … of the endless sequence of shuffled passes."""
         first = block_idx * self.block_rows
         n_rows = len(self.rows)
         passes = range(first // n_rows, (first + self.block_rows - 1) // n_rows + 1)
-        sequence = torch.cat([self._pass_order(p) for p in passes])
+        orders = [torch.randperm(n_rows, generator=_generator(self.seed, 0, p)) for p in passes]
         offset = first - passes[0] * n_rows
-        return sequence[offset : offset + self.block_rows]
-
-    def _pass_order(self, pass_idx: int) -> Int[Tensor, "row"]:
-        return torch.randperm(len(self.rows), generator=_generator(self.seed, 0, pass_idx))
+        return torch.cat(orders)[offset : offset + self.block_rows]
 
 
 @dataclass(frozen=True)
 class ActivationCache:
     """Activations of all rows of a corpus on disk: one float16 file a site, [row, pos, d_model].
 
-    A file is there whole or not at all.
+    A file is there whole or not at all; beside it lies a checksum of every `rows_per_forward` rows.
     """
 
     folder: Path
+    shape: tuple[int, int, int]
     rows_per_forward: int = 32
 
     @classmethod
     def of(cls, parent: Path, lm: LanguageModel, rows: Int[Tensor, "row pos"]) -> ActivationCache:
-        """The cache of this model on these rows: a folder of its own below `parent`."""
-        digest = hashlib.sha256(f"{lm.name} {tuple(rows.shape)}".encode())
+        """The cache of this model's weights on these rows: a folder of its own below `parent`."""
+        digest = hashlib.sha256(f"{lm.content_hash} {tuple(rows.shape)}".encode())
         digest.update(np.ascontiguousarray(rows.numpy()).data)
-        return cls(parent / digest.hexdigest()[:16])
+        return cls(parent / digest.hexdigest()[:16], (*rows.shape, lm.d_model))
 
     def read(
         self, sites: Sequence[Site], row_indices: Int[Tensor, "batch"], device: torch.device
     ) -> dict[Site, Float[Tensor, "batch pos d_model"]]:
         """Activations of some rows; call `fill` first."""
+        stored = {site: np.load(self._path(site), mmap_mode="r") for site in sites}
         index = row_indices.numpy()
-        found = {}
-        for site in sites:
-            stored = np.load(self._path(site), mmap_mode="r")
-            found[site] = torch.from_numpy(stored[index]).to(device)
-        return found
+        return {site: torch.from_numpy(acts[index]).to(device) for site, acts in stored.items()}
 
     def fill(self, lm: LanguageModel, rows: Int[Tensor, "row pos"], sites: Sequence[Site]) -> None:
-        """Read what is missing of `sites`, in one pass over the rows.
+        """Read what is missing of `sites`, or damaged, in one pass over those rows.
 
-        Errors: `InputError` if the disk has no room for it, or for values beyond float16's range.
+        A second run on the same cache waits for the first. Errors: `InputError` if the disk has no room
+        for it, or for values beyond float16's range.
         """
-        missing = [site for site in sites if not self._path(site).is_file()]
-        if not missing:
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        shape = (*rows.shape, lm.d_model)
-        _check_room(self.folder, len(missing) * math.prod(shape) * torch.float16.itemsize)
-        partial = {site: self._path(site).with_suffix(".partial") for site in missing}
-        try:
-            self._write(lm, rows, partial, shape)
-            for site, path in partial.items():
-                path.rename(self._path(site))
-        finally:
-            for path in partial.values():
-                path.unlink(missing_ok=True)
+        with exclusive(self.folder, is_patient=True):
+            wanted = {site: blocks for site in sites if (blocks := self._damaged(site))}
+            if not wanted:
+                return
+            n_blocks = sum(map(len, wanted.values()))
+            block_bytes = self.rows_per_forward * math.prod(self.shape[1:]) * BYTES
+            _check_room(self.folder, n_blocks * block_bytes)
+            try:
+                self._write(lm, rows, wanted)
+            except OSError as error:
+                raise InputError(
+                    f"the activation cache in {self.folder} could not be written ({error}): {ADVICE}"
+                ) from error
+            finally:
+                for path in self.folder.glob("*.partial"):
+                    path.unlink()
 
     def _path(self, site: Site) -> Path:
         return self.folder / f"{site.name}-L{site.layer}.npy"
 
+    def _sums_path(self, site: Site) -> Path:
+        return self._path(site).with_suffix(".crc32.npy")
+
+    def _rows(self, block: int) -> slice:
+        return slice(block * self.rows_per_forward, (block + 1) * self.rows_per_forward)
+
+    def _damaged(self, site: Site) -> set[int]:
+        """The blocks of a site that are missing, or not as they were written; these are named."""
+        path = self._path(site)
+        every = set(range(math.ceil(self.shape[0] / self.rows_per_forward)))
+        if not path.is_file():
+            return every
+        try:
+            stored, sums = np.load(path, mmap_mode="r"), np.load(self._sums_path(site))
+            as_written = stored.shape == self.shape and stored.dtype == np.float16
+            is_whole = as_written and len(sums) == len(every)
+        except (OSError, ValueError, EOFError):
+            is_whole = False
+        found = every
+        if is_whole:
+            found = {
+                block for block in every if zlib.crc32(stored[self._rows(block)]) != sums[block]
+            }
+        if found:
+            what = f"{len(found)} of {len(every)} blocks were damaged"
+            warnings.warn(f"{path}: {what}: the model reads them again", stacklevel=4)
+        return found
+
     def _write(
-        self,
-        lm: LanguageModel,
-        rows: Int[Tensor, "row pos"],
-        paths: dict[Site, Path],
-        shape: tuple[int, ...],
+        self, lm: LanguageModel, rows: Int[Tensor, "row pos"], wanted: dict[Site, set[int]]
     ) -> None:
-        files = {
-            site: np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-            for site, path in paths.items()
+        """Write the blocks that are wanted: into a new file if they are all of it, else in place."""
+        every = set().union(*wanted.values())
+        is_new = {
+            site: len(blocks) * self.rows_per_forward >= self.shape[0]
+            for site, blocks in wanted.items()
         }
-        starts = range(0, len(rows), self.rows_per_forward)
-        for start in progress(starts, f"reading {lm.name}", unit="batch"):
-            batch = rows[start : start + self.rows_per_forward].long()
-            for site, acts in lm.read(batch, paths).items():
-                halved = acts.to(torch.float16)
-                if not bool(halved.isfinite().all()):
-                    raise InputError(
-                        f"{site.name} of layer {site.layer} reaches {float(acts.abs().max()):.3g}, more than "
-                        "float16 holds: set cache_activations to false"
-                    )
-                files[site][start : start + len(batch)] = halved.cpu().numpy()
-        for file in files.values():
-            file.flush()
+        paths = {
+            site: self._path(site).with_suffix(".partial") if is_new[site] else self._path(site)
+            for site in wanted
+        }
+        sums = {site: self._sums(site, is_new[site]) for site in wanted}
+        with ExitStack() as stack:
+            files = {
+                site: stack.enter_context(_Writer(path, self.shape, is_new[site]))
+                for site, path in paths.items()
+            }
+            for block in progress(sorted(every), f"reading {lm.name}", unit="batch"):
+                here = [site for site, blocks in wanted.items() if block in blocks]
+                for site, acts in lm.read(rows[self._rows(block)].long(), here).items():
+                    stored = _halved(site, acts)
+                    files[site].put(self._rows(block).start, stored)
+                    sums[site][block] = zlib.crc32(stored.data)
+        for site, path in paths.items():
+            with new_file(self._sums_path(site)) as temporary, open(temporary, "wb") as file:
+                np.save(file, sums[site])
+            path.rename(self._path(site))
+
+    def _sums(self, site: Site, is_new: bool) -> NDArray[np.uint32]:
+        if is_new:
+            return np.zeros(math.ceil(self.shape[0] / self.rows_per_forward), np.uint32)
+        return np.array(np.load(self._sums_path(site)))
+
+
+class _Writer:
+    """Writes rows into a .npy file; unlike a memory map it says so when the disk is full."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], is_new: bool) -> None:
+        mode: Literal["w+", "r+"] = "w+" if is_new else "r+"
+        mapped = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
+        self._offset, self._row_bytes = mapped.offset, math.prod(shape[1:]) * BYTES
+        del mapped
+        self._file = open(path, "r+b")  # noqa: SIM115
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._file.close()
+
+    def put(self, row: int, values: NDArray[np.float16]) -> None:
+        self._file.seek(self._offset + row * self._row_bytes)
+        self._file.write(values.tobytes())
+
+
+def _halved(site: Site, acts: Tensor) -> NDArray[np.float16]:
+    halved = acts.to(torch.float16)
+    if not bool(halved.isfinite().all()):
+        raise InputError(
+            f"{site.name} of layer {site.layer} reaches {float(acts.abs().max()):.3g}, more than float16 "
+            "holds: set cache_activations to false"
+        )
+    return halved.cpu().numpy()
 
 
 def _check_room(folder: Path, n_bytes: int) -> None:
@@ -182,7 +253,7 @@ def _check_room(folder: Path, n_bytes: int) -> None:
     if n_bytes > free:
         raise InputError(
             f"the activation cache needs {n_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB: "
-            "free some, train fewer layers or tokens, or set cache_activations to false"
+            f"{ADVICE}"
         )
 
 

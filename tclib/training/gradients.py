@@ -29,11 +29,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from tclib.dictionaries.dictionary import Dictionary, TopFeatures, topk_features
+from tclib.dictionaries.dictionary import Dictionary, topk_features
 from tclib.evaluation import metrics
 from tclib.training.spec import Loss, Recipe
 
-_EMBEDDING_BAG_SUM = 0
+_SUM = 0  # embedding_bag's code of its mode
 _UINT16_VALUES = 65_536
 
 
@@ -55,7 +55,7 @@ class StepResult(NamedTuple):
     @property
     def l0(self) -> float:
         """Mean number of active features a token."""
-        return metrics.mean_active(int(metrics.is_active(self.acts).sum()), self.n_tokens)
+        return int(metrics.is_active(self.acts).sum()) / self.n_tokens
 
 
 def token_weights(y: Float[Tensor, "token d_out"], loss: Loss) -> Float[Tensor, "token 1"]:
@@ -147,18 +147,12 @@ def _batch_topk_result(
     k, n_features = dictionary.config.k, dictionary.config.n_features
     assert k is not None
     pre = torch.addmm(dictionary.b_enc, x, dictionary.W_enc).to(x.dtype)
-    top = _largest(pre.relu_().flatten(), k * len(x))
-    token = torch.div(top.indices, n_features, rounding_mode="floor")
-    entries = _Entries.of(token, top.indices % n_features, top.acts, len(x))
+    top = pre.relu_().flatten().topk(k * len(x), sorted=False)
+    place, order = top.indices.sort()
+    token = torch.div(place, n_features, rounding_mode="floor")
+    entries = _Entries.of(token, place % n_features, top.values[order], len(x))
     result, error = _sparse_result(dictionary, x, y, objective, entries)
-    return result._replace(threshold=top.acts.min()), error
-
-
-def _largest(values: Float[Tensor, "entry"], n_kept: int) -> TopFeatures:
-    """The n_kept largest values, in the order of their indices."""
-    top = values.topk(n_kept, sorted=False)
-    indices, order = top.indices.sort()
-    return TopFeatures(top.values[order], indices)
+    return result._replace(threshold=entries.acts.min()), error
 
 
 def _sparse_result(
@@ -170,7 +164,10 @@ def _sparse_result(
         entries.feature, dictionary.W_dec, entries.offsets, per_sample_weights=acts, mode="sum"
     )
     error, grad_out = _output_error(dictionary, decoded, x, y, objective)
-    grad_acts = _sampled_products(grad_out, dictionary.W_dec, entries)
+    # grad_out[token] · W_dec[feature] of every entry, without gathering the rows.
+    grad_acts = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_out, dictionary.W_dec, entries.feature, entries.offsets, entries.token, _SUM
+    )
     grad_pre = (grad_acts + objective.l1_coefficient / n_tokens) * (acts > 0)
     by_feature = _ByFeature.sort(entries, dictionary.config.n_features)
     gradients = _output_gradients(dictionary, x, grad_out)
@@ -232,18 +229,6 @@ class _Entries(NamedTuple):
         return cls(token, feature, acts, counts.cumsum(0) - counts)
 
 
-def _sampled_products(
-    grad_out: Float[Tensor, "token d_out"],
-    W_dec: Float[Tensor, "n_features d_out"],
-    entries: _Entries,
-) -> Float[Tensor, "entry"]:
-    """grad_out[token] · W_dec[feature] of every entry, without gathering the rows."""
-    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_out, W_dec, entries.feature, entries.offsets, entries.token, _EMBEDDING_BAG_SUM
-    )
-    return products
-
-
 class _ByFeature(NamedTuple):
     """The entries of a batch in feature order: one bag of tokens a feature."""
 
@@ -261,12 +246,9 @@ class _ByFeature(NamedTuple):
         self, vectors: Float[Tensor, "token d"], weights: Float[Tensor, "entry"]
     ) -> Float[Tensor, "n_features d"]:
         """For each feature, Σ over its tokens of weight × vector."""
+        sorted_weights = weights[self.order]
         return embedding_bag(
-            self.token,
-            vectors,
-            self.offsets,
-            per_sample_weights=weights[self.order],
-            mode="sum",
+            self.token, vectors, self.offsets, per_sample_weights=sorted_weights, mode="sum"
         )
 
 

@@ -1,4 +1,4 @@
-"""Optional logging to Weights & Biases or TensorBoard; nothing of either is imported unless asked."""
+"""What is told of a run: training_log.csv, and Weights & Biases or TensorBoard where they are asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tclib.support.errors import InputError
 from tclib.support.files import new_file
 from tclib.training.trainer import Measurement
 
-TRACKERS = ("wandb", "tensorboard")
+LOG = "training_log.csv"
+LOG_COLUMNS = ("step", "n_tokens", "dictionary", "loss", "l0", "fvu", "dead_share", "tokens_per_s")
 
 
 class Tracker(NamedTuple):
@@ -26,11 +27,9 @@ class Tracker(NamedTuple):
 
 
 def open_tracker(kind: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """A tracker of the given kind. Errors: `InputError` if it is unknown or not installed."""
+    """A tracker of a `TrainingConfig.track`. Errors: `InputError` if it is not installed."""
     if kind == "none":
         return Tracker(lambda step, measured: None, lambda: None)
-    if kind not in TRACKERS:
-        raise InputError(f"track {kind!r}: expected 'none', 'wandb' or 'tensorboard'")
     if importlib.util.find_spec(kind) is None:
         raise InputError(f"track {kind!r}: not installed; run `pip install {kind}`")
     if kind == "wandb":
@@ -54,20 +53,6 @@ def _flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{d}/{k}": v for d, line in measured.items() for k, v in line.items()}
 
 
-LOG = "training_log.csv"
-
-LOG_COLUMNS = (
-    "step",
-    "n_tokens",
-    "dictionary",
-    "loss",
-    "l0",
-    "fvu",
-    "dead_share",
-    "tokens_per_s",
-)
-
-
 class Meter:
     """Tokens a second since the run (or its resumption) began."""
 
@@ -89,7 +74,7 @@ def append_log(
     """Add a line a dictionary to the log, and the header if it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if is_new:
             writer.writerow(LOG_COLUMNS)
@@ -98,15 +83,19 @@ def append_log(
 
 
 def truncate_log(path: Path, step: int, names: Collection[str]) -> None:
-    """Keep the lines up to `step` of the dictionaries `names`, and all of others.
+    """Keep the whole lines up to `step` of the dictionaries `names`, and all of others.
 
-    What was logged after the checkpoint (or by a run that never had one) will be logged again.
+    What was logged after the checkpoint (or by a run that never had one) will be logged again, and so
+    will a line that a kill cut short: it was being written after the checkpoint.
     """
     if not path.exists():
         return
-    with open(path, newline="") as file:
-        header, *rows = list(csv.reader(file))
-    own = header.index("dictionary")
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    header, *rows = list(csv.reader(whole.splitlines())) or [[]]
+    if tuple(header) != LOG_COLUMNS:
+        path.unlink()  # cut within its first line
+        return
+    own = LOG_COLUMNS.index("dictionary")
     kept = [header, *(row for row in rows if row[own] not in names or int(row[0]) <= step)]
-    with new_file(path) as temporary, open(temporary, "w", newline="") as file:
+    with new_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(kept)

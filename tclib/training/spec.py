@@ -79,7 +79,6 @@ class DictionarySpec(Recipe, Place):
                 f"l0_coefficient {self.l0_coefficient} for {self.activation}: jumprelu needs one above "
                 "0 to be sparse, the others take none"
             )
-
         if (self.activation in TAKES_K) != (self.k is not None):
             raise InputError(
                 f"k {self.k} for {self.activation}: {' and '.join(TAKES_K)} need one, the others take none"
@@ -106,9 +105,8 @@ class DictionarySpec(Recipe, Place):
     @property
     def family(self) -> str:
         """What dictionaries that differ only in sparsity share: one curve of Figure 3."""
-        words = [self.kind, "skip" if self.skip else ""]
-        words.append(self.activation if self.activation != "relu" else "")
-        return " ".join(word for word in words if word)
+        activation = "" if self.activation == "relu" else self.activation
+        return " ".join(filter(None, (self.kind, "skip" if self.skip else "", activation)))
 
     def dictionary_config(self, lm: LanguageModel) -> DictionaryConfig:
         """The dictionary's configuration on this model."""
@@ -153,8 +151,9 @@ class TrainingConfig:
     """Steps between lines of the training log."""
     dead_after_tokens: Natural = 1_000_000
     """Tokens after which a silent feature counts as dead. Published: 5000 steps, 20.48 million."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the products of a step; weights, and Adam's state, are float32. Published: float32."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of the products of a step, `tf32` on CUDA alone; weights and Adam's state are float32. Published:
+    float32."""
     compile: bool = False
     """Compile the training step with torch.compile."""
     cache_activations: bool = False

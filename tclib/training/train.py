@@ -2,7 +2,8 @@
 
 `train` is a loop over batches of shuffled activations; each dictionary takes one Adam step a batch.
 A run is a pure function of (model, rows, specs, config): a run that was killed resumes from its
-checkpoint and ends in the same file, bit for bit on the CPU, as one that was never killed.
+checkpoint and ends in the same file as one that was never killed: bit for bit, on one CPU with one number
+of threads (others sum in another order).
 """
 
 from __future__ import annotations
@@ -10,19 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tclib.dictionaries.dictionary import (
-    Dictionary,
-    new_dictionary,
-)
+from tclib.dictionaries.dictionary import Dictionary, new_dictionary
 from tclib.models.language_model import LanguageModel
 from tclib.support.errors import InputError
 from tclib.support.files import exclusive, load_tensors, save_tensors
@@ -31,14 +30,11 @@ from tclib.training.activations import ActivationCache, Block, Harvest, needed_s
 from tclib.training.gradients import StepResult
 from tclib.training.log import LOG, Meter, Tracker, append_log, open_tracker, truncate_log
 from tclib.training.spec import DictionarySpec, TrainingConfig
-from tclib.training.trainer import DictionaryTrainer, init_generator, scaled
+from tclib.training.trainer import DictionaryTrainer, Measurement, init_generator, scaled
 
 CHECKPOINT = "checkpoint.safetensors"
 CACHE = "activations"
-
-
-# ---------------------------------------------------------------------------------------------
-# The run
+UNCOUNTED = ("track", "log_every_steps", "checkpoint_every_steps")  # no weight depends on them
 
 
 def train(
@@ -46,8 +42,8 @@ def train(
     rows: Int[Tensor, "row pos"],
     specs: Sequence[DictionarySpec],
     config: TrainingConfig,
-    folder: Path,
-    cache_folder: Path | None = None,
+    folder: str | Path,
+    cache_folder: str | Path | None = None,
 ) -> list[Dictionary]:
     """Train every spec on the activations of `rows`; write to `folder` and return them.
 
@@ -58,7 +54,8 @@ def train(
     Errors: `InputError` for a layer out of range, a context longer than the model's, two equal
     specs, a folder in use or made with other parameters, a non-finite loss.
     """
-    run = _Run(lm, rows, tuple(specs), config, folder, cache_folder or folder / CACHE)
+    folder = Path(folder)
+    run = _Run(lm, rows, tuple(specs), config, folder, Path(cache_folder or folder / CACHE))
     with exclusive(folder):
         finished = run.load_finished()
         return finished if finished is not None else run.carry_out()
@@ -81,33 +78,25 @@ class _Run:
         self._configs = [spec.dictionary_config(self.lm) for spec in self.specs]
         sites = needed_sites((c.input_site, c.output_site) for c in self._configs)
         # No block larger than the run needs, and none smaller than a batch.
-        n_ctx = max(1, self.rows.shape[1])
-        smallest = math.ceil(self.config.batch_size / n_ctx)
-        needed = math.ceil(self.config.n_tokens / n_ctx)
+        n_ctx, config = max(1, self.rows.shape[1]), self.config
+        smallest, needed = (math.ceil(n / n_ctx) for n in (config.batch_size, config.n_tokens))
+        block_rows = max(smallest, min(config.block_rows, needed))
+        cache = None
+        if config.cache_activations:
+            cache = ActivationCache.of(self.cache_folder, self.lm, self.rows)
         self.harvest = Harvest(
-            self.lm,
-            self.rows,
-            sites,
-            max(smallest, min(self.config.block_rows, needed)),
-            self.config.rows_per_forward,
-            self.config.seed,
-            self._cache(),
+            self.lm, self.rows, sites, block_rows, config.rows_per_forward, config.seed, cache
         )
-        self.steps_per_block = self.harvest.block_tokens // self.config.batch_size
-
-    def _cache(self) -> ActivationCache | None:
-        if not self.config.cache_activations:
-            return None
-        return ActivationCache.of(self.cache_folder, self.lm, self.rows)
+        self.steps_per_block = self.harvest.block_tokens // config.batch_size
 
     @property
     def fingerprint(self) -> str:
         """Names everything that the result depends on."""
         what = {
-            "model": self.lm.name,
+            "model": self.lm.content_hash,
             "rows": hashlib.sha256(self.rows.numpy().tobytes()).hexdigest(),
             "specs": [asdict(spec) for spec in self.specs],
-            "config": {k: v for k, v in asdict(self.config).items() if k != "track"},
+            "config": {k: v for k, v in asdict(self.config).items() if k not in UNCOUNTED},
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
@@ -127,6 +116,8 @@ class _Run:
         for spec in self.specs:
             _, metadata = load_tensors(self.path(spec), self.remedy)
             self._check_fingerprint(self.path(spec), metadata.get("training", {}))
+        # Left where a kill fell between the last dictionary and here.
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
         return [
             Dictionary.load(self.path(spec), self.remedy).to(self.lm.device) for spec in self.specs
         ]
@@ -196,19 +187,23 @@ class _Run:
             unit="step",
         )
         for step in bar:
-            block, rows = blocks.get(step // self.steps_per_block), self._batch(step)
-            results = [self._step(trainer, block, rows, step) for trainer in self.trainers]
+            block = blocks.get(step // self.steps_per_block)
+            first = step % self.steps_per_block * self.config.batch_size
+            rows = slice(first, first + self.config.batch_size)
             checkpoint_due = (step + 1) % self.config.checkpoint_every_steps == 0
             last = step + 1 == self.config.n_steps
-            if checkpoint_due or last or (step + 1) % self.config.log_every_steps == 0:
-                self._report(step, results, block, rows, meter, tracker, bar)
+            log_due = checkpoint_due or last or (step + 1) % self.config.log_every_steps == 0
+            measured = {}
+            for trainer in self.trainers:
+                result = self._step(trainer, block, rows, step)
+                if log_due:
+                    measured[trainer.spec.name] = trainer.measure(result, block, rows)
+                del result  # it holds a batch's activations, of which one set is in memory
+            if log_due:
+                self._report(step, measured, meter, tracker, bar)
             if checkpoint_due and not last:
                 self._checkpoint(step + 1)
             del block  # or the next block would be made while this one is still held
-
-    def _batch(self, step: int) -> slice:
-        start = (step % self.steps_per_block) * self.config.batch_size
-        return slice(start, start + self.config.batch_size)
 
     def _step(self, trainer: DictionaryTrainer, block: Block, rows: slice, step: int) -> StepResult:
         return trainer.step(block, rows, self.config.learning_rate_at(step))
@@ -216,18 +211,12 @@ class _Run:
     def _report(
         self,
         step: int,
-        results: list[StepResult],
-        block: Block,
-        rows: slice,
+        measured: dict[str, Measurement],
         meter: Meter,
         tracker: Tracker,
         bar: Any,
     ) -> None:
-        """Measure, stop if the loss is not finite, and tell the log, the tracker and the bar."""
-        measured = {
-            trainer.spec.name: trainer.measure(result, block, rows)
-            for trainer, result in zip(self.trainers, results, strict=True)
-        }
+        """Stop if a loss is not finite; tell the log, the tracker and the bar."""
         for name, line in measured.items():
             if not math.isfinite(line.loss):
                 raise InputError(
@@ -238,15 +227,9 @@ class _Run:
         speed = meter.tokens_per_s(n_tokens)
         append_log(self.folder / LOG, step + 1, n_tokens, measured, speed)
         tracker.log(step + 1, {name: asdict(line) for name, line in measured.items()})
-        lines = list(measured.values())
-        bar.set_postfix(
-            loss=f"{_mean(line.loss for line in lines):.3g}",
-            L0=f"{_mean(line.l0 for line in lines):.1f}",
-            FVU=f"{_mean(line.fvu for line in lines):.3f}",
-            dead=f"{_mean(line.dead_share for line in lines):.0%}",
-            tok_s=f"{speed:,.0f}",
-            refresh=False,
-        )
+        loss, l0, fvu, dead = map(fmean, zip(*map(astuple, measured.values()), strict=True))
+        shown = {"loss": f"{loss:.3g}", "L0": f"{l0:.1f}", "FVU": f"{fvu:.3f}"}
+        bar.set_postfix(**shown, dead=f"{dead:.0%}", tok_s=f"{speed:,.0f}", refresh=False)
 
     def _checkpoint(self, step: int) -> None:
         tensors = {
@@ -254,9 +237,8 @@ class _Run:
             for trainer in self.trainers
             for key, value in trainer.state().items()
         }
-        save_tensors(
-            self.folder / CHECKPOINT, tensors, {"fingerprint": self.fingerprint, "step": step}
-        )
+        metadata = {"fingerprint": self.fingerprint, "step": step}
+        save_tensors(self.folder / CHECKPOINT, tensors, metadata)
 
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> int:
         """Load a checkpoint into the trainers, return its step."""
@@ -281,8 +263,3 @@ class _BlockHolder:
             self._block = self._harvest.block(block_idx)
             self._block_idx = block_idx
         return self._block
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)

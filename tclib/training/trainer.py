@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class DictionaryTrainer:
         x = block[self.dictionary.config.input_site][rows]
         y = block[self.dictionary.config.output_site][rows]
         dead = self.dead if self.spec.auxk_coefficient else None
-        with self._autocast():
+        with self._precision():
             result = self._step_result(self.dictionary, x, y, self.spec, dead)
         self._remove_parallel_component(result.gradients)
         for name, gradient in result.gradients.items():
@@ -60,7 +60,8 @@ class DictionaryTrainer:
             parameter.grad = _contiguous(gradient).to(parameter.dtype)
         self._adam.param_groups[0]["lr"] = learning_rate
         self._adam.step()
-        self._normalise_decoder()
+        W_dec = self._stored["W_dec"]
+        W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12))
         self._keep_threshold(result)
         self.tokens_since_fired += len(x)
         self.tokens_since_fired[result.fired] = 0
@@ -83,11 +84,11 @@ class DictionaryTrainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
-        tensors = {f"parameter.{name}": t for name, t in self._stored.items()}
+        tensors = {"tokens_since_fired": self.tokens_since_fired}
         for name, parameter in self._stored.items():
-            for key, value in self._adam.state[parameter].items():
-                tensors[f"adam.{name}.{key}"] = value
-        return {**tensors, "tokens_since_fired": self.tokens_since_fired}
+            adam = {f"adam.{name}.{key}": v for key, v in self._adam.state[parameter].items()}
+            tensors |= {f"parameter.{name}": parameter, **adam}
+        return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state` returned, in place."""
@@ -95,18 +96,25 @@ class DictionaryTrainer:
         for name, parameter in self._stored.items():
             parameter.copy_(tensors[f"parameter.{name}"])
             prefix = f"adam.{name}."
+            # Fused Adam wants its step count, too, where the parameter is.
             self._adam.state[parameter] = {
-                key.removeprefix(prefix): value.to(
-                    value.device if value.ndim == 0 else parameter.device
-                )
+                key.removeprefix(prefix): value.to(parameter.device)
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }
 
-    def _autocast(self) -> Any:
-        if self._config.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.dictionary.b_enc.device.type, torch.bfloat16)
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """While active, products are in the precision that the configuration asks for."""
+        device, precision = self.dictionary.b_enc.device.type, self._config.precision
+        matmul = torch.backends.cuda.matmul
+        before = matmul.allow_tf32
+        matmul.allow_tf32 = before or precision == "tf32"
+        try:
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                yield
+        finally:
+            matmul.allow_tf32 = before
 
     def _remove_parallel_component(self, gradients: dict[str, Tensor]) -> None:
         """Take out of each decoder row's gradient what would only change the row's norm."""
@@ -122,10 +130,6 @@ class DictionaryTrainer:
             threshold.lerp_(result.threshold, 1.0 if is_first else THRESHOLD_RATE)
         elif threshold is not None:
             threshold.clamp_(min=0.0)
-
-    def _normalise_decoder(self) -> None:
-        W_dec = self._stored["W_dec"]
-        W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import random_rows, tiny_lm
@@ -13,7 +17,7 @@ from tiny import random_rows, tiny_lm
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
 from tclib.support.errors import InputError
-from tclib.training.activations import ActivationCache, Harvest, needed_sites
+from tclib.training.activations import ActivationCache, Harvest, _Writer, needed_sites
 
 SITES = (Site("mlp_in", 0), Site("mlp_out", 0), Site("mlp_out", 2))
 
@@ -117,7 +121,88 @@ def test_values_beyond_float16_leave_nothing_behind(
     monkeypatch.setattr(LanguageModel, "read", huge)
     with pytest.raises(InputError, match="more than float16 holds: set cache_activations to false"):
         cached(gpt2_lm, tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def damage(path: Path, how: str) -> None:
+    """Spoil one block of a file of the cache, or all of it."""
+    held = path.read_bytes()
+    offset = np.load(path, mmap_mode="r").offset
+    spoilt = {
+        "zeroed": held[:offset] + bytes(64) + held[offset + 64 :],
+        "flipped": held[:-3] + bytes([held[-3] ^ 1]) + held[-2:],
+        "cut": held[: len(held) // 2],
+        "empty": b"",
+        "misshapen": (buffer := io.BytesIO(), np.save(buffer, np.zeros((3, 2), np.float16)))[0].getvalue(),
+    }  # fmt: skip
+    path.write_bytes(spoilt[how])
+
+
+@pytest.mark.parametrize("how", ["zeroed", "flipped", "cut", "empty", "misshapen"])
+def test_damaged_blocks_are_named_and_read_again(
+    how: str, gpt2_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harvested = harvest(gpt2_lm, n_rows=12)
+    whole = replace(ActivationCache.of(tmp_path, gpt2_lm, harvested.rows), rows_per_forward=5)
+    whole.fill(gpt2_lm, harvested.rows, SITES)
+    path = whole._path(SITES[1])
+    before = path.read_bytes()
+    damage(path, how)
+    asked: list[tuple[int, list[Site]]] = []
+    original = LanguageModel.read
+
+    def noted(self: LanguageModel, tokens: torch.Tensor, sites: list[Site]) -> dict:
+        asked.append((len(tokens), list(sites)))
+        return original(self, tokens, sites)
+
+    monkeypatch.setattr(LanguageModel, "read", noted)
+    n_damaged = 1 if how in ("zeroed", "flipped") else 3
+    with pytest.warns(UserWarning, match=rf"mlp_out-L0.npy: {n_damaged} of 3 blocks were damaged"):
+        whole.fill(gpt2_lm, harvested.rows, SITES)
+    assert path.read_bytes() == before
+    assert len(asked) == n_damaged and all(sites == [SITES[1]] for _, sites in asked)
+
+
+def test_a_cache_of_other_weights_of_the_same_name_is_another(tmp_path: Path) -> None:
+    rows = random_rows(4)
+    one, other = tiny_lm("gpt2"), tiny_lm("gpt2", seed=1)
+    assert one.name == other.name
+    assert ActivationCache.of(tmp_path, one, rows) != ActivationCache.of(tmp_path, other, rows)
+
+
+def test_two_runs_on_one_cache_write_it_once(tmp_path: Path) -> None:
+    plain = harvest(tiny_lm(), n_rows=40)
+    cache = replace(ActivationCache.of(tmp_path, plain.lm, plain.rows), rows_per_forward=1)
+    n_reads: list[int] = []
+    original = LanguageModel.read
+
+    def slow(self: LanguageModel, tokens: torch.Tensor, sites: list[Site]) -> dict:
+        n_reads.append(1)
+        time.sleep(0.002)
+        return original(self, tokens, sites)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(LanguageModel, "read", slow)
+        for done in [pool.submit(cache.fill, tiny_lm(), plain.rows, SITES) for _ in range(4)]:
+            done.result()
+    assert len(n_reads) == 40
+    expected = plain.lm.read(plain.rows.long(), SITES)
+    for site, found in cache.read(SITES, torch.arange(40), torch.device("cpu")).items():
+        torch.testing.assert_close(found, expected[site].half(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_fills_up_is_named(
+    gpt2_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_self: object, _row: int, values: object) -> None:
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(values.tobytes())  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(_Writer, "put", full)
+    with pytest.raises(InputError, match="No space left on device.*free some space"):
+        cached(gpt2_lm, tmp_path)
+    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_full_disk_is_named_before_anything_is_read(

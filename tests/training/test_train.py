@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -371,11 +372,74 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(
     assert files(tmp_path / "run") == files(uninterrupted)
 
 
+def test_intervals_of_log_and_checkpoint_are_no_part_of_what_was_trained(tmp_path: Path) -> None:
+    train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    before = files(tmp_path / "run")
+    other = replace(CONFIG, log_every_steps=3, checkpoint_every_steps=5)
+    train(tiny_lm(), ROWS, SPECS, other, tmp_path / "run")
+    assert files(tmp_path / "run") == before
+
+
+def test_a_run_of_other_weights_of_the_same_name_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    with pytest.raises(InputError, match="made with other parameters, model or corpus"):
+        train(tiny_lm(seed=1), ROWS, SPECS, CONFIG, tmp_path / "run")
+
+
+def test_a_steps_activations_are_gone_before_the_next_dictionary_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    original = module._Run._step
+
+    def noted(self: Any, *args: Any) -> Any:
+        assert not [one for one in held if one() is not None]
+        result = original(self, *args)
+        held.append(weakref.ref(result.acts))
+        return result
+
+    monkeypatch.setattr(module._Run, "_step", noted)
+    train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    assert len(held) == len(SPECS) * CONFIG.n_steps
+
+
+def test_tf32_is_asked_for_during_a_step_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    original = module._Run._step
+
+    def noted(self: Any, trainer: Any, *args: Any) -> Any:
+        with trainer._precision():
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return original(self, trainer, *args)
+
+    monkeypatch.setattr(module._Run, "_step", noted)
+    config = replace(CONFIG, n_tokens=64 * 2, precision="tf32")
+    train(tiny_lm(), ROWS, SPECS[:1], config, tmp_path / "run")
+    assert seen == [True, True] and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_finished_run_holds_no_checkpoint_even_if_a_kill_fell_before_it_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(20, patch)
+        train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    held = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    (tmp_path / "run" / CHECKPOINT).write_bytes(held)
+    train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
+
+
 def test_trackers_that_are_unknown_or_missing_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="track 'mlflow'"):
-        open_tracker("mlflow", tmp_path, {})
+    with pytest.raises(
+        InputError, match="track 'mlflow': expected 'none', 'wandb' or 'tensorboard'"
+    ):
+        TrainingConfig(track="mlflow")  # type: ignore[arg-type]
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(InputError, match="pip install wandb"):
         open_tracker("wandb", tmp_path, {})

@@ -1,0 +1,49 @@
+"""The training log is whole after a kill, whichever byte it fell on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tclib.training.log import LOG, append_log, truncate_log
+from tclib.training.trainer import Measurement
+
+NAMES = ("one", "two")
+
+
+def log(path: Path, *steps: int, names: tuple[str, ...] = NAMES) -> None:
+    for step in steps:
+        measured = {name: Measurement(0.5 + step, 3.25, 0.125, 0.0) for name in names}
+        append_log(path, step, step * 10, measured, 100.0)
+
+
+@pytest.mark.parametrize("checkpoint", [0, 20])
+def test_no_line_stands_twice_and_none_is_cut_whichever_byte_a_kill_fell_on(
+    checkpoint: int, tmp_path: Path
+) -> None:
+    steps = [5, 10, 20, 25, 30]
+    log(tmp_path / "whole.csv", *steps)
+    whole = (tmp_path / "whole.csv").read_bytes()
+    log(tmp_path / "before.csv", *(step for step in steps if step <= checkpoint))
+    at_checkpoint = (tmp_path / "before.csv").stat().st_size if checkpoint else 0
+    for n_bytes in range(at_checkpoint, len(whole) + 1):
+        path = tmp_path / LOG
+        path.write_bytes(whole[:n_bytes])
+        truncate_log(path, checkpoint, NAMES)
+        log(path, *(step for step in steps if step > checkpoint))
+        assert path.read_bytes() == whole, n_bytes
+
+
+def test_the_lines_of_other_dictionaries_stay(tmp_path: Path) -> None:
+    path = tmp_path / LOG
+    log(path, 5, 10, names=("another",))
+    log(path, 5, 10)
+    truncate_log(path, 5, NAMES)
+    kept = [line.split(",")[:3] for line in path.read_text().splitlines()[1:]]
+    assert kept == [
+        ["5", "50", "another"],
+        ["10", "100", "another"],
+        ["5", "50", "one"],
+        ["5", "50", "two"],
+    ]
