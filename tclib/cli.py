@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from inspect import Parameter, signature
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
 from tclib.support.places import NOTEBOOKS
-from tclib.training.spec import DictionarySpec, TrainingConfig
+from tclib.training.spec import DictionarySpec, Recipe, TrainingConfig
 
 if TYPE_CHECKING:
     from tclib.replication.presets import Preset
@@ -77,8 +78,9 @@ def run(
     only: Annotated[str | None, typer.Option(help="This notebook alone, by number.")] = None,
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
-    fresh: Annotated[
-        bool, typer.Option(help="Delete the earlier run, and its companions', first.")
+    fresh: Annotated[bool, typer.Option(help="Delete this preset's earlier run first.")] = False,
+    fresh_companions: Annotated[
+        bool, typer.Option(help="Delete its companions' earlier runs first.")
     ] = False,
 ) -> None:
     """Run the notebooks in order at a preset.
@@ -88,30 +90,40 @@ def run(
     (but by --from and --only).
     """
     from tclib.replication.model_and_data import check_ready
-    from tclib.replication.presets import is_path, load_preset
+    from tclib.replication.presets import load_preset
     from tclib.support.files import exclusive
 
     chosen = load_preset(preset, seed, runs_dir)
     _selected(from_, only)  # a mistake must not cost the earlier run
     check_ready(chosen)
-    # Notebooks run in their own folder, from where a relative path would lead elsewhere.
-    given = str(Path(preset).expanduser().resolve()) if is_path(preset) else preset
-    with exclusive(chosen.folder):
-        if fresh:
-            _delete_runs(chosen)
+    deleted = _to_delete(chosen, fresh, fresh_companions)
+    with ExitStack() as locks:
+        for folder in {chosen.folder, *deleted}:
+            locks.enter_context(exclusive(folder))
+        for folder in deleted:
+            shutil.rmtree(folder, ignore_errors=True)
         first = from_ if from_ or only else _failed_at(chosen)
         notebooks = _selected(first, only)
-        # The seed is always passed: the notebooks' own default need not be the preset's.
-        parameters = {"preset": given, "seed": chosen.seed, "runs_dir": str(chosen.runs_dir)}
+        # The seed is always passed: an executed copy tells it.
+        parameters = {
+            "preset": chosen.asked["--preset"],
+            "seed": chosen.seed,
+            "runs_dir": str(chosen.runs_dir),
+        }
         _execute_all(chosen, notebooks, parameters, anew=bool(from_ or only))
     _print_results(chosen)
 
 
-def _delete_runs(preset: Preset) -> None:
+def _to_delete(preset: Preset, own: bool, companions: bool) -> list[Path]:
+    """Folders of earlier runs. Errors: `InputError` for a link, which leads out of runs_dir."""
     from tclib.replication.run import Run
 
-    for one in (preset, *(run.preset for run in Run(preset).companions)):
-        shutil.rmtree(one.folder, ignore_errors=True)
+    others = [run.preset.folder for run in Run(preset).companions] if companions else []
+    folders = [preset.folder, *others] if own else others
+    for folder in folders:
+        if folder.is_symlink():
+            raise InputError(f"{folder} is a link: delete it, and what it leads to, yourself")
+    return folders
 
 
 def _selected(first: str | None, only: str | None) -> list[Path]:
@@ -168,7 +180,8 @@ def _execute_all(
     (preset.folder / PROGRESS).unlink(missing_ok=True)
 
 
-def _print_results(preset: Preset) -> None:
+def _print_results(preset: Preset) -> bool:
+    """Print what the run has of figures and results; False if it has neither."""
     figures = sorted(preset.folder.rglob("*.png"))
     if figures:
         typer.echo("\nFigures:")
@@ -177,6 +190,7 @@ def _print_results(preset: Preset) -> None:
     results = preset.folder / "07_results" / "results.md"
     if results.is_file():
         typer.echo(f"\nResults ({results.with_suffix('.csv')}):\n\n{results.read_text()}")
+    return bool(figures) or results.is_file()
 
 
 @app.command()
@@ -204,9 +218,10 @@ def report(
     from tclib.replication.presets import load_preset
 
     chosen = load_preset(preset, seed, runs_dir)
-    if not chosen.folder.is_dir():
-        raise InputError(f"{chosen.folder} does not exist: run `tclib run --preset {preset}` first")
-    _print_results(chosen)
+    if not _print_results(chosen):
+        raise InputError(
+            f"{chosen.folder} has neither figures nor results: run `{chosen.command}` first"
+        )
 
 
 @app.command()
@@ -225,8 +240,8 @@ def collect(
     typer.echo(f"{out}: {len(kept)} files, {size / 1e6:.1f} MB")
 
 
-# Where the command line's defaults are not those of the declarations.
-TRAIN_DEFAULTS = {"kind": "transcoder", "layer": 0, "expansion": 8, "loss": "authors"}
+# What a preset's transcoders do not say; the rest is theirs, where it is not given.
+TRAIN_DEFAULTS: dict[str, Any] = {"kind": "transcoder", "layer": 0}
 ALIASES = {"l1_coefficient": ("--l1",), "l0_coefficient": ("--l0",)}
 
 
@@ -234,13 +249,12 @@ def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command` an option a hyperparameter, in the place of its `**given`."""
     declared = signature(command, eval_str=True)
     own = [p for p in declared.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    defaults = {field.name: field.default for field in fields(DictionarySpec)} | TRAIN_DEFAULTS
-    options = [*_options(DictionarySpec, defaults), *_options(TrainingConfig, {})]
+    options = [*_options(DictionarySpec), *_options(TrainingConfig)]
     command.__signature__ = declared.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
     return command
 
 
-def _options(cls: type, defaults: dict[str, Any]) -> Iterator[Parameter]:
+def _options(cls: type) -> Iterator[Parameter]:
     """An option for each field of a declared class but the seed; None stands for "not given"."""
     types = get_type_hints(cls)
     for name, text in descriptions(cls).items():
@@ -248,7 +262,7 @@ def _options(cls: type, defaults: dict[str, Any]) -> Iterator[Parameter]:
             continue  # the preset's, which the command has
         long = name.replace("_", "-")
         switch = f"--{long}/--no-{long}" if types[name] is bool else f"--{long}"
-        default = defaults.get(name, "the preset's")
+        default = TRAIN_DEFAULTS.get(name, "the preset's")
         option = typer.Option(
             switch,
             *ALIASES.get(name, ()),
@@ -256,6 +270,13 @@ def _options(cls: type, defaults: dict[str, Any]) -> Iterator[Parameter]:
         )
         annotation: Any = Annotated[types[name] | None, option]
         yield Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _spec(recipe: Recipe, asked: dict[str, Any]) -> DictionarySpec:
+    """The recipe with what was asked for; its sparsity is not that of another activation."""
+    if asked.get("activation", recipe.activation) != recipe.activation:
+        asked = {"l1_coefficient": 0.0, "l0_coefficient": 0.0, "k": None, **asked}
+    return recipe.at(**{**TRAIN_DEFAULTS, **asked})
 
 
 @app.command()
@@ -267,11 +288,15 @@ def train(
     runs_dir: RunsOption = None,
     **given: Any,
 ) -> None:
-    """Train one dictionary on a preset's corpus, and evaluate it."""
+    """Train one dictionary on a preset's corpus, and evaluate it.
+
+    What is not given is as the preset's transcoders have it; another activation than theirs needs its own
+    sparsity (--l1, --k or --l0).
+    """
     import pandas as pd
 
     from tclib.evaluation.evaluate import evaluate
-    from tclib.figures.style import SAVED_DPI
+    from tclib.figures.style import save_whole
     from tclib.figures.training import training_curves
     from tclib.replication.model_and_data import check_ready
     from tclib.replication.presets import load_preset
@@ -280,17 +305,18 @@ def train(
     from tclib.training.train import train as train_dictionaries
 
     asked = {name: value for name, value in given.items() if value is not None}
-    values: dict[str, Any] = {**TRAIN_DEFAULTS, **asked}
-    names = {field.name for field in fields(DictionarySpec)}
-    spec = DictionarySpec(**{name: values.pop(name) for name in names & values.keys()})
     chosen = load_preset(preset, seed, runs_dir)
-    training = replace(chosen.transcoders.training, **values)
+    of_training = asked.keys() & {field.name for field in fields(TrainingConfig)}
+    training = replace(
+        chosen.transcoders.training, **{name: asked.pop(name) for name in of_training}
+    )
+    spec = _spec(chosen.transcoders, asked)
     check_ready(chosen)
     run = Run(chosen)
     run.lm.check_layer(spec.layer)
     lm, corpus = run.lm, run.corpus
     (dictionary,) = train_dictionaries(lm, corpus.train, [spec], training, out)
-    training_curves(pd.read_csv(out / LOG)).savefig(out / "training_curves.png", dpi=SAVED_DPI)
+    save_whole(training_curves(pd.read_csv(out / LOG)), out / "training_curves.png")
     table = evaluate(lm, {spec.name: dictionary}, corpus.evaluation, corpus.train).table
     typer.echo(table.T.to_string(header=False))
 

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import papermill
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from tclib import cli
+from tclib.cli import _spec
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.replication.presets import PRESETS, load_preset
+from tclib.replication.collect import collect
+from tclib.replication.presets import PRESETS, Preset, load_preset
+from tclib.replication.run import Run
+from tclib.support import places
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
-from tclib.support.steps import Step, write_manifest
+from tclib.support.files import exclusive
+from tclib.support.steps import Step, ensure, read_manifest, write_manifest
 from tclib.training.spec import DictionarySpec, TrainingConfig
 
 RUNNER = CliRunner()
@@ -91,7 +102,7 @@ def test_a_notebook_is_run_again_when_what_it_came_from_has_changed(sequence: Pa
     )
     invoke(*arguments)  # and what stands behind it
     assert [line.split()[0] for line in log(sequence)[3:]] == ["new", "02_c"]
-    step = Step("demo", "00_a", sequence / "demo" / "00_a")
+    step = Step("demo", "00_a", sequence / "demo" / "00_a", "tclib run")
     step.folder.mkdir()
     (step.folder / "table.csv").write_text("1")
     write_manifest(step, {}, {}, 0.0)
@@ -124,18 +135,43 @@ def test_the_notebooks_find_a_preset_of_ones_own(
     assert (sequence / "mine" / "notebooks").is_dir()
 
 
+@pytest.fixture
+def earlier(sequence: Path) -> tuple[Path, Path]:
+    """A file of an earlier run, and one of its companion's."""
+    files = (sequence / "demo" / "old", sequence / "demo-neox" / "old")
+    for file in files:
+        file.parent.mkdir()
+        file.touch()
+    return files
+
+
 @pytest.mark.slow
-def test_fresh_deletes_the_earlier_run(sequence: Path) -> None:
-    (sequence / "ok").touch()
-    (sequence / "demo").mkdir()
-    (sequence / "demo" / "old").touch()
-    invoke("run", "--runs-dir", str(sequence), "--only", "00")
-    assert (sequence / "demo" / "old").exists()
+def test_fresh_deletes_the_earlier_run_and_no_companions(
+    sequence: Path, earlier: tuple[Path, Path]
+) -> None:
+    arguments = ("run", "--runs-dir", str(sequence), "--only")
+    invoke(*arguments, "00")
     with pytest.raises(InputError, match="--only 99"):
-        invoke("run", "--runs-dir", str(sequence), "--only", "99", "--fresh")
-    assert (sequence / "demo" / "old").exists()
-    invoke("run", "--runs-dir", str(sequence), "--only", "00", "--fresh")
-    assert not (sequence / "demo" / "old").exists()
+        invoke(*arguments, "99", "--fresh", "--fresh-companions")
+    assert [file.exists() for file in earlier] == [True, True]
+    invoke(*arguments, "00", "--fresh")
+    assert [file.exists() for file in earlier] == [False, True]
+    invoke(*arguments, "00", "--fresh-companions")
+    assert [file.exists() for file in earlier] == [False, False]
+
+
+def test_nothing_is_deleted_while_another_run_works_or_where_a_link_leads_out(
+    sequence: Path, earlier: tuple[Path, Path], tmp_path: Path
+) -> None:
+    arguments = ("run", "--runs-dir", str(sequence), "--fresh", "--fresh-companions")
+    with exclusive(sequence / "demo-neox"), pytest.raises(InputError, match="another run is"):
+        invoke(*arguments)
+    assert [file.exists() for file in earlier] == [True, True]
+    elsewhere = (sequence / "demo-neox").rename(tmp_path / "elsewhere")
+    (sequence / "demo-neox").symlink_to(elsewhere)
+    with pytest.raises(InputError, match="demo-neox is a link: delete it"):
+        invoke(*arguments)
+    assert [file.exists() for file in earlier] == [True, True]
 
 
 def run_process(
@@ -172,9 +208,77 @@ def test_presets_lists_every_preset() -> None:
     assert all(path.stem in output for path in PRESETS.glob("*.yaml"))
 
 
-def test_report_says_what_to_run_when_there_is_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="run `tclib run --preset demo` first"):
-        invoke("report", "--runs-dir", str(tmp_path))
+def advice(preset: Preset, options: list[str]) -> dict[str, str]:
+    """What is said at each place that advises a command, for a run without and with files."""
+    step = preset.step("03_circuit_tools")
+    found: dict[str, str] = {}
+
+    def note(place: str, call: Callable[[], object]) -> None:
+        with pytest.raises(InputError) as caught:
+            call()
+        found[place] = str(caught.value)
+
+    note("nothing made", lambda: read_manifest(step))
+    note("nothing to collect", lambda: collect(preset, preset.runs_dir / "kept"))
+    note("nothing to report", lambda: invoke("report", *options))
+    step.folder.mkdir(parents=True)
+    note("neither figures nor results", lambda: invoke("report", *options))
+    (step.folder / "a.csv").touch()
+    write_manifest(step, {}, {}, 0.0)
+    note("other parameters", lambda: ensure(step, {"k": 1}, {}, dict))
+    (step.folder / "a.csv").write_text("altered")
+    note("altered", lambda: read_manifest(step))
+    (step.folder / "manifest.json").write_text("{")
+    note("truncated", lambda: read_manifest(step))
+    return found
+
+
+@pytest.mark.parametrize("name", ["demo", "my presets/own.yaml"])
+@pytest.mark.parametrize("seed", [[], ["--seed", "7"], ["--seed", "42"]])
+@pytest.mark.parametrize("runs_dir", [[], ["--runs-dir", "my runs"]])
+def test_every_advised_command_is_one_that_makes_that_run(
+    name: str,
+    seed: list[str],
+    runs_dir: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(places, "CHECKOUT", tmp_path)  # for runs that say no folder
+    (tmp_path / "my presets").mkdir()
+    (tmp_path / "my presets" / "own.yaml").write_text((PRESETS / "demo.yaml").read_text())
+    options = ["--preset", name, *seed, *runs_dir]
+    asked = run_options(options)
+    preset = load_preset(asked["preset"], asked["seed"], asked["runs_dir"])
+    (tmp_path / "elsewhere").mkdir()
+    said = advice(preset, options)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for place, sentence in said.items():
+        (command,) = re.findall("`(tclib run[^`]*)`", sentence)
+        given = run_options(shlex.split(command)[2:])
+        advised = load_preset(given["preset"], given["seed"], given["runs_dir"])
+        assert (advised, advised.command) == (preset, preset.command), place
+        assert given["only"] == (None if "first" in sentence else "03"), place
+        assert ("--seed" in command) == ("7" in seed), place
+        assert ("--runs-dir" in command) == bool(runs_dir), place
+
+
+def run_options(arguments: list[str]) -> dict[str, Any]:
+    """What `tclib run` takes from these arguments."""
+    command = typer.main.get_command(cli.app).commands["run"]  # type: ignore[attr-defined]
+    options: dict[str, Any] = command.make_context("run", list(arguments)).params
+    return options
+
+
+def test_commands_are_advised_from_one_place() -> None:
+    """So that the test above holds for all of them, companions' and damaged dictionaries' too."""
+    package = Path(cli.__file__).parent
+    written = [path.name for path in package.rglob("*.py") if "tclib run --" in path.read_text()]
+    assert written == []
+    (companion,) = Run(load_preset("demo", 7, "/x")).companions
+    assert companion.step("02_a").command == (
+        "tclib run --preset demo-neox --seed 7 --runs-dir /x --only 02"
+    )
 
 
 @pytest.mark.slow
@@ -182,6 +286,7 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.M
     import yaml
 
     values = yaml.safe_load((PRESETS / "demo.yaml").read_text())
+    del values["companions"]
     values["corpus"].update(n_train_tokens=12_800, n_eval_tokens=1_280)
     values["transcoders"]["training"].update(n_tokens=5_120, decay_steps=0)
     (tmp_path / "presets").mkdir()
@@ -209,7 +314,19 @@ def test_train_has_an_option_for_every_hyperparameter_with_its_description() -> 
             if name != "seed":
                 assert f"--{name.replace('_', '-')}" in text
                 assert " ".join(description.split())[:40] in text, name
-    assert text.count("[default: 8]") == 1 and "--l1 <float>" in text
+    assert text.count("[default: transcoder]") == 1 and "--l1 <float>" in text
+
+
+def test_train_takes_from_the_preset_what_is_not_given_but_no_other_activations_sparsity() -> None:
+    recipe = load_preset("demo").transcoders
+    assert _spec(recipe, {}) == recipe.at("transcoder", 0)
+    assert _spec(recipe, {"layer": 2, "l1_coefficient": 2.0}) == recipe.at(
+        "transcoder", 2, l1_coefficient=2.0
+    )
+    topk = _spec(recipe, {"activation": "topk", "k": 5, "kind": "sae_mlp_out"})
+    assert (topk.k, topk.l1_coefficient, topk.expansion) == (5, 0.0, recipe.expansion)
+    with pytest.raises(InputError, match="k None for topk"):
+        _spec(recipe, {"activation": "topk"})
 
 
 def test_train_refuses_what_a_preset_would(tmp_path: Path) -> None:
@@ -249,4 +366,9 @@ def test_the_notebooks_have_one_typed_parameters_cell_and_no_functions() -> None
         assert len(tagged) == 1, path.name
         for line in "".join(tagged[0]["source"]).splitlines():
             assert ": " in line.split("=")[0] and "  # " in line, (path.name, line)
+            assert len(line) <= 100, (path.name, line)
+        # As `papermill --help-notebook` lists them; one that it cannot read would be called unknown.
+        listed = papermill.inspect_notebook(str(path))
+        assert list(listed)[:3] == ["preset", "seed", "runs_dir"], path.name
+        assert listed["seed"]["default"] == "None", path.name  # the preset's own
         assert not any("def " in source for source in code), path.name

@@ -25,9 +25,7 @@ def collect(preset: Preset, out: Path) -> list[Path]:
     earlier collection.
     """
     if not preset.folder.is_dir():
-        raise InputError(
-            f"{preset.folder} does not exist: run `tclib run --preset {preset.name}` first"
-        )
+        raise InputError(f"{preset.folder} does not exist: run `{preset.command}` first")
     if out.is_dir() and any(out.iterdir()) and not any(out.glob(f"*/{MANIFEST}")):
         raise InputError(f"{out} holds other files: choose a new folder, or that of an earlier run")
     with new_folder(out) as temporary:

@@ -50,6 +50,7 @@ INTERPRETABLE_F1 = 0.6
 SENSITIVITY = (0.4, 0.5, 0.6, 0.7, 0.8)
 N_SHOWN = 20
 N_L0_ROWS = 16
+ACTS_AT_ONCE = 2**26  # half a gibibyte in float64
 
 
 def choose_pair(
@@ -266,10 +267,11 @@ def _latents(run: Run, pair: dict[str, Dictionary]) -> pd.DataFrame:
 
 
 def _all_feature_scores(
-    lm: LanguageModel, dictionary: Dictionary, labelled: LabelledRows, at_once: int = 64
+    lm: LanguageModel, dictionary: Dictionary, labelled: LabelledRows
 ) -> Float[np.ndarray, "feature label"]:
-    """F1 of every feature with every latent, a block of features at a time."""
+    """F1 of every feature with every latent; the model reads the rows once for as many features as fit."""
     found = []
+    at_once = max(1, ACTS_AT_ONCE // labelled.rows.numel())
     for start in range(0, dictionary.config.n_features, at_once):
         features = range(start, min(start + at_once, dictionary.config.n_features))
         acts = feature_activations(lm, dictionary, features, labelled.rows)

@@ -1,6 +1,6 @@
 """Notebooks of a run, executed: a copy is current as long as all that it came from is what it was.
 
-That is its cells and parameters, the preset, tclib's own files, the packages that decide the numbers, and
+That is its cells and parameters, the preset, the model's weights, tclib's own files, the packages that decide the numbers, and
 every file that the run's manifests name.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -27,7 +29,7 @@ def fingerprint(run: Run, notebook: Path, parameters: Mapping[str, Any]) -> str:
     """Names what an executed copy comes from, but for the run's artifacts."""
     digest = hashlib.sha256(_own_files())
     cells = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
-    held = [cells, dict(parameters), asdict(run.preset), package_versions()]
+    held = [cells, dict(parameters), asdict(run.preset), run.model_hash, package_versions()]
     digest.update(json.dumps(held, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -61,16 +63,21 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], made_fr
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    output.parent.mkdir(parents=True, exist_ok=True)
+    # A copy that a kill cut short must not be taken for one that was executed.
+    partial = output.with_name(f".{output.stem}.{os.getpid()}.tmp") / output.name
+    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         executed = papermill.execute_notebook(
-            str(notebook), str(output), parameters, cwd=str(output.parent), kernel_name="python3"
+            str(notebook), str(partial), parameters, cwd=str(output.parent), kernel_name="python3"
         )
     except PapermillExecutionError as error:
+        os.replace(partial, output)
         raise InputError(
             f"{notebook.name} stopped: {error.ename}: {error.evalue} (see {output}); "
             "run the same command again to go on from there"
         ) from error
+    finally:
+        shutil.rmtree(partial.parent, ignore_errors=True)
     executed.metadata[FINGERPRINT] = made_from
     with new_file(output) as temporary:
         temporary.write_text(json.dumps(executed, indent=1, ensure_ascii=False), encoding="utf-8")

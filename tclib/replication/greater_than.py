@@ -5,12 +5,13 @@ reading_heads.csv   which heads carry the year into the chosen MLP's features
 feature_curves.csv   Figure 4: direct logit attribution and de-embedding of each feature over YY
 curves.csv   Figure 5 left: probability difference against k, mean and interval, every ranking and kind
 harmful.csv  Figure 5 right: what leaving single features out changes
-summary.json the single figures (original, all features, without the harmful one, crossing)
+summary.json the single figures (original, all features, without the harmful one, where the curves cross)
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -34,6 +35,7 @@ from tclib.greater_than.analysis import analyse, first_template
 from tclib.greater_than.components import ablation_effects, strongest_mlp
 from tclib.greater_than.task import GreaterThan, mean_probability_difference
 from tclib.replication.artifacts import GreaterThanResults, Trained
+from tclib.replication.checks import COLUMNS, check_line, printed_tolerance
 from tclib.replication.model_and_data import STRONG_ENOUGH
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
@@ -67,7 +69,7 @@ def make_components(run: Run) -> pd.DataFrame:
         write_csv(effects, step, "components")
         return {"n_components": len(effects)}
 
-    ensure(step, parameters, {"model": run.preset.model}, make)
+    ensure(step, parameters, {"model": run.model_hash}, make)
     return pd.read_csv(step.folder / "components.csv")
 
 
@@ -91,7 +93,7 @@ def make_replacements(run: Run) -> pd.DataFrame:
         write_csv(pd.DataFrame(lines), step, "replacements")
         return {"n_layers": len(lines)}
 
-    ensure(step, parameters, {"model": run.preset.model, **run.trained.hashes}, make)
+    ensure(step, parameters, {"model": run.model_hash, **run.trained.hashes}, make)
     return pd.read_csv(step.folder / "replacements.csv")
 
 
@@ -118,7 +120,7 @@ def make_greater_than(run: Run) -> GreaterThanResults:
     step, config = run.step(STEP), run.preset.greater_than
     trained = _task_saes(run)
     saes, hashes = ({}, {}) if trained is None else (trained.dictionaries, trained.hashes)
-    inputs = {"model": run.preset.model, **run.trained.hashes, **hashes}
+    inputs = {"model": run.model_hash, **run.trained.hashes, **hashes}
 
     def make() -> Mapping[str, Any]:
         task = task_of(run)
@@ -166,16 +168,13 @@ def _graph_figure(run: Run) -> Figure:
 # Claims
 
 
-PUBLISHED_TOLERANCE = 0.005
-
-
 def greater_than_table(
     summary: Mapping[str, Any], curves: pd.DataFrame, is_published: bool
 ) -> pd.DataFrame:
-    """The paper's figures of Section 5.2 beside ours: quantity, paper, ours, difference, verdict.
+    """The paper's figures of Section 5.2 beside ours, in the columns of `checks`.
 
-    With the published transcoders a difference beyond 0.005 is a mismatch; with any other model or
-    dictionary the figures stand side by side only.
+    With the published transcoders they are compared by the rule of `checks`; with any other model or
+    dictionary they stand side by side only.
     """
     kept = curves[(curves["units"] == "transcoder features") & (curves["ranking"] == "variance")]
     by_k = kept.set_index("k")["value"]
@@ -183,23 +182,25 @@ def greater_than_table(
         "probability_difference_original": summary["original"],
         "probability_difference_transcoder_all_features": summary["all_features"],
         "probability_difference_transcoder_without_5315": summary["without_harmful"],
-        "features_where_transcoder_and_neuron_curves_cross": summary["crossing"],
+        "k_where_the_curves_are_nearest": summary.get("nearest_approach"),
+        "first_k_where_features_fall_behind": summary["crossing"],
         "feature_that_hurts": summary["harmful_feature"],
+        "rank_of_the_feature_that_hurts": summary["harmful_rank"],
         **{f"probability_difference_transcoder_top{k}": by_k.get(k) for k in range(20, 25)},
         **{f"top_variance_feature_{i}": f for i, f in enumerate(summary["top_features"], start=1)},
     }
     lines = []
     for row in paper_table("greater_than"):
-        paper, found = float(row["value"]), ours.get(row["quantity"])
-        is_index = row["quantity"].startswith(("top_variance_feature", "feature_that"))
-        is_comparable = found is not None and (is_published or not is_index)
-        difference = float(found or 0) - paper if is_comparable else float("nan")
-        verdict = "other model"
-        if is_published:
-            verdict = "reproduced" if abs(difference) <= PUBLISHED_TOLERANCE else "mismatch"
-        line = {"quantity": row["quantity"], "paper": paper, "ours": found}
-        lines.append({**line, "difference": difference, "verdict": verdict})
-    return pd.DataFrame(lines)
+        quantity, printed, found = row["quantity"], row["value"], ours.get(row["quantity"])
+        value = float("nan") if found is None else float(found)
+        one = ("greater_than", quantity, float(printed), value, printed_tolerance(printed))
+        line = check_line(*one)
+        if not is_published:
+            is_index = quantity.startswith(("top_variance_feature", "feature_that"))
+            line |= {"tolerance": math.nan, "verdict": "other model"}
+            line |= {"difference": math.nan} if is_index else {}
+        lines.append(line)
+    return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
 def greater_than_claims(summary: Mapping[str, Any], model: str) -> list[Line]:
@@ -226,7 +227,7 @@ def greater_than_claims(summary: Mapping[str, Any], model: str) -> list[Line]:
         ),
         claim_line(
             "Fig. 5: a few features do what more neurons are needed for",
-            f"features ahead for every k below {int(published['features_where_transcoder_and_neuron_curves_cross'])}",
+            f"features ahead for every k below {published['first_k_where_features_fall_behind']:.0f}",
             f"features ahead at {ahead} of the first 10 k, without the one that hurts at {better}",
             "reproduced" if ahead == 10 else "mixed" if ahead or better else "not reproduced",
         ),
@@ -299,7 +300,8 @@ def ablation_in_words(results: GreaterThanResults) -> str:
     crossing = summary["crossing"]
     return (
         f"*Ours:* MLP {summary['layer']}, original {summary['original']:.3f}, all features "
-        f"{summary['all_features']:.3f}, first crossing at {'none' if crossing is None else crossing}. {reading}"
+        f"{summary['all_features']:.3f}; features first fall behind at k = "
+        f"{'none' if crossing is None else crossing}. {reading}"
     )
 
 

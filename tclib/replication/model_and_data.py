@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,16 @@ from tclib.dictionaries.published import locate_published
 from tclib.figures.greater_than import probability_heatmap
 from tclib.figures.style import save_figure
 from tclib.greater_than.task import GreaterThan, mean_probability_difference
-from tclib.models.locate import BUNDLED, check_hub_reachable, locate
+from tclib.models.language_model import LanguageModel
+from tclib.models.locate import BUNDLED, layers_and_heads, locate
 from tclib.replication.presets import Preset
 from tclib.replication.run import Run
+from tclib.support.errors import InputError
 from tclib.support.files import new_file
 from tclib.support.steps import MANIFEST, Step, ensure, save_table
 from tclib.text.corpus import Corpus, build_corpus, check_disjoint
 from tclib.text.documents import bundled_dump
+from tclib.text.hub_datasets import locate_dataset
 
 STEP = "00_model_and_data"
 TRANSCODERS_STEP = "01_train_transcoders"
@@ -32,16 +34,46 @@ STRONG_ENOUGH = 0.8  # probability difference from which on the behaviour counts
 
 def check_ready(preset: Preset) -> None:
     """Raise `InputError`, before anything is written, if the model or the corpus cannot be had."""
-    locate(preset.model)
+    check_model(preset)
     released = preset.transcoders.published
     if released and not (preset.step(TRANSCODERS_STEP).folder / MANIFEST).is_file():
         locate_published(released, preset.transcoders.layers or range(12))
-    corpus_here = (preset.step(STEP).folder / MANIFEST).is_file()
-    source = preset.corpus.source
-    if preset.corpus.kind == "wikipedia" and not corpus_here and not source:
+    corpus = preset.corpus
+    if (preset.step(STEP).folder / MANIFEST).is_file():
+        return
+    if corpus.kind == "wikipedia" and not corpus.source:
         bundled_dump()
-    if preset.corpus.kind == "huggingface" and not corpus_here and not Path(source).exists():
-        check_hub_reachable(f"dataset {source!r} is streamed from the Hugging Face hub")
+    if corpus.kind == "huggingface":
+        locate_dataset(corpus.source, corpus.revision, corpus.data_files)
+
+
+def check_model(preset: Preset) -> None:
+    """Raise `InputError` if the model cannot be had, or lacks a layer or head of the preset."""
+    n_layers, n_heads = layers_and_heads(locate(preset.model))
+    keys = [("transcoders.layers", layer, n_layers) for layer in preset.transcoders.layers or ()]
+    for section in ("sweep", "case_studies", "greater_than"):
+        keys.append((f"{section}.layer", getattr(preset, section).layer, n_layers))
+    if preset.greater_than.head is not None:
+        layer, head = preset.greater_than.head
+        keys += [("greater_than.head.0", layer, n_layers), ("greater_than.head.1", head, n_heads)]
+    for key, value, n in keys:
+        if value is not None and value >= n:
+            raise InputError(f"{key} {value}: expected 0 to {n - 1} for {preset.model}")
+
+
+def check_year(preset: Preset, lm: LanguageModel) -> None:
+    """Raise `InputError` if circuits.year has no earlier or no later answer in the model's form."""
+    try:
+        task = GreaterThan.of(lm, preset.greater_than.templates[0])
+    except InputError:
+        return  # said where the task is asked for
+    rows = zip(task.numbers, task.is_greater.tolist(), strict=True)
+    years = [number for number, right in rows if any(right) and not all(right)]
+    if years and preset.circuits.year not in years:
+        raise InputError(
+            f"circuits.year {preset.circuits.year}: expected a year with earlier and later answers, "
+            f"{years[0]} to {years[-1]} for {preset.model}"
+        )
 
 
 def make_corpus(run: Run) -> Corpus:
@@ -56,7 +88,7 @@ def make_corpus(run: Run) -> Corpus:
                 np.save(file, getattr(corpus, name).numpy(), allow_pickle=False)
         return corpus.summary()
 
-    ensure(step, {"model": run.preset.model, "corpus": asdict(config)}, {}, make)
+    ensure(step, {"corpus": asdict(config)}, {"model": run.model_hash}, make)
     return Corpus(_rows(step, "train"), _rows(step, "evaluation"), run.lm.bos_id)
 
 

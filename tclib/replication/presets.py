@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import field, fields, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import TypeAdapter, field_validator
+from pydantic import Field, TypeAdapter, field_validator
 
 from tclib.dictionaries.kinds import Kind
-from tclib.greater_than.task import PAPER_TEMPLATE
+from tclib.greater_than.task import PAPER_TEMPLATE, YEARS
 from tclib.models.language_model import LanguageModel
-from tclib.support.declared import Count, Natural, Positive, Share, declared, parse
+from tclib.models.locate import NAMED_MODELS
+from tclib.support.declared import Count, Natural, NonPositive, Positive, Share, declared, parse
 from tclib.support.errors import InputError
-from tclib.support.places import PRESETS, default_runs
+from tclib.support.places import NOTEBOOKS, PRESETS, default_runs
 from tclib.support.steps import Step
 from tclib.text.corpus import CorpusConfig
 from tclib.training.spec import DictionarySpec, Loss, Recipe, TrainingConfig
 
 SCHEMA = "schema.json"
+NOT_IN_FILES = ("name", "asked")  # keys that a preset's file does not have: load_preset gives them
 
 
 @declared(frozen=True)
@@ -42,14 +46,32 @@ class TranscodersConfig(PresetRecipe):
     layers: tuple[Natural, ...] | None = None
     """Layers that get a transcoder; null: all. Paper: all of GPT-2, 15 of Pythia."""
     published: str = ""
-    """`hub`, or a folder with the .pt files: the paper's released transcoders instead of training."""
+    """`hub` (or its cache), or a folder with the .pt files: the paper's released transcoders instead of
+    training."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How they are trained."""
 
+    def __post_init__(self) -> None:
+        if self.layers is not None and len(set(self.layers)) < max(1, len(self.layers)):
+            raise InputError(
+                f"layers {list(self.layers)}: expected different ones, or null for all"
+            )
+        if not self.published:
+            self.at("transcoder", 0)
+
     def specs(self, lm: LanguageModel) -> list[DictionarySpec]:
-        """The dictionaries to train. Errors: `InputError` for a layer out of range."""
-        layers = range(lm.n_layers) if self.layers is None else self.layers
-        return [self.at("transcoder", lm.check_layer(layer)) for layer in layers]
+        """The dictionaries to train."""
+        return [self.at("transcoder", layer) for layer in self.chosen_layers(lm)]
+
+    def chosen_layers(self, lm: LanguageModel) -> list[int]:
+        """Layers with a transcoder."""
+        return list(range(lm.n_layers) if self.layers is None else self.layers)
+
+    def names(self, lm: LanguageModel) -> list[str]:
+        """What the transcoders are called, trained or released."""
+        if self.published:
+            return [f"transcoder-L{layer}-published" for layer in self.chosen_layers(lm)]
+        return [spec.name for spec in self.specs(lm)]
 
 
 @declared(frozen=True, kw_only=True)
@@ -92,6 +114,11 @@ class SweepConfig(PresetRecipe):
         own = {f.name: checked.data[f.name] for f in fields(Recipe) if f.name in checked.data}
         return [{**own, **one} if isinstance(one, Mapping) else one for one in families]
 
+    def __post_init__(self) -> None:
+        names = [spec.name for spec in self.specs()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"{', '.join(twice)}: expected each sparsity of a family once")
+
     def specs(self) -> list[DictionarySpec]:
         """The dictionaries to train, transcoders first."""
         relu: tuple[tuple[Kind, tuple[float, ...]], ...] = (
@@ -110,13 +137,13 @@ class SweepConfig(PresetRecipe):
 class CircuitsConfig:
     """Notebook 03: which prompt, and how many features the comparisons draw."""
 
-    year: Natural = 35
+    year: Annotated[int, Field(ge=YEARS[0], le=YEARS[-1])] = 35
     """Of the prompt; the root is the mean later answer minus the mean earlier."""
     n_connection_features: Count = 12
     """Features drawn for each pair of layers."""
     n_connection_rows: Count = 128
     """Corpus rows over which connections are measured."""
-    min_log10_frequency: float = -4.0
+    min_log10_frequency: NonPositive = -4.0
     """Of the features drawn; higher where there are few rows. Published: -4."""
     n_ablations: Count = 200
     """Features of the graph whose predicted effect is held against their ablation."""
@@ -147,6 +174,13 @@ class GreaterThanConfig:
     components_every: Count = 1
     """Components are ablated on every how manieth prompt; 1: on all."""
 
+    def __post_init__(self) -> None:
+        for template in self.templates or ("",):
+            if not _has_year(template):
+                raise InputError(
+                    f"templates {template!r}: expected a sentence with {{yy:02d}} for the year"
+                )
+
     def sae_specs(self, layer: int, transcoders: TranscodersConfig) -> list[DictionarySpec]:
         """SAEs as wide as the transcoders, with their loss."""
         recipe = PresetRecipe(loss=transcoders.loss, expansion=transcoders.expansion)
@@ -155,6 +189,13 @@ class GreaterThanConfig:
             *(recipe.at("sae_mlp_out", layer, l1_coefficient=value) for value in self.sae_l1),
             *(topk.at("sae_mlp_out", layer, k=value) for value in self.sae_k),
         ]
+
+
+def _has_year(template: str) -> bool:
+    try:
+        return template.format(yy=17) != template.format(yy=35)
+    except (LookupError, ValueError, TypeError, AttributeError):  # what str.format may raise
+        return False
 
 
 @declared(frozen=True)
@@ -171,10 +212,14 @@ class CaseStudiesConfig:
     """Studies that refuse input-dependent facts about layer 0. Paper: 7."""
     n_rows: Count = 512
     """Rows of the hidden corpus, from the training split. Paper: 12,800."""
-    min_log10_frequency: float = -4.0
+    min_log10_frequency: NonPositive = -4.0
     """Of the features drawn; on little text -4 is a handful of tokens. Published: -4."""
     n_held_out_rows: Count = 256
     """Rows on which the hypotheses are graded."""
+
+    def __post_init__(self) -> None:
+        if not (self.features or self.n_full or self.n_restricted):
+            raise InputError("n_full 0 and n_restricted 0: expected one study or more")
 
 
 @declared(frozen=True)
@@ -189,7 +234,7 @@ class ComparisonConfig:
     """Rows of the training split, for dashboards and predicates. Paper: 25,600."""
     n_held_out_rows: Count = 256
     """Rows on which the predicates are graded."""
-    min_log10_frequency: float = -4.0
+    min_log10_frequency: NonPositive = -4.0
     """Of the features drawn. Published: -4."""
 
 
@@ -227,14 +272,69 @@ class Preset:
     """Of the corpus and of all training. Paper: 42."""
     runs_dir: Path = field(default_factory=default_runs)
     """Folder of all runs; by default data/runs of a checkout, ./runs elsewhere."""
+    asked: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The options of `tclib run` that ask for this run, without those that are default."""
+
+    def __post_init__(self) -> None:
+        numbers = [path.name[:2] for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
+        _check_known("skipped", self.skipped, numbers)
+        others = [name for name in preset_names() if name != self.name]
+        _check_known("companions", self.companions, others)
+        self._check_sweep()
+        self._check_layers()
+
+    def _check_sweep(self) -> None:
+        """Raise `InputError` if notebooks 02 and 05 would miss what they compare."""
+        kinds = {spec.kind for spec in self.sweep.specs()}
+        compared = {
+            "02": {"transcoder", "sae_mlp_out"} <= kinds,
+            "05": "transcoder" in kinds and len(kinds) > 1,
+        }
+        for number, is_there in compared.items():
+            if number not in self.skipped and not is_there:
+                raise InputError(
+                    "sweep: expected transcoder_l1, sae_mlp_out_l1 or families, transcoders and SAEs "
+                    f"among them, or skip notebook {number}"
+                )
+
+    def _check_layers(self) -> None:
+        """Raise `InputError` if notebooks 03, 04 or 06 would miss a transcoder."""
+        layers, studied = self.transcoders.layers, self.case_studies.layer
+        if layers is None:
+            return
+        needed = {
+            "case_studies.layer": ("04", self.sweep.layer if studied is None else studied),
+            "greater_than.layer": ("06", self.greater_than.layer),
+        }
+        for key, (number, layer) in needed.items():
+            if number not in self.skipped and layer not in (None, *layers):
+                raise InputError(
+                    f"{key} {layer}: expected one of transcoders.layers, {list(layers)}, or skip "
+                    f"notebook {number}"
+                )
+        if "03" not in self.skipped and len(layers) < 2:
+            raise InputError(
+                f"transcoders.layers {list(layers)}: expected two or more, or skip notebook 03"
+            )
 
     @property
     def folder(self) -> Path:
         return self.runs_dir / self.name
 
+    @property
+    def command(self) -> str:
+        """What makes this run, to be pasted into a shell."""
+        return shlex.join(["tclib", "run", *chain.from_iterable(self.asked.items())])
+
     def step(self, name: str) -> Step:
         """Where step `name` of this run lives."""
-        return Step(self.name, name, self.folder / name)
+        return Step(self.name, name, self.folder / name, self.command)
+
+
+def _check_known(key: str, given: Iterable[str], known: list[str]) -> None:
+    for value in given:
+        if value not in known:
+            raise InputError(f"{key} {value!r}: expected one of {', '.join(known)}")
 
 
 def preset_names() -> list[str]:
@@ -253,22 +353,21 @@ def load_preset(name: str, seed: int | None = None, runs_dir: str | Path | None 
     if not path.is_file():
         known = "no such file" if is_path(name) else f"expected one of {', '.join(preset_names())}"
         raise InputError(f"unknown preset {name!r}: {known}")
-    values = _mapping(path)
-    if "name" in values or not re.fullmatch(r"\w[\w.-]*", path.stem):
-        raise InputError(
-            f"preset {path}: a run is called as the preset's file: leave out the key name, and use "
-            "letters, digits, -, _ and . for the file"
-        )
-    preset = parse(Preset, {"name": path.stem, **values}, f"preset {path.stem!r}")
+    preset = parse(Preset, {"name": path.stem, **_mapping(path)}, f"preset {path.stem!r}")
+    asked = {"--preset": name}
     if is_path(name):
         preset = _beside(preset, path.resolve().parent)
+        asked = {"--preset": str(path.absolute())}  # notebooks run in another folder
     if seed is not None and seed != preset.seed:
         preset = replace(preset, seed=seed, name=f"{preset.name}-seed{seed}")
-    found = Path(runs_dir or preset.runs_dir).expanduser().resolve()
+        asked["--seed"] = str(seed)
+    usual = preset.runs_dir.expanduser().resolve()
+    found = Path(runs_dir or usual).expanduser().resolve()
     if found.is_file():
         raise InputError(f"runs_dir {found} is a file: expected a folder")
-    preset = replace(preset, runs_dir=found)
-    return _seeded(preset)
+    if found != usual:
+        asked["--runs-dir"] = str(found)
+    return _seeded(replace(preset, runs_dir=found, asked=asked))
 
 
 def is_path(name: str) -> bool:
@@ -279,20 +378,37 @@ def is_path(name: str) -> bool:
 def preset_schema() -> str:
     """The JSON schema of a preset's file, by which editors complete and explain its keys."""
     schema = TypeAdapter(Preset).json_schema()
-    schema["required"].remove("name")  # the file has one
+    schema["required"].remove("name")
+    for key in NOT_IN_FILES:
+        del schema["properties"][key]
+    for part in schema["$defs"].values():
+        part["properties"].pop("seed", None)  # a preset has one, at its top level
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def _beside(preset: Preset, folder: Path) -> Preset:
-    """The preset with its own files found beside it: notebooks run in another folder."""
+    """The preset with its relative paths taken from its own folder: notebooks run in another one."""
+
+    def path(value: str) -> str:
+        return str(folder / Path(value).expanduser()) if value else value
 
     def found(value: str) -> str:
-        path = folder / Path(value).expanduser()
-        return str(path) if value and path.exists() else value
+        """A path where it is one, else the name or the hub's id that it must be."""
+        is_there = value and Path(path(value)).exists()
+        return path(value) if is_there or value.startswith((".", "~")) else value
 
-    corpus = replace(preset.corpus, source=found(preset.corpus.source))
-    transcoders = replace(preset.transcoders, published=found(preset.transcoders.published))
-    return replace(preset, model=found(preset.model), corpus=corpus, transcoders=transcoders)
+    corpus, transcoders = preset.corpus, preset.transcoders
+    source = (found if corpus.kind == "huggingface" else path)(corpus.source)
+    released = transcoders.published
+    return replace(
+        preset,
+        model=preset.model if preset.model in NAMED_MODELS else found(preset.model),
+        corpus=replace(corpus, source=source),
+        transcoders=replace(
+            transcoders, published=released if released == "hub" else path(released)
+        ),
+        runs_dir=folder / preset.runs_dir.expanduser(),
+    )
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -302,6 +418,19 @@ def _mapping(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected the keys of a preset, found {values!r}")
+    if set(NOT_IN_FILES) & values.keys() or not re.fullmatch(r"\w[\w.-]*", path.stem):
+        raise InputError(
+            f"preset {path}: a run is called as the preset's file: leave out the keys "
+            f"{' and '.join(NOT_IN_FILES)}, and use letters, digits, -, _ and . for the file"
+        )
+    sections = {key: part for key, part in values.items() if isinstance(part, dict)}
+    trainings = {f"{key}.training": part.get("training") for key, part in sections.items()}
+    for place, part in (sections | trainings).items():
+        if isinstance(part, dict) and "seed" in part:
+            raise InputError(
+                f"preset {path.stem!r}, {place}.seed {part['seed']}: seed belongs at the top level of "
+                "a preset, and acts on everything that draws"
+            )
     return values
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
 from tclib.replication import (
@@ -15,7 +17,7 @@ from tclib.replication import (
 from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, results_table
 from tclib.support.files import file_hash, new_file
-from tclib.support.steps import write_csv, write_manifest
+from tclib.support.steps import MANIFEST, Step, read_manifest, write_csv, write_manifest
 
 STEP = "07_results"
 NOTEBOOKS = {
@@ -35,15 +37,24 @@ def make_results(run: Run) -> pd.DataFrame:
         if run.tells(number):
             lines += notebook.claims(run)
     table = results_table(lines)
-    step = run.step(STEP)
-    write_csv(table, step, "results")
-    with new_file(step.folder / "results.md") as path:
-        path.write_text(markdown(table))
+    step, text = run.step(STEP), markdown(table)
     names = (transcoders.EVALUATION_STEP, sweep.EVALUATION_STEP)
     tables = {name: run.step(name).folder / "table.csv" for name in names}
     sources = {name: file_hash(path) for name, path in tables.items() if path.is_file()}
-    write_manifest(step, {"n_claims": len(table)}, sources, 0.0)
+    if not _is_written(step, text, sources):
+        write_csv(table, step, "results")
+        with new_file(step.folder / "results.md") as path:
+            path.write_text(text, encoding="utf-8")
+        write_manifest(step, {"n_claims": len(table)}, sources, 0.0)
     return table
+
+
+def _is_written(step: Step, text: str, sources: Mapping[str, str]) -> bool:
+    """Whether the step holds these results: a finished run may lie where nothing can be written."""
+    place = step.folder / "results.md"
+    if not (step.folder / MANIFEST).is_file() or not place.is_file():
+        return False
+    return place.read_text(encoding="utf-8") == text and read_manifest(step)["inputs"] == sources
 
 
 def markdown(table: pd.DataFrame) -> str:

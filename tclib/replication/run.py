@@ -1,17 +1,4 @@
-"""A preset's run: every part is made on first use, or loaded if it is there, and then kept.
-
-    run = open_run("demo", seed=7)
-    run.lm, run.corpus                     00  the model, its rows of tokens
-    run.trained, run.transcoders, run.layers   01  one transcoder a layer, and their losses
-    run.swept, run.sweep, run.sweeps       02  transcoders and SAEs over sparsities (and the companions')
-    run.prompt, run.circuits               03  a prompt and its target; its graph
-    run.studies                            04  blind case studies
-    run.comparison                         05  transcoder against SAE features, rated blind
-    run.components, run.replacements, run.greater_than   06  what the behaviour needs
-    run.results, run.published_checks      07  claim, paper, ours, verdict
-
-A part that lacks an earlier one makes it first, so any part can be asked for by itself.
-"""
+"""The run of a preset, part by part."""
 
 from __future__ import annotations
 
@@ -22,7 +9,9 @@ import pandas as pd
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.evaluate import Evaluation
+from tclib.models.identity import kept_hash
 from tclib.models.language_model import LanguageModel
+from tclib.models.locate import locate
 from tclib.replication.artifacts import (
     CaseStudies,
     Circuits,
@@ -42,9 +31,9 @@ def open_run(
     """The run of a preset; nothing is made or loaded before it is asked for.
 
     Args:
-        preset: a file of notebooks/presets, without .yaml.
+        preset: a file of notebooks/presets, without .yaml, or the path of a YAML file of yours.
         seed: another seed than the preset's; such a run has a folder of its own.
-        runs_dir: where runs go, data/runs by default.
+        runs_dir: where runs go; by default data/runs of a checkout, ./runs elsewhere.
 
     Errors: `InputError` for an unknown preset or a value out of range.
     """
@@ -52,7 +41,19 @@ def open_run(
 
 
 class Run:
-    """The parts of one preset's run (see the module).
+    """A preset's run: every part is made on first use, or loaded if it is there, and then kept.
+
+        run = open_run("demo", seed=7)
+        run.lm, run.corpus                     00  the model, its rows of tokens
+        run.trained, run.transcoders, run.layers   01  one transcoder a layer, and their losses
+        run.swept, run.sweep, run.sweeps       02  transcoders and SAEs over sparsities (and the companions')
+        run.prompt, run.circuits               03  a prompt and its target; its graph
+        run.studies                            04  blind case studies
+        run.comparison                         05  transcoder against SAE features, rated blind
+        run.components, run.replacements, run.greater_than   06  what the behaviour needs
+        run.results, run.published_checks      07  claim, paper, ours, verdict
+
+    A part that lacks an earlier one makes it first, so any part can be asked for by itself.
 
     Args:
         preset: what it depends on, and where its folders are.
@@ -70,7 +71,7 @@ class Run:
 
     def inputs(self, *made_from: Trained) -> dict[str, str]:
         """What a step depends on: the model, the corpus, and the files of dictionaries."""
-        found = {"model": self.preset.model, "corpus": self.corpus.content_hash}
+        found = {"model": self.model_hash, "corpus": self.corpus.content_hash}
         for trained in made_from:
             found |= trained.hashes
         return found
@@ -83,19 +84,28 @@ class Run:
     def companions(self) -> list[Run]:
         """Runs whose sweep is drawn beside this one's, with its seed and folder."""
         preset = self.preset
-        found = []
-        for name in preset.companions:
-            own_seed = load_preset(name).seed
-            seed = None if preset.seed == own_seed else preset.seed
-            found.append(open_run(name, seed, preset.runs_dir))
-        return found
+        return [open_run(name, preset.seed, preset.runs_dir) for name in preset.companions]
 
     # The modules of the notebooks take a `Run`, so they are imported where they are called.
 
     @cached_property
+    def model_hash(self) -> str:
+        """The model's identity; its weights are read only where their hash is not known."""
+        return kept_hash(locate(self.preset.model)) or self.lm.content_hash
+
+    @cached_property
     def lm(self) -> LanguageModel:
-        """The language model, in float32 on the best device."""
-        return LanguageModel.load(self.preset.model)
+        """The language model, in float32 on the best device.
+
+        Errors: `InputError` if it lacks a layer, a head or a year that the preset names.
+        """
+        from tclib.replication.model_and_data import check_model, check_year
+
+        check_model(self.preset)
+        lm = LanguageModel.load(self.preset.model)
+        if self.tells("03"):
+            check_year(self.preset, lm)
+        return lm
 
     @cached_property
     def corpus(self) -> Corpus:

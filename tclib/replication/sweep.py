@@ -27,7 +27,6 @@ _CLAUSES = {"transcoder": "transcoders better", "SAE": "SAEs better", "tie": "no
 def make_sweep(run: Run) -> Trained:
     """Transcoders and SAEs of one layer over several sparsities, from one harvest."""
     config = run.preset.sweep
-    run.lm.check_layer(config.layer)
     return train_once(run, STEP, config.specs(), config.training)
 
 

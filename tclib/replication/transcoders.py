@@ -44,9 +44,9 @@ def evaluate_transcoders(run: Run) -> Evaluation:
 
 def _released(run: Run) -> Trained:
     """The paper's transcoders, checked against the model and kept in the step's folder."""
-    step, source = run.step(STEP), run.preset.transcoders.published
-    layers = run.preset.transcoders.layers or range(run.lm.n_layers)
-    names = {layer: f"transcoder-L{layer}-published" for layer in layers}
+    step, config = run.step(STEP), run.preset.transcoders
+    source, layers = config.published, config.chosen_layers(run.lm)
+    names = dict(zip(layers, config.names(run.lm), strict=True))
 
     def make() -> Mapping[str, Any]:
         found = load_published(layers, None if source == "hub" else Path(source).expanduser())
@@ -56,8 +56,8 @@ def _released(run: Run) -> Trained:
             dictionary.save(step.folder / f"{names[layer]}.safetensors")
         return {"n_dictionaries": len(found)}
 
-    parameters = {"published": source, "layers": list(layers)}
-    manifest = ensure(step, parameters, {"model": run.preset.model}, make)
+    parameters = {"published": source, "layers": layers}
+    manifest = ensure(step, parameters, {"model": run.model_hash}, make)
     log = pd.DataFrame(columns=list(LOG_COLUMNS))
     return _loaded(run, step, manifest, names.values(), log)
 

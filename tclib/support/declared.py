@@ -20,6 +20,7 @@ __all__ = [
     "Count",
     "Natural",
     "NonNegative",
+    "NonPositive",
     "Positive",
     "Share",
     "declared",
@@ -30,6 +31,7 @@ __all__ = [
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+NonPositive = Annotated[float, Field(le=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -38,7 +40,11 @@ _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrin
 _UNKNOWN = "unexpected_keyword_argument"
 _WORDS = {
     "Input should be ": "expected ",
+    "a valid tuple": "a list",
+    "a valid dictionary": "names and values",
+    "a valid mapping": "names and values",
     "greater than or equal to ": "at least ",
+    "less than or equal to ": "at most ",
     "greater than ": "more than ",
 }
 
@@ -92,7 +98,10 @@ def _sentence(error: ValidationError, cls: Any) -> str:
         place[0] = names[place[0]]  # given by position
     where = ".".join(map(str, place))
     if first["type"] == _UNKNOWN:
-        return f"{where}: no such name; {_nearest(str(place[-1]), _names(cls, place[:-1]))}"
+        known = _names(cls, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), known, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        return f"{where}: no such name; {advice}"
     if first["type"] == "value_error":  # from a class's own check
         return ": ".join(part for part in (where, str(first["ctx"]["error"])) if part)
     if first["type"] == "missing":
@@ -111,8 +120,3 @@ def _names(cls: Any, place: Sequence[int | str]) -> list[str]:
             annotation = cls.__pydantic_fields__[name].annotation
             cls = next(iter(get_args(annotation)), annotation)  # a tuple of them, or one
     return [field.name for field in fields(cls)]
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _to_disk(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise InputError(
@@ -49,29 +51,72 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it replaces `path` on success, vanishes on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+            os.replace(path, replaced)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            os.replace(replaced, path)
+            raise
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written ({error}): free some disk space and run it again"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Have the bytes of a file on the disk: after a power cut a renamed file could else be empty."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `new_file` and `new_folder` of processes that were killed left below `folder`."""
+    for leftover in folder.rglob(".*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one run; a second run at the same time gets an `InputError`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def exclusive(folder: Path, is_patient: bool = False) -> Iterator[None]:
+    """Hold `folder` for one run; a second run at the same time waits, or gets an `InputError`.
+
+    Temporary files that killed runs have left in it are removed. Where nothing can be written, no run can
+    be at work, and a finished one can be read: there is no lock then.
+    """
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if is_patient else 0)
     except Timeout as error:
         raise InputError(
             f"another run is working in {folder}: wait for it to end, or choose another runs_dir"
         ) from error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
     try:
+        if lock.is_locked:
+            sweep(folder)
         yield
     finally:
         lock.release()
@@ -90,22 +135,21 @@ def copy_folder(source: Path, target: Path) -> tuple[list[Path], list[Path]]:
         if path.is_file() and not any(p.startswith(".") for p in path.relative_to(source).parts)
     }
     there = {path: copy for path, copy in wanted.items() if copy.exists()}
-    changed = [copy for path, copy in there.items() if not _equal_files(path, copy)]
+    changed = [
+        copy
+        for path, copy in there.items()
+        if not copy.is_file() or file_hash(path) != file_hash(copy)
+    ]
     if changed:
         raise InputError(
             f"{', '.join(map(str, changed))} would be overwritten: "
             "choose another folder, or move what is there"
         )
-    written = [copy for path, copy in wanted.items() if path not in there]
-    for path, copy in wanted.items():
-        if path not in there:
-            with new_file(copy) as temporary:
-                shutil.copyfile(path, temporary)
-    return written, list(there.values())
-
-
-def _equal_files(one: Path, other: Path) -> bool:
-    return one.is_file() and other.is_file() and file_hash(one) == file_hash(other)
+    missing = {path: copy for path, copy in wanted.items() if path not in there}
+    for path, copy in missing.items():
+        with new_file(copy) as temporary:
+            shutil.copyfile(path, temporary)
+    return list(missing.values()), list(there.values())
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

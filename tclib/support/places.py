@@ -5,15 +5,10 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-
-def _checkout() -> Path | None:
-    """The checkout that this package lies in; None where it is installed from a wheel."""
-    root = Path(__file__).resolve().parents[2]
-    whole = all((root / name).exists() for name in ("pyproject.toml", "notebooks", "data/demo"))
-    return root if whole else None
-
-
-CHECKOUT = _checkout()
+_ROOT = Path(__file__).resolve().parents[2]
+_IS_CHECKOUT = all((_ROOT / name).exists() for name in ("pyproject.toml", "notebooks", "data/demo"))
+# The checkout that this package lies in; None where it is installed from a wheel.
+CHECKOUT = _ROOT if _IS_CHECKOUT else None
 # What users open stands in a checkout's notebooks/ and data/; a wheel has copies in tclib/assets.
 _ASSETS = CHECKOUT or Path(str(importlib.resources.files("tclib"))) / "assets"
 NOTEBOOKS = _ASSETS / "notebooks"

@@ -42,9 +42,7 @@ def auroc(graded: Float[np.ndarray, "item"], positive: Bool[np.ndarray, "item"])
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if n_positive == 0 or n_negative == 0:
         return 0.5
-    _, inverse, counts = np.unique(graded, return_inverse=True, return_counts=True)
-    mean_rank = counts.cumsum() - (counts - 1) / 2
-    ranks = mean_rank[inverse]
+    ranks = pd.Series(graded).rank().to_numpy()
     below = ranks[positive].sum() - n_positive * (n_positive + 1) / 2
     return float(below / (n_positive * n_negative))
 

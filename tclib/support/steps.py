@@ -25,18 +25,21 @@ RECORDED_PACKAGES = ("tclib", "torch", "transformers", "datasets", "safetensors"
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a preset's run and the command that makes it again."""
+    """One step of a preset's run, and the command that makes the whole run."""
 
     preset: str
     name: str
     folder: Path
+    run_command: str
+
+    @property
+    def command(self) -> str:
+        """What makes this step alone, to be pasted into a shell."""
+        return f"{self.run_command} --only {self.name[:2]}"
 
     @property
     def remedy(self) -> str:
-        return (
-            f"delete {self.folder} and run "
-            f"`tclib run --preset {self.preset} --only {self.name[:2]}`"
-        )
+        return f"delete {self.folder} and run `{self.command}`"
 
 
 def ensure(
@@ -115,10 +118,7 @@ def read_manifest(step: Step) -> dict[str, Any]:
     """
     path = step.folder / MANIFEST
     if not path.is_file():
-        raise InputError(
-            f"{step.folder} has not been made yet: run "
-            f"`tclib run --preset {step.preset} --only {step.name[:2]}`"
-        )
+        raise InputError(f"{step.folder} has not been made yet: run `{step.command}`")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:

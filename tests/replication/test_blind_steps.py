@@ -93,7 +93,7 @@ def test_case_studies_leave_ledgers_dashboards_and_grades(run: Run) -> None:
     assert case_studies.studies_in_words(run).startswith("*Ours:* 2 studies of layer 2")
     missing = replace(run.preset, case_studies=replace(run.preset.case_studies, layer=9))
     (run.step(case_studies.STEP).folder / "manifest.json").unlink()
-    with pytest.raises(InputError, match="no transcoder at layer 9"):
+    with pytest.raises(InputError, match="case_studies.layer 9: expected 0 to 3 for demo"):
         _ = Run(missing).studies
 
 

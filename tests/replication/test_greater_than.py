@@ -140,7 +140,9 @@ def test_a_second_time_everything_is_loaded(
 
 def test_a_layer_without_a_transcoder_is_named(run: Run, tmp_path: Path) -> None:
     config = replace(run.preset.transcoders, layers=(0, 1))
-    elsewhere = Run(replace(run.preset, runs_dir=tmp_path, transcoders=config))
+    studied = replace(run.preset.case_studies, layer=1)
+    preset = replace(run.preset, runs_dir=tmp_path, transcoders=config, case_studies=studied)
+    elsewhere = Run(preset)
     with pytest.raises(
         InputError, match=r"MLP 2, which has no transcoder: .* \[0, 1\].*set greater_than.layer"
     ):
@@ -170,10 +172,16 @@ def test_figures_and_captions_hold_what_was_computed(results: GreaterThanResults
 
 
 def test_published_figures_are_checked_and_mismatches_shown(results: GreaterThanResults) -> None:
-    summary = dict(results.summary, original=0.8829, all_features=0.70)
+    summary = dict(results.summary, original=0.88298, all_features=0.70)
+    summary |= {"crossing": 23, "nearest_approach": 24, "harmful_feature": 5316}
     table = greater_than_table(summary, results.curves, is_published=True)
     verdicts = table.set_index("quantity")["verdict"]
     assert verdicts["probability_difference_original"] == "reproduced"
+    assert verdicts["first_k_where_features_fall_behind"] == "reproduced"
+    assert verdicts["k_where_the_curves_are_nearest"] == "mismatch"
+    assert verdicts["feature_that_hurts"] == "mismatch"
+    near = greater_than_table(dict(summary, original=0.8835), results.curves, is_published=True)
+    assert near.iloc[0]["verdict"] == "mismatch"  # all printed digits count, not 0.005
     assert verdicts["probability_difference_transcoder_all_features"] == "mismatch"
     elsewhere = greater_than_table(summary, results.curves, is_published=False)
     assert set(elsewhere["verdict"]) == {"other model"}

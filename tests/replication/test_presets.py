@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from tclib.models.language_model import LanguageModel
 from tclib.replication import presets
 from tclib.replication.presets import PRESETS, load_preset, preset_names
 from tclib.replication.sweep import paper_sweep
@@ -20,6 +21,7 @@ from tclib.support.files import copy_folder
 from tclib.training.spec import DictionarySpec, Recipe
 
 PAPER = ("gpt2", "pythia-410m", "pythia-1.4b")
+LOG = {"min_log10_frequency": 4.0}
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -98,6 +100,91 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         load_preset("x")
 
 
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("companions 'gpt3': expected one of demo-neox, gpt2", {"companions": ["gpt3"]}),
+        ("companions 'demo': expected one of demo-neox", {"companions": ["demo"]}),
+        ("skipped '3': expected one of 00, 01, .*, 07$", {"skipped": {"3": "why"}}),
+        (
+            "greater_than: templates 'in 17': expected .* {yy:02d}",
+            {"greater_than": {"templates": ["in 17"]}},
+        ),
+        (
+            "greater_than: templates '{yy:02d} {x}'",
+            {"greater_than": {"templates": ["{yy:02d} {x}"]}},
+        ),
+        ("greater_than: templates '{yy'", {"greater_than": {"templates": ["{yy"]}}),
+        ("greater_than: templates '': expected", {"greater_than": {"templates": []}}),
+        ("circuits.year 100: expected at most 99", {"circuits": {"year": 100}}),
+        ("circuits.min_log10_frequency 4.0: expected at most 0", {"circuits": LOG}),
+        ("case_studies.min_log10_frequency 4.0: expected at most 0", {"case_studies": LOG}),
+        (
+            "case_studies: n_full 0 and n_restricted 0: expected one",
+            {"case_studies": {"n_full": 0, "n_restricted": 0}},
+        ),
+        ("comparison.min_log10_frequency 4.0: expected at most 0", {"comparison": LOG}),
+        ("transcoders: k None for topk: .* need one", {"transcoders": {"activation": "topk"}}),
+        ("transcoders: l1_coefficient 0: a relu", {"transcoders": {"layers": None}}),
+        (r"transcoders: layers \[\]: expected different", {"transcoders": {"layers": []}}),
+        (r"transcoders: layers \[1, 1\]: expected", {"transcoders": {"layers": [1, 1]}}),
+        (
+            r"case_studies.layer 2: expected one of transcoders.layers, \[0, 1\], or skip notebook 04",
+            {"transcoders": {"layers": [0, 1], "l1_coefficient": 1}},
+        ),
+        (
+            r"greater_than.layer 3: expected one of transcoders.layers, \[0, 2\], or skip notebook 06",
+            {
+                "transcoders": {"layers": [0, 2], "l1_coefficient": 1},
+                "greater_than": {"layer": 3},
+            },
+        ),
+        (
+            r"transcoders.layers \[2\]: expected two or more, or skip notebook 03",
+            {"transcoders": {"layers": [2], "l1_coefficient": 1}},
+        ),
+        (
+            "sweep: expected transcoder_l1, sae_mlp_out_l1 or families, .* skip notebook 02",
+            {"sweep": {"layer": 2}},
+        ),
+        ("sweep: expected .* skip notebook 02", {"sweep": {"layer": 2, "transcoder_l1": [1]}}),
+        (
+            "sweep: expected .* skip notebook 05",
+            {"sweep": {"layer": 2}, "skipped": {"02": "why"}},
+        ),
+        (
+            "sweep: k 8 for relu: topk and batch_topk need one",
+            {"sweep": {"layer": 2, "transcoder_l1": [1], "k": 8}},
+        ),
+        (
+            "sweep: transcoder-L2-x32-l1-1: expected each sparsity of a family once",
+            {"sweep": {"layer": 2, "transcoder_l1": [1, 1]}},
+        ),
+        ("corpus.seed 7: seed belongs at the top level", {"corpus": {"seed": 7}}),
+        (
+            "sweep.training.seed 7: seed belongs at the top level",
+            {"sweep": {"layer": 2, "training": {"seed": 7}}},
+        ),
+    ],
+)
+def test_what_a_run_would_stumble_over_is_refused_when_the_preset_is_read(
+    message: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    values = yaml.safe_load((PRESETS / "demo.yaml").read_text())
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump({**values, **changes}))
+    with pytest.raises(InputError, match=f"preset 'demo', {message}"):
+        load_preset(str(tmp_path / "demo.yaml"))
+
+
+def test_a_preset_that_trains_nothing_needs_neither_sparsity_nor_sweep(tmp_path: Path) -> None:
+    values = yaml.safe_load((PRESETS / "demo.yaml").read_text())
+    path = tmp_path / "mine.yaml"
+    changes = {"sweep": {"layer": 2}, "transcoders": {"published": "hub"}}
+    skipped = {"02": "no sweep", "05": "no sweep"}
+    path.write_text(yaml.safe_dump({**values, **changes, "skipped": skipped}))
+    assert load_preset(str(path)).sweep.specs() == []
+
+
 def test_a_preset_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text((presets.PRESETS / "demo.yaml").read_text())
@@ -159,6 +246,9 @@ def test_the_committed_schema_is_the_declarations_and_every_preset_follows_it() 
         text = (presets.PRESETS / f"{name}.yaml").read_text()
         assert text.startswith(f"# yaml-language-server: $schema={presets.SCHEMA}\n")
         jsonschema.validate(yaml.safe_load(text), json.loads(committed))
+    declared = json.loads(committed)
+    assert "seed" in declared["properties"]
+    assert not any("seed" in part["properties"] for part in declared["$defs"].values())
 
 
 def test_a_preset_of_ones_own_finds_what_lies_beside_it_and_cannot_leave_the_runs_folder(
@@ -175,13 +265,48 @@ def test_a_preset_of_ones_own_finds_what_lies_beside_it_and_cannot_leave_the_run
     preset = load_preset(str(path))
     assert preset.model == str(tmp_path / "mine")
     assert preset.corpus.source == str(tmp_path / "text.txt")
-    assert preset.runs_dir.is_absolute()
+    assert preset.runs_dir == tmp_path / "r"
     path.write_text(yaml.safe_dump({**values, "name": ".."}))
-    with pytest.raises(InputError, match="leave out the key name"):
+    with pytest.raises(InputError, match="leave out the keys name and asked"):
         load_preset(str(path))
     path.write_bytes("description: \u03bb".encode("utf-16"))
     with pytest.raises(InputError, match="is not YAML"):
         load_preset(str(path))
+
+
+def test_relative_paths_of_a_preset_are_taken_from_its_file_and_names_stay_names(
+    tmp_path: Path,
+) -> None:
+    values = yaml.safe_load((PRESETS / "gpt2-published.yaml").read_text())
+    path = tmp_path / "own.yaml"
+
+    def loaded(**changes: Any) -> presets.Preset:
+        path.write_text(yaml.safe_dump({**values, **changes}))
+        return load_preset(str(path))
+
+    (tmp_path / "demo").mkdir()
+    ids = loaded()
+    assert (ids.model, ids.corpus.source) == ("openai-community/gpt2", "Skylion007/openwebtext")
+    assert ids.transcoders.published == "hub"
+    assert loaded(model="demo").model == "demo"  # the bundled one, whatever lies beside
+    missing = loaded(
+        model="./none",
+        corpus={"kind": "docstrings", "source": "code"},
+        transcoders={"published": "released"},
+    )
+    assert missing.model == str(tmp_path / "none")
+    assert missing.corpus.source == str(tmp_path / "code")
+    assert missing.transcoders.published == str(tmp_path / "released")
+    (tmp_path / "text").mkdir()
+    folder = loaded(corpus={"kind": "huggingface", "source": "text"})
+    assert folder.corpus.source == str(tmp_path / "text")
+
+
+def test_released_transcoders_have_names_without_a_recipe(gpt2_lm: LanguageModel) -> None:
+    names = load_preset("gpt2-published").transcoders.names(gpt2_lm)
+    assert names == [f"transcoder-L{layer}-published" for layer in range(gpt2_lm.n_layers)]
+    trained = load_preset("demo").transcoders
+    assert trained.names(gpt2_lm) == [spec.name for spec in trained.specs(gpt2_lm)]
 
 
 def test_a_file_is_no_folder_for_runs_or_notebooks(tmp_path: Path) -> None:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from tiny import small_preset
 
 from tclib.circuits.files import load_json
-from tclib.replication import circuits, model_and_data, sweep, transcoders
-from tclib.replication.presets import Preset
+from tclib.models.locate import BUNDLED
+from tclib.replication import circuits, executed, model_and_data, sweep, transcoders
+from tclib.replication import run as run_module
+from tclib.replication.presets import Preset, load_preset
 from tclib.replication.results import markdown
 from tclib.replication.run import Run, open_run
 from tclib.support import files, steps
 from tclib.support.errors import InputError
+from tclib.support.places import NOTEBOOKS
 from tclib.support.steps import read_manifest
 
 pytestmark = pytest.mark.slow
@@ -69,6 +78,21 @@ def test_the_circuit_step_holds_a_graph_that_adds_up(small: Preset, results: pd.
     assert (folder / "viewer" / "greater-than.json").is_file()
 
 
+def test_a_model_folder_whose_weights_changed_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED["demo"], folder)
+    preset = replace(small_preset(tmp_path / "runs"), model=str(folder))
+    before = Run(preset)
+    made_from = executed.fingerprint(before, next(NOTEBOOKS.glob("00*")), {})
+    assert len(before.corpus.train)
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.h.2.mlp.c_proj.bias"][0] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="made with other parameters or inputs"):
+        _ = Run(preset).corpus
+    assert executed.fingerprint(Run(preset), next(NOTEBOOKS.glob("00*")), {}) != made_from
+
+
 def test_other_parameters_are_refused_and_overwrite_nothing(
     small: Preset, results: pd.DataFrame
 ) -> None:
@@ -99,11 +123,38 @@ def test_a_damaged_dictionary_is_named_with_the_command(
         file.write_bytes(content)
 
 
-def test_layers_out_of_range_are_refused_before_work(small: Preset) -> None:
-    with pytest.raises(InputError, match="layer 4 is out of range"):
-        replace(small.transcoders, layers=(4,)).specs(Run(small).lm)
-    with pytest.raises(InputError, match="layer 12 is out of range"):
-        _ = Run(replace(small, sweep=replace(small.sweep, layer=12))).swept
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("transcoders", {"layers": (2, 4)}, "transcoders.layers 4: expected 0 to 3 for demo"),
+        ("sweep", {"layer": 12}, "sweep.layer 12: expected 0 to 3"),
+        ("case_studies", {"layer": 4}, "case_studies.layer 4: expected 0 to 3"),
+        ("greater_than", {"layer": 4}, "greater_than.layer 4: expected 0 to 3"),
+        ("greater_than", {"head": (4, 0)}, "greater_than.head.0 4: expected 0 to 3"),
+        ("greater_than", {"head": (0, 4)}, "greater_than.head.1 4: expected 0 to 3"),
+    ],
+)
+def test_what_the_model_lacks_is_refused_before_anything_is_made(
+    section: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    preset = load_preset("demo", runs_dir=tmp_path / "runs")
+    bad = replace(preset, **{section: replace(getattr(preset, section), **changes)})
+    with pytest.raises(InputError, match=message):
+        model_and_data.check_ready(bad)
+    with pytest.raises(InputError, match=message):
+        _ = Run(bad).corpus
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_year_after_which_nothing_comes_is_refused_unless_no_circuit_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    preset = load_preset("demo", runs_dir=tmp_path / "runs")
+    late = replace(preset, circuits=replace(preset.circuits, year=99))
+    with pytest.raises(InputError, match="circuits.year 99: .* later answers, 0 to 98 for demo"):
+        _ = Run(late).corpus
+    assert not (tmp_path / "runs").exists()
+    assert Run(replace(late, skipped={"03": "no circuit"})).lm.n_layers == 4
 
 
 def test_a_finished_step_is_hashed_once_and_its_weights_are_not_hashed_again(
@@ -122,13 +173,32 @@ def test_a_finished_step_is_hashed_once_and_its_weights_are_not_hashed_again(
     assert len(hashed) == len(set(hashed)) > 20
 
 
-def test_a_run_opens_without_making_anything_and_keeps_what_it_made(tmp_path: Path) -> None:
+def test_a_run_opens_without_making_anything_and_keeps_what_it_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(
+        run_module, "load_preset", lambda name, *a: (loaded.append(name), load_preset(name, *a))[1]
+    )
     run = open_run("demo", seed=7, runs_dir=tmp_path)
     assert repr(run) == f"Run('demo-seed7' in {tmp_path}/demo-seed7)"
     assert [one.preset.name for one in run.companions] == ["demo-neox-seed7"]
+    assert loaded == ["demo", "demo-neox"]
     assert not any(tmp_path.iterdir())
     assert run.lm is run.lm
     assert run.tells("02") and not open_run("pythia-410m").tells("03")
+
+
+def test_a_finished_run_is_opened_without_writing_anything(
+    small: Preset, results: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_arguments: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(FileLock, "acquire", lambda _self, timeout: refuses())
+    for name in ("replace", "remove", "unlink"):
+        monkeypatch.setattr(os, name, refuses)
+    pd.testing.assert_frame_equal(Run(small).results, results)
 
 
 def test_markdown_has_a_line_a_row() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tclib.replication.paper import paper_table
 from tclib.support.errors import InputError
@@ -32,7 +35,8 @@ from tclib.support.steps import (
 
 
 def step(tmp_path: Path) -> Step:
-    return Step("demo", "01_train_transcoders", tmp_path / "01_train_transcoders")
+    name = "01_train_transcoders"
+    return Step("demo", name, tmp_path / name, "tclib run --preset demo")
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -55,6 +59,54 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise KeyError
     assert (tmp_path / "x" / "a").read_text() == "second"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_is_being_replaced_is_there_before_or_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("first")
+
+    def fails(_source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with (
+        pytest.raises(InputError, match="No space left on device"),
+        new_folder(tmp_path / "x") as folder,
+    ):
+        (folder / "a").write_text("second")
+        monkeypatch.setattr(os, "replace", fails)
+    assert (tmp_path / "x" / "a").read_text() == "first"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_finished_run_on_a_disk_that_cannot_be_written_can_be_read(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(_self: object, timeout: float) -> None:
+        raise OSError(number, "cannot be written")
+
+    monkeypatch.setattr(FileLock, "acquire", refuses)
+    with exclusive(tmp_path / "run"):
+        pass
+    monkeypatch.setattr(
+        FileLock, "acquire", lambda _self, timeout: (_ for _ in ()).throw(OSError(5, "I/O"))
+    )
+    with pytest.raises(OSError, match="I/O"), exclusive(tmp_path / "run"):
+        pass
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder = tmp_path / "run"
+    (folder / "step" / f".tables.{dead.pid}.tmp").mkdir(parents=True)
+    for name in (f".a.csv.{dead.pid}.tmp", f".b.csv.{os.getpid()}.tmp", "c.tmp", ".d.tmp"):
+        (folder / "step" / name).write_text("x")
+    with exclusive(folder):
+        pass
+    left = {path.name for path in (folder / "step").iterdir()}
+    assert left == {f".b.csv.{os.getpid()}.tmp", "c.tmp", ".d.tmp"}
 
 
 @pytest.mark.slow
