@@ -8,6 +8,7 @@ The names below are loaded when they are first used, so that `import tclib` is q
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import importlib.metadata
 from pathlib import Path
@@ -73,7 +74,8 @@ __all__ = sorted(_HOME_OF)  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
-        raise AttributeError(f"module 'tclib' has no attribute {name!r}")
+        near = ", ".join(difflib.get_close_matches(name, __all__)) or "tclib's names are dir(tclib)"
+        raise AttributeError(f"module 'tclib' has no attribute {name!r}: did you mean {near}?")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-import types
-from dataclasses import make_dataclass
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadScopeScheduling
 
 # What functions and dataclasses take and give is checked in every module of tclib that names shapes,
 # and in no other: the hook costs most where small functions are called most, in the bundled grammar. An int
@@ -23,10 +25,35 @@ install_import_hook(
     with_shapes, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
 
-from tiny import GEOMETRIES, random_rows, tiny_lm  # noqa: E402
+# Hashes of models are kept there; a user's own are left alone.
+CACHE = tempfile.TemporaryDirectory(prefix="tclib-tests-")
+os.environ["TCLIB_CACHE"] = CACHE.name
+
+from tiny import GEOMETRIES, random_rows, runner_config_class, tiny_lm  # noqa: E402
 
 from tclib.models.language_model import LanguageModel  # noqa: E402
 from tclib.text.corpus import Corpus  # noqa: E402
+
+
+class Shares(LoadScopeScheduling):
+    """What two processes run is shared out by file, so that a file's fixtures are made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        # These make data/runs/demo and read it: two at once would be in each other's way.
+        uses_demo_run = file.endswith((".ipynb", "test_public_face.py"))
+        return "the demo run" if uses_demo_run else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    return Shares(config, log) if config.getoption("dist") == "loadscope" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks first, which take longest, then files with slow tests: what comes last is short."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.suffix != ".ipynb", item.path not in slow))
 
 
 @pytest.fixture(params=GEOMETRIES)
@@ -45,15 +72,7 @@ def corpus() -> Corpus:
 
 
 @pytest.fixture
-def runner_config(monkeypatch: pytest.MonkeyPatch) -> type:
-    """The class that the published pickles name, in a module that only the writing test has."""
-    fields = ["is_transcoder", "hook_point", "hook_point_layer", "d_in", "d_out", "d_sae"]
-    made = make_dataclass(
-        "LanguageModelSAERunnerConfig", [*fields, "model_name", "device", "dtype"]
-    )
-    made.__module__ = "sae_training.config"
-    package, module = types.ModuleType("sae_training"), types.ModuleType("sae_training.config")
-    module.LanguageModelSAERunnerConfig = made  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sae_training", package)
-    monkeypatch.setitem(sys.modules, "sae_training.config", module)
-    return made
+def runner_config() -> Iterator[type]:
+    """The class that the published pickles name, while a test lasts."""
+    with runner_config_class() as made:
+        yield made

@@ -24,12 +24,15 @@ def test_calls_of_a_wrong_shape_are_found_in_tests() -> None:
         kl_divergence(torch.zeros(2, 3, 4), torch.zeros(2, 5, 4))
 
 
+SHAPED = ("Float", "Int", "Bool", "Shaped")
+
+
 def _shape_strings(path: Path) -> list[ast.Constant]:
     """The strings in Float["..."], Int["..."], Bool["..."], whose names stand for no object."""
     return [
         part
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("Float", "Int", "Bool")
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in SHAPED
         for part in ast.walk(node.slice)
         if isinstance(part, ast.Constant)
     ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jaxtyping
 import torch
@@ -233,6 +236,20 @@ def small_preset(runs_dir: Path) -> Preset:
     )
 
 
+@contextmanager
+def runner_config_class() -> Iterator[type]:
+    """The class that the published pickles name, in a module that only what writes them has."""
+    fields = ["is_transcoder", "hook_point", "hook_point_layer", "d_in", "d_out", "d_sae"]
+    made = make_dataclass(
+        "LanguageModelSAERunnerConfig", [*fields, "model_name", "device", "dtype"]
+    )
+    made.__module__ = "sae_training.config"
+    package, module = types.ModuleType("sae_training"), types.ModuleType(made.__module__)
+    module.LanguageModelSAERunnerConfig = made  # type: ignore[attr-defined]
+    with mock.patch.dict(sys.modules, {package.__name__: package, module.__name__: module}):
+        yield made
+
+
 def authors_file(path: Path, config_class: type, **changed: object) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = {
@@ -257,5 +274,7 @@ def authors_file(path: Path, config_class: type, **changed: object) -> dict[str,
     config = config_class(**{**values, **{k: v for k, v in changed.items() if k in values}})
     state |= {k: v for k, v in changed.items() if k not in values}  # type: ignore[misc]
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
-    torch.save({"cfg": config, "state_dict": state}, path)
+    # The released files were saved on a GPU, and name it.
+    with mock.patch("torch.serialization.location_tag", return_value="cuda:0"):
+        torch.save({"cfg": config, "state_dict": state}, path)
     return state

@@ -12,8 +12,6 @@ from tclib.blind.predicates import Predicate, Score, score
 from tclib.evaluation.metrics import strong_threshold
 
 Grade = Literal["success", "mostly", "failure"]
-
-
 SUCCESS_F1, MOSTLY_F1, MOSTLY_AUROC = 0.6, 0.3, 0.9
 
 
@@ -27,10 +25,7 @@ class Graded:
 
 
 def grade_predicate(
-    predicate: Predicate,
-    rows: Int[Tensor, "row pos"],
-    acts: Float[Tensor, "row pos"],
-    bos_id: int,
+    predicate: Predicate, rows: Int[Tensor, "row pos"], acts: Float[Tensor, "row pos"], bos_id: int
 ) -> Graded:
     """Score a predicate on text that the study did not see, and grade it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,22 +36,7 @@ def labelled_rows(
     Errors: `InputError` if the model's tokenizer does not cut the text as the world's grammar does.
     """
     codes: dict[str, int] = {}
-    pairs = _encoded_documents(lm, seed, eval_fraction, codes)
     tokens, labels, n_tokens = [], [], 0
-    for ids, own in pairs:
-        tokens.append(ids)
-        labels.append(own)
-        n_tokens += len(ids) + 1
-        if n_tokens > (n_rows + 1) * n_ctx:
-            break
-    packed = pack(tokens, n_ctx, lm.bos_id, n_rows)
-    packed_labels = pack(labels, n_ctx, UNLABELLED, n_rows)
-    return LabelledRows(torch.from_numpy(packed), torch.from_numpy(packed_labels), tuple(codes))
-
-
-def _encoded_documents(
-    lm: LanguageModel, seed: int, eval_fraction: float, codes: dict[str, int]
-) -> Iterator[tuple[list[int], list[int]]]:
     for document in world.documents(seed):
         if split_of(document.text, eval_fraction) != "evaluation":
             continue
@@ -62,7 +46,14 @@ def _encoded_documents(
                 f"{lm.name} cuts a demo document into {len(ids)} tokens, its grammar into "
                 f"{len(document.labels)}: known latents need one of the bundled models"
             )
-        yield ids, [codes.setdefault(label, len(codes)) for label in document.labels]
+        tokens.append(ids)
+        labels.append([codes.setdefault(label, len(codes)) for label in document.labels])
+        n_tokens += len(ids) + 1
+        if n_tokens > (n_rows + 1) * n_ctx:
+            break
+    packed = pack(tokens, n_ctx, lm.bos_id, n_rows)
+    packed_labels = pack(labels, n_ctx, UNLABELLED, n_rows)
+    return LabelledRows(torch.from_numpy(packed), torch.from_numpy(packed_labels), tuple(codes))
 
 
 def label_scores(

@@ -7,12 +7,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from tclib.support.errors import InputError
+
+if TYPE_CHECKING:
+    from tclib.blind.session import BlindSession
 
 GENESIS = "0" * 64
 
@@ -99,19 +102,16 @@ def ledger_summary(entries: list[Entry]) -> pd.DataFrame:
     return pd.DataFrame(lines.values())
 
 
-@runtime_checkable
-class Studied(Protocol):
-    """What a ledger can be replayed on: a blind session."""
-
-    @property
-    def ledger(self) -> tuple[Entry, ...]: ...
-
-
-def replay(entries: list[Entry], session: Studied) -> pd.DataFrame:
+def replay(entries: list[Entry], session: BlindSession) -> pd.DataFrame:
     """Ask a new session every question of a ledger: index, question, agrees.
 
-    Floats agree within one per mille. Errors: `InputError` if the session studies something else.
+    Floats agree within one per mille. Errors: `InputError` for an empty ledger, or if the session
+    studies something else.
     """
+    if not entries:
+        raise InputError(
+            "the ledger is empty: expected at least the line with which a study begins"
+        )
     if session.ledger[0].arguments != entries[0].arguments:
         raise InputError(
             f"the ledger is about {entries[0].arguments}, the session about {session.ledger[0].arguments}"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tclib.support.errors import InputError
 from tclib.support.statistics import auroc
@@ -54,11 +55,9 @@ class Predicate:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        sets = {
-            name: None if ids is None else sorted(ids)
-            for name, ids in (("current", self.current), ("attended", self.attended))
-        }
-        return {**sets, "reach": self.reach}
+        sets = {"current": self.current, "attended": self.attended}
+        listed = {name: None if ids is None else sorted(ids) for name, ids in sets.items()}
+        return {**listed, "reach": self.reach}
 
 
 def _isin(rows: Int[Tensor, "row pos"], ids: frozenset[int]) -> Bool[Tensor, "row pos"]:
@@ -67,16 +66,9 @@ def _isin(rows: Int[Tensor, "row pos"], ids: frozenset[int]) -> Bool[Tensor, "ro
 
 def _seen_before(here: Bool[Tensor, "row pos"], reach: int) -> Bool[Tensor, "row pos"]:
     """Whether any of the `reach` positions before each one is marked."""
-    before = torch.zeros_like(here)
-    counts = here.cumsum(1)
-    before[:, 1:] = counts[:, :-1] > 0
-    if reach:
-        beyond = torch.zeros_like(counts)
-        beyond[:, reach + 1 :] = counts[:, : -reach - 1]
-        previous = torch.zeros_like(counts)
-        previous[:, 1:] = counts[:, :-1]
-        before = previous > beyond
-    return before
+    n_before = pad(here.cumsum(1, dtype=torch.int32), (1, 0))[:, :-1]
+    beyond = pad(n_before, (reach, 0))[:, : here.shape[1]] if reach else 0
+    return n_before > beyond
 
 
 @dataclass(frozen=True)
@@ -119,18 +111,20 @@ def score(
         raise InputError(
             f"the feature is never above {threshold:g} on this text: give more text, or a live feature"
         )
-    hits = int((active & said).sum())
-    precision = hits / int(said.sum()) if said.any() else 0.0
-    recall = hits / int(active.sum())
-    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    precision, recall, f1 = _precision_recall_f1(said, active)
     spread = graded.std() * values.std()
     correlation = float(np.corrcoef(graded, values)[0, 1]) if spread > 0 else 0.0
     counts = (int(active.sum()), int(said.sum()))
     return Score(precision, recall, f1, auroc(graded, active), correlation, *counts)
 
 
-# ---------------------------------------------------------------------------------------------
-# The simplest predicate that explains examples
+def _precision_recall_f1(said: Any, active: Any) -> tuple[float, float, float]:
+    """Of two masks of one shape, `active` true somewhere; arrays or tensors."""
+    hits, n_said, n_active = (int(mask.sum()) for mask in (active & said, said, active))
+    precision = hits / n_said if n_said else 0.0
+    recall = hits / n_active
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    return precision, recall, f1
 
 
 def fit_predicate(
@@ -171,7 +165,7 @@ def fit_predicate(
         raise InputError("no token explains any activation: the rows hold BOS alone")
     best, best_f1 = candidates[0], -1.0
     for candidate in candidates:
-        f1 = score(candidate.holds(rows, bos_id), acts, text, threshold).f1
+        f1 = _precision_recall_f1(candidate.holds(rows, bos_id), active & text)[2]
         if f1 > best_f1 + (0.05 if best_f1 >= 0 else 0.0):
             best, best_f1 = candidate, f1
     return best
@@ -192,8 +186,9 @@ def _best_tokens(
     candidates = rows[active] if reach is None else _tokens_before(rows, active, reach)
     ids, counts = candidates.unique(return_counts=True)
     common = ids[counts.argsort(descending=True)][: 4 * max_tokens]
-    masks = {int(i): _where(rows, int(i), reach) & within for i in common}
-    precision = {i: float(active[mask].double().mean()) for i, mask in masks.items() if mask.any()}
+    masks = {i: _where(rows, i, reach) & within for i in common.tolist()}
+    sizes = {i: int(mask.sum()) for i, mask in masks.items()}
+    precision = {i: int((active & masks[i]).sum()) / size for i, size in sizes.items() if size}
     ordered = sorted(precision, key=lambda i: -precision[i])
     n_active = int(active.sum())
     union, best, best_f1, chosen = torch.zeros_like(active), 0, 0.0, []
@@ -218,7 +213,5 @@ def _tokens_before(
     rows: Int[Tensor, "row pos"], active: Bool[Tensor, "row pos"], reach: int
 ) -> Int[Tensor, "token"]:
     """Tokens at up to four positions before active ones (or `reach`, if that is less)."""
-    found = []
-    for back in range(1, min(reach or 4, 4) + 1):
-        found.append(rows[:, :-back][active[:, back:]])
-    return torch.cat(found)
+    distances = range(1, min(reach or 4, 4) + 1)
+    return torch.cat([rows[:, :-back][active[:, back:]] for back in distances])

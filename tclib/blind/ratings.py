@@ -46,19 +46,17 @@ class RatingStore:
     def __init__(self, path: Path, n_items: int, rater: str) -> None:
         self.path, self.n_items, self.rater = path, n_items, rater
         self.answers: dict[int, dict[str, Any]] = {}
-        if path.is_file():
-            self._load()
-
-    def _load(self) -> None:
+        if not path.is_file():
+            return
         try:
-            held = json.loads(self.path.read_text(encoding="utf-8"))
+            held = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"{self.path} is no ratings file ({error}): move it away") from error
+            raise InputError(f"{path} is no ratings file ({error}): move it away") from error
         found = (held.get("format"), held.get("rater"), held.get("n_items"))
-        if found != (FORMAT, self.rater, self.n_items):
+        if found != (FORMAT, rater, n_items):
             raise InputError(
-                f"{self.path} holds {found[2]} items of rater {found[1]!r}, not {self.n_items} of "
-                f"{self.rater!r}: choose another file"
+                f"{path} holds {found[2]} items of rater {found[1]!r}, not {n_items} of "
+                f"{rater!r}: choose another file"
             )
         self.answers = {int(number): answer for number, answer in held["answers"].items()}
 
@@ -122,10 +120,9 @@ def rating_widget(items: Sequence[Item], store: RatingStore) -> Any:
     def show() -> None:
         bar.value = len(store.answers)
         free.value = False
-        done = "<h2>All items are rated.</h2>"
-        view.value = (
-            done if shown[0] is None else f"<h3>Item {shown[0] + 1}</h3>{items[shown[0]].html}"
-        )
+        view.value = "<h2>All items are rated.</h2>"
+        if shown[0] is not None:
+            view.value = f"<h3>Item {shown[0] + 1}</h3>{items[shown[0]].html}"
 
     def rate(rating: Rating, context_free: bool) -> None:
         if shown[0] is not None:

@@ -32,19 +32,9 @@ from tclib.circuits.frozen import FrozenPrompts
 from tclib.circuits.paths import greedy_paths
 from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.features import from_weights as weights
 from tclib.features.dashboard import Dashboard, build_dashboard
 from tclib.features.examples import feature_activations, sample_in_bands
-from tclib.features.from_weights import (
-    Head,
-    LoneTokens,
-    de_embedding,
-    direct_logit_attribution,
-    extended_de_embedding,
-    feature_table,
-    ov_norms,
-    pullback,
-    token_table,
-)
 from tclib.models.language_model import LanguageModel
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
@@ -60,7 +50,7 @@ class _Secret:
     rows: Int[Tensor, "row pos"]
     acts: Float[Tensor, "row pos"]
     frozen: dict[Position, FrozenPrompts]
-    lone: LoneTokens
+    lone: weights.LoneTokens
 
 
 # Kept apart from the sessions, so that nothing that walks over a session's attributes finds it.
@@ -132,7 +122,7 @@ class BlindSession:
         restricted: bool = False,
         *,
         acts: Float[Tensor, "row pos"] | None = None,
-        lone: LoneTokens | None = None,
+        lone: weights.LoneTokens | None = None,
     ) -> None:
         by_layer = {d.config.layer: d for d in transcoders.values()}
         if layer not in by_layer:
@@ -144,7 +134,7 @@ class BlindSession:
                 f"activations of shape {tuple(acts.shape)} for rows of shape {tuple(rows.shape)}: "
                 "give one activation a token, or leave them out"
             )
-        lone = LoneTokens(lm, transcoders.values()) if lone is None else lone
+        lone = weights.LoneTokens(lm, transcoders.values()) if lone is None else lone
         if not bool((acts > 0).any()):
             raise InputError(
                 f"feature {feature} of layer {layer} never fires on this corpus: draw a live one"
@@ -220,9 +210,8 @@ class BlindSession:
         self._refuse_layer_0(layer)
         frozen = self._frozen(position)
         (found,) = sources(frozen, [frozen.feature_target(layer, feature, position.pos)])
-        table = found.table.assign(
-            share=np.abs(found.contribution) / np.abs(found.contribution).sum()
-        )
+        size = np.abs(found.contribution)
+        table = found.table.assign(share=size / size.sum())
         if self.restricted:
             table = table[~((table["kind"] == "feature") & (table["layer"] == 0))]
         by_size = table.sort_values("contribution", key=abs, ascending=False)
@@ -242,13 +231,11 @@ class BlindSession:
         frozen = self._frozen(position)
         root = frozen.feature_target(self.layer, self.feature, position.pos)
         lines = [
-            {"path": " <- ".join(map(str, path.nodes)), "contribution": path.contribution}
+            (" <- ".join(map(str, path.nodes)), path.contribution)
             for level in greedy_paths(frozen, root, n_iterations, n_branches)
             for path in level
-            if not (
-                self.restricted
-                and any(node.kind == "feature" and node.layer == 0 for node in path.nodes)
-            )
+            if not self.restricted
+            or not any(node.kind == "feature" and node.layer == 0 for node in path.nodes)
         ]
         return pd.DataFrame(lines, columns=["path", "contribution"])
 
@@ -264,10 +251,10 @@ class BlindSession:
         k: int = 10,
     ) -> pd.DataFrame:
         """Tokens of the vocabulary that excite a feature, from weights alone: rank, token, score."""
-        function = extended_de_embedding if extended else de_embedding
-        through = None if head is None else Head(*head)
+        function = weights.extended_de_embedding if extended else weights.de_embedding
+        through = None if head is None else weights.Head(*head)
         lm = _SECRETS[self].lm
-        return token_table(lm, function(lm, self._transcoder(layer), feature, through), k)
+        return weights.token_table(lm, function(lm, self._transcoder(layer), feature, through), k)
 
     @question
     def lone_token(self, layer: int = OWN, feature: int = OWN, k: int = 10) -> pd.DataFrame:
@@ -277,7 +264,7 @@ class BlindSession:
         """
         secret = _SECRETS[self]
         scores = secret.lone.scores(self._transcoder(layer), feature)
-        return token_table(secret.lm, scores, k)
+        return weights.token_table(secret.lm, scores, k)
 
     @question
     def pullback(
@@ -290,19 +277,21 @@ class BlindSession:
     ) -> pd.DataFrame:
         """Earlier features that excite a feature, from weights alone: feature, score."""
         dictionary, earlier = self._transcoder(layer), self._transcoder(earlier_layer)
-        through = None if head is None else Head(*head)
-        return feature_table(pullback(_SECRETS[self].lm, dictionary, feature, earlier, through), k)
+        through = None if head is None else weights.Head(*head)
+        lm = _SECRETS[self].lm
+        return weights.feature_table(weights.pullback(lm, dictionary, feature, earlier, through), k)
 
     @question
     def logits(self, k: int = 10) -> pd.DataFrame:
         """Tokens that the feature promotes and suppresses: rank, token, score."""
         lm, dictionary = _SECRETS[self].lm, self._transcoder(self.layer)
-        return token_table(lm, direct_logit_attribution(lm, dictionary, self.feature), k)
+        scores = weights.direct_logit_attribution(lm, dictionary, self.feature)
+        return weights.token_table(lm, scores, k)
 
     @question
     def ov_norms(self) -> pd.DataFrame:
         """How strongly each head could feed the feature: a line a layer, a column a head."""
-        norms = ov_norms(_SECRETS[self].lm, self._transcoder(self.layer), self.feature)
+        norms = weights.ov_norms(_SECRETS[self].lm, self._transcoder(self.layer), self.feature)
         return pd.DataFrame(to_numpy(norms))
 
     # -- the end of blindness ---------------------------------------------------------------
@@ -323,22 +312,17 @@ class BlindSession:
         if self._is_blind:
             self._is_blind = False
             self._record("unblind", "unblind", {}, None)
-        secret = _SECRETS[self]
-        dictionary = secret.transcoders[self.layer]
-        earlier = secret.transcoders
-        return build_dashboard(
-            secret.lm, dictionary, self.feature, secret.rows, earlier, secret.acts, n_examples
-        )
+        lm, every = _SECRETS[self].lm, _SECRETS[self].transcoders
+        rows, acts = _SECRETS[self].rows, _SECRETS[self].acts
+        return build_dashboard(lm, every[self.layer], self.feature, rows, every, acts, n_examples)
 
     def text(self, position: Position) -> str:
         """The text up to a position; only after `unblind()`."""
         if self._is_blind:
             raise BlindnessError("text is hidden until unblind()")
-        secret = _SECRETS[self]
         self._check(position)
-        return "".join(
-            secret.lm.token_strings(secret.rows[position.example, : position.pos + 1].tolist())
-        )
+        ids = _SECRETS[self].rows[position.example, : position.pos + 1]
+        return "".join(_SECRETS[self].lm.token_strings(ids.tolist()))
 
     def save_ledger(self, path: Path) -> None:
         """Write the ledger as JSON lines."""

@@ -25,12 +25,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from tclib.circuits.frozen import FrozenPrompts, ReadSite, SourceKind
+from tclib.circuits.frozen import FrozenPrompts, ReadSite
 from tclib.circuits.writers import Part, Writer, writers
-from tclib.models.architectures import AttentionWeights
 from tclib.support.statistics import to_numpy
 
 Heads = Literal["summed", "nodes"]
@@ -84,9 +83,8 @@ class DirectEffects:
             lm = self.frozen.lm
             shape = (lm.n_layers, lm.n_heads, self.frozen.n_pos)
             layer, head, pos = np.indices(shape).reshape(3, -1)
-            blocks.append(
-                _block("head", layer, head, np.full(pos.size, -1), pos, np.ones(pos.size))
-            )
+            columns = {"kind": "head", "layer": layer, "head": head, "feature": -1, "pos": pos}
+            blocks.append(pd.DataFrame({**columns, "activation": 1.0}))
         return pd.concat(blocks, ignore_index=True)
 
     # -- rows -------------------------------------------------------------------------------
@@ -181,24 +179,18 @@ class DirectEffects:
         """P Σ_h Σ_t A[h, t, s] W_V W_O g(t) / σ(s), for all s up to `pos`."""
         if self.heads == "nodes" or len(grad) == 0:
             return 0.0
-        weights = self.frozen.attention[layer]
+        frozen, weights = self.frozen, self.frozen.attention[layer]
         n_targets, n_pos, d_model = grad.shape
         n_heads, d_head, _ = weights.W_O.shape
         written = grad.reshape(-1, d_model) @ weights.W_O.reshape(-1, d_model).T
         by_head = written.view(n_targets, n_pos, n_heads, d_head).permute(2, 1, 0, 3)
-        pattern = self._scaled_pattern(layer)[:, :n_pos, :n_pos]
-        mixed = torch.bmm(pattern.mT, by_head.reshape(n_heads, n_pos, n_targets * d_head))
+        pattern = frozen.cache.pattern[layer][self.prompt]
+        scaled = (pattern / frozen.cache.attention_scale[layer][self.prompt])[:, :n_pos, :n_pos]
+        mixed = torch.bmm(scaled.mT, by_head.reshape(n_heads, n_pos, n_targets * d_head))
         values = mixed.view(n_heads, n_pos, n_targets, d_head).permute(2, 1, 0, 3)
-        back = values.reshape(n_targets * n_pos, -1) @ self._value_weights(weights)
+        W_V = frozen.lm.final_norm.centre(weights.W_V.transpose(1, 2)).reshape(-1, d_model)
+        back = values.reshape(n_targets * n_pos, -1) @ W_V
         return back.view(n_targets, n_pos, d_model)
-
-    def _scaled_pattern(self, layer: int) -> Float[Tensor, "head dst src"]:
-        cache = self.frozen.cache
-        return cache.pattern[layer][self.prompt] / cache.attention_scale[layer][self.prompt]
-
-    def _value_weights(self, weights: AttentionWeights) -> Float[Tensor, "head_d_head d_model"]:
-        centred = self.frozen.lm.final_norm.centre(weights.W_V.transpose(1, 2))
-        return centred.reshape(-1, centred.shape[-1])
 
 
 def _batches(readers: Sequence[Readers], limit: int) -> Iterator[list[Readers]]:
@@ -232,20 +224,14 @@ def _read_features(writer: Writer, grad: Tensor, first: int, pos: int, out: Tens
 
 
 def _column_block(writer: Writer) -> pd.DataFrame:
-    none, ones = np.full(writer.n_lines, -1), np.ones(writer.n_lines)
-    feature = none if writer.feature is None else writer.feature.cpu().numpy().astype(np.int64)
     pos = np.repeat(np.arange(len(writer.offsets) - 1), np.diff(writer.offsets))
-    acts = ones if writer.acts is None else to_numpy(writer.acts)
-    return _block(writer.kind, writer.layer, -1, feature, pos, acts)
-
-
-def _block(
-    kind: SourceKind,
-    layer: int | np.ndarray,
-    head: int | np.ndarray,
-    feature: Int[np.ndarray, "column"],
-    pos: Int[np.ndarray, "column"],
-    activation: Float[np.ndarray, "column"],
-) -> pd.DataFrame:
-    columns = {"kind": kind, "layer": layer, "head": head, "feature": feature}
-    return pd.DataFrame({**columns, "pos": pos, "activation": activation})
+    return pd.DataFrame(
+        {
+            "kind": writer.kind,
+            "layer": writer.layer,
+            "head": -1,
+            "feature": -1 if writer.feature is None else writer.feature.cpu().numpy(),
+            "pos": pos,
+            "activation": 1.0 if writer.acts is None else to_numpy(writer.acts),
+        }
+    )

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tclib.circuits.graph import AttributionGraph, edges_between
+from tclib.circuits.graph import AttributionGraph, edge_columns, edges_between
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
 
@@ -53,17 +53,13 @@ def load_json(path: Path) -> AttributionGraph:
 
 def save_parquet(graph: AttributionGraph, folder: Path) -> None:
     """`nodes.parquet` (with constant and left_out of targets) and `edges.parquet`."""
-    held = _as_dict(graph)
-    header = {"format": FORMAT, "model": held["model"], "tokens": held["tokens"]}
-    header |= {"dtype": held["dtype"]}
+    header = {"format": FORMAT, "model": graph.model, "tokens": list(graph.tokens)}
+    header |= {"dtype": _dtype_name(graph)}
     nodes = graph.nodes.assign(is_target=False, constant=np.nan, left_out=np.nan)
-    for column, values in (
-        ("is_target", True),
-        ("constant", graph.constant),
-        ("left_out", graph.left_out),
-    ):
-        nodes.loc[graph.targets, column] = values
-    edges = pd.DataFrame(held["edges"], columns=["source", "target", "effect"])
+    nodes.loc[graph.targets, "is_target"] = True
+    nodes.loc[graph.targets, "constant"] = graph.constant
+    nodes.loc[graph.targets, "left_out"] = graph.left_out
+    edges = pd.DataFrame(edge_columns(graph))
     for name, frame in (("nodes", nodes), ("edges", edges)):
         table = pa.Table.from_pandas(frame, preserve_index=False)
         named = {**(table.schema.metadata or {}), b"tclib": json.dumps(header).encode()}
@@ -74,17 +70,15 @@ def save_parquet(graph: AttributionGraph, folder: Path) -> None:
 def load_parquet(folder: Path) -> AttributionGraph:
     """Read what `save_parquet` wrote. Errors: `InputError` for missing, broken or other files."""
     paths = [folder / "nodes.parquet", folder / "edges.parquet"]
-    nodes, edges = (_parsed(path, partial(pq.read_table, path)) for path in paths)
-    header = (nodes.schema.metadata or {}).get(b"tclib")
+    found, edges = (_parsed(path, partial(pq.read_table, path)) for path in paths)
+    header = (found.schema.metadata or {}).get(b"tclib")
     held = json.loads(header) if header else {}
     _check_format(paths[0], held.get("format"))
-    frame = nodes.to_pandas()
-    targets = frame["is_target"].to_numpy().nonzero()[0]
-    held |= {"targets": targets}
+    frame = found.to_pandas()
+    held["targets"] = targets = frame["is_target"].to_numpy().nonzero()[0]
     held |= {name: frame[name].to_numpy()[targets] for name in ("constant", "left_out")}
-    return _rebuilt(
-        held, frame.drop(columns=["is_target", "constant", "left_out"]), edges.to_pandas()
-    )
+    nodes = frame.drop(columns=["is_target", "constant", "left_out"])
+    return _rebuilt(held, nodes, edges.to_pandas())
 
 
 def _as_dict(graph: AttributionGraph) -> dict[str, Any]:
@@ -93,7 +87,7 @@ def _as_dict(graph: AttributionGraph) -> dict[str, Any]:
         "format": FORMAT,
         "model": graph.model,
         "tokens": list(graph.tokens),
-        "dtype": str(graph.edges.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(graph),
         "types": {name: str(kind) for name, kind in graph.nodes.dtypes.items()},
         "nodes": nodes.to_dict(orient="records"),
         "targets": graph.targets.tolist(),
@@ -101,6 +95,10 @@ def _as_dict(graph: AttributionGraph) -> dict[str, Any]:
         "left_out": graph.left_out.tolist(),
         "edges": list(edges_between(graph)),
     }
+
+
+def _dtype_name(graph: AttributionGraph) -> str:
+    return str(graph.edges.dtype).removeprefix("torch.")
 
 
 def _rebuilt(held: dict[str, Any], nodes: pd.DataFrame, edges: pd.DataFrame) -> AttributionGraph:
@@ -163,7 +161,6 @@ def save_for_viewer(graph: AttributionGraph, folder: Path, slug: str, scan: str 
     }
     lines = list(_with_reached(graph.nodes).itertuples())
     ids = [_viewer_id(line) for line in lines]
-    viewer_nodes = [_viewer_node(line, id_, graph) for line, id_ in zip(lines, ids, strict=True)]
     document = {
         "metadata": metadata,
         "qParams": {
@@ -173,7 +170,7 @@ def save_for_viewer(graph: AttributionGraph, folder: Path, slug: str, scan: str 
             "clickedId": "",
             "sg_pos": "",
         },
-        "nodes": viewer_nodes,
+        "nodes": [_viewer_node(line, id_, graph) for line, id_ in zip(lines, ids, strict=True)],
         "links": [
             {"source": ids[source], "target": ids[target], "weight": weight}
             for source, target, weight in edges_between(graph)
@@ -225,18 +222,14 @@ def _viewer_node(line: Any, node_id: str, graph: AttributionGraph) -> dict[str, 
 
 
 def _viewer_number(line: Any) -> int:
-    if line.kind == "feature":
-        return _cantor(line.layer, line.feature)
+    if line.kind == "feature":  # Cantor's pairing, by which the viewer finds a feature of a layer
+        both = line.layer + line.feature
+        return int(both * (both + 1) // 2 + line.feature)
     if line.kind == "root":
         return int(line.feature if line.feature >= 0 else -100 - line.Index)
     if line.kind == "embedding":
         return int(line.pos)
     return int(_VIEWER_CODES.get(line.kind, -10 - max(line.head, 0)))
-
-
-def _cantor(one: int, other: int) -> int:
-    """The pairing function by which the viewer finds a feature of a layer."""
-    return (one + other) * (one + other + 1) // 2 + other
 
 
 def _enter(path: Path, metadata: dict[str, Any]) -> None:

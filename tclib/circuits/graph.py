@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tclib.circuits.edges import DirectEffects, Heads, Readers
@@ -144,7 +144,12 @@ def attribution_graph(
         in_reach &= columns["pos"].to_numpy() > 0
     n_features = min(max_feature_nodes, int(in_reach.sum()))
     n_rows = len(chosen.targets) + n_features
-    _check_memory(n_rows, effects.n_columns, frozen.lm.dtype.itemsize, memory_limit_gib)
+    needed = n_rows * effects.n_columns * frozen.lm.dtype.itemsize / 2**30
+    if needed > memory_limit_gib:
+        raise InputError(
+            f"a graph of {n_rows} targets and {effects.n_columns} sources takes {needed:.1f} GiB: lower "
+            f"max_feature_nodes, shorten the prompt, or raise memory_limit_gib above {memory_limit_gib:g}"
+        )
     edges = torch.zeros(n_rows, effects.n_columns, dtype=frozen.lm.dtype, device=frozen.lm.device)
     row_columns = _fill(effects, columns, chosen, in_reach, edges)
     return _assemble(frozen, columns, chosen, row_columns, edges, prompt, keep_bos)
@@ -164,7 +169,8 @@ def _fill(
     """Fill the rows, roots first; return the column of each row's feature (−1 for a root)."""
     n_roots = len(roots.targets)
     row_columns = np.full(len(edges), -1)
-    _root_rows(effects, roots.targets, edges[:n_roots])
+    for row, root in zip(edges, roots.targets, strict=False):
+        effects.rows(root.pos, [Readers(root.site, root.direction[None])], row[None])
     waiting = in_reach.copy()
     done = n_roots
     with progress(None, "graph", total=len(edges) - n_roots, unit="feature") as bar:
@@ -173,18 +179,16 @@ def _fill(
             queue = waiting.nonzero()[0]
             if len(queue) > room:
                 influence = _influence_so_far(edges[:done], row_columns[:done], columns, roots)
-                queue = _most_influential(queue, influence, min(room, ROUND))
-            order = _by_place(columns, queue)
+                ranked = queue[np.argsort(-influence[queue], kind="stable")]
+                queue = ranked[: min(room, ROUND)]
+            # By token, and from the top layer down within a token.
+            places = columns.iloc[queue]
+            order = queue[np.lexsort((-places["layer"].to_numpy(), places["pos"].to_numpy()))]
             _feature_rows(effects, columns, order, edges[done : done + len(order)], bar.update)
             row_columns[done : done + len(order)] = order
             waiting[order] = False
             done += len(order)
     return row_columns
-
-
-def _root_rows(effects: DirectEffects, roots: Sequence[Target], out: Tensor) -> None:
-    for row, root in zip(out, roots, strict=True):
-        effects.rows(root.pos, [Readers(root.site, root.direction[None])], row[None])
 
 
 def _influence_so_far(
@@ -207,19 +211,6 @@ def _influence_so_far(
     return influence.double().cpu().numpy()
 
 
-def _most_influential(
-    queue: Int[np.ndarray, "waiting"], influence: Float[np.ndarray, "column"], n: int
-) -> Int[np.ndarray, "chosen"]:
-    ranked = queue[np.argsort(-influence[queue], kind="stable")]
-    return ranked[:n]
-
-
-def _by_place(columns: pd.DataFrame, features: np.ndarray) -> np.ndarray:
-    """By token, and from the top layer down within a token."""
-    places = columns.iloc[features]
-    return features[np.lexsort((-places["layer"].to_numpy(), places["pos"].to_numpy()))]
-
-
 def _feature_rows(
     effects: DirectEffects,
     columns: pd.DataFrame,
@@ -232,7 +223,7 @@ def _feature_rows(
         here = places[places["pos"] == pos]
         readers = [
             _readers(effects.frozen, layer, here["feature"][here["layer"] == layer].to_numpy())
-            for layer in here["layer"].unique().tolist()  # from the top, as `_by_place` has them
+            for layer in here["layer"].unique().tolist()  # from the top, as they are ordered
         ]
         effects.rows(pos, readers, out[here.index[0] : here.index[-1] + 1])
         tick(len(here))
@@ -284,8 +275,7 @@ def _assemble(
     visible = torch.zeros(len(edges), len(kept) + n_roots, dtype=edges.dtype)
     visible[:, : len(kept)] = edges.index_select(1, kept)[rows]
     nodes = _node_table(frozen, columns[shown], roots, prompt)
-    n_features = len(feature_columns)
-    n_nodes = len(nodes)
+    n_features, n_nodes = len(feature_columns), len(nodes)
     targets = np.concatenate([np.arange(n_features), np.arange(n_nodes - n_roots, n_nodes)])
     graph = AttributionGraph(
         model=frozen.lm.name,
@@ -351,12 +341,10 @@ def _node_table(
     nodes.loc[len(sources) :, "value"] = [frozen.value(root) for root in roots.targets]
     nodes["root_weight"] = np.zeros(len(nodes))
     nodes.loc[len(sources) :, "root_weight"] = roots.weights
-    names = [node_name(*line) for line in sources[list(_NAMED)].itertuples(index=False)]
+    named = sources[["kind", "layer", "head", "feature", "pos"]]
+    names = [node_name(*line) for line in named.itertuples(index=False)]
     nodes.insert(0, "name", [*names, *(root.name for root in roots.targets)])
     return nodes
-
-
-_NAMED = ("kind", "layer", "head", "feature", "pos")
 
 
 def _pre_acts(frozen: FrozenPrompts, features: pd.DataFrame, prompt: int) -> np.ndarray:
@@ -381,21 +369,16 @@ def _constants(frozen: FrozenPrompts, features: pd.DataFrame, roots: Roots) -> n
     return np.array([*b_enc, *(root.constant for root in roots.targets)], dtype=np.float64)
 
 
-# ---------------------------------------------------------------------------------------------
-# Checks
-
-
-def _check_memory(n_rows: int, n_columns: int, itemsize: int, limit_gib: float) -> None:
-    needed = n_rows * n_columns * itemsize / 2**30
-    if needed > limit_gib:
-        raise InputError(
-            f"a graph of {n_rows} targets and {n_columns} sources takes {needed:.1f} GiB: lower "
-            f"max_feature_nodes, shorten the prompt, or raise memory_limit_gib above {limit_gib:g}"
-        )
+def edge_columns(graph: AttributionGraph) -> dict[str, Shaped[np.ndarray, "edge"]]:
+    """Source node, target node and effect of every edge that is not zero."""
+    row, column = graph.edges.nonzero(as_tuple=True)
+    return {
+        "source": column.numpy(),
+        "target": graph.targets[row.numpy()],
+        "effect": graph.edges[row, column].double().numpy(),
+    }
 
 
 def edges_between(graph: AttributionGraph) -> Iterator[tuple[int, int, float]]:
-    """(source node, target node, effect) of every edge that is not zero."""
-    row, column = graph.edges.nonzero(as_tuple=True)
-    weights = graph.edges[row, column].double().tolist()
-    yield from zip(column.tolist(), graph.targets[row.numpy()].tolist(), weights, strict=True)
+    """`edge_columns`, edge by edge."""
+    yield from zip(*(values.tolist() for values in edge_columns(graph).values()), strict=True)

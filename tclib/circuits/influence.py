@@ -33,9 +33,7 @@ class EdgeMatrix:
     counted: Bool[Tensor, "column"]
 
 
-def node_influence(
-    matrix: EdgeMatrix,
-) -> tuple[Float[Tensor, "column"], Float[Tensor, "target"]]:
+def node_influence(matrix: EdgeMatrix) -> tuple[Float[Tensor, "column"], Float[Tensor, "target"]]:
     """(Influence of every column, influence with which every target passes it on)."""
     influence = matrix.edges.new_zeros(matrix.edges.shape[1])
     passed_on = matrix.root_weight.to(matrix.edges, copy=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -64,16 +64,17 @@ class NodeFilter:
 
     def mask(self, found: Sources, n_pos: int) -> np.ndarray:
         """True for every source that passes."""
-        component = np.where(found.head >= 0, found.head, found.feature)
+        positions = None if self.positions is None else {pos % n_pos for pos in self.positions}
+        wanted: tuple[tuple[np.ndarray, Any], ...] = (
+            (np.array(KINDS)[found.kind], self.kinds),
+            (found.layer, self.layers),
+            (found.pos, positions),
+            (np.where(found.head >= 0, found.head, found.feature), self.components),
+        )
         passes = np.ones(len(found.kind), dtype=bool)
-        if self.kinds is not None:
-            passes &= np.isin(np.array(KINDS)[found.kind], list(self.kinds))
-        if self.layers is not None:
-            passes &= np.isin(found.layer, list(self.layers))
-        if self.positions is not None:
-            passes &= np.isin(found.pos, [pos % n_pos for pos in self.positions])
-        if self.components is not None:
-            passes &= np.isin(component, list(self.components))
+        for values, allowed in wanted:
+            if allowed is not None:
+                passes &= np.isin(values, list(allowed))
         return passes
 
 
@@ -116,7 +117,8 @@ def greedy_paths(
             for parent, its in zip(beam, every, strict=True)
             for child in _children(frozen, parent, its, n_branches, allowed, signs)
         ]
-        candidates.sort(key=lambda one: -_strength(one[0].contribution, signs))
+        # With signs="positive" nothing below 0 is among them.
+        candidates.sort(key=lambda one: -abs(one[0].contribution))
         best = candidates[:n_branches]
         found.append([path for path, _ in best])
         beam = [_Open(path, step()) for path, step in best if path.nodes[-1].kind in EXPANDABLE]
@@ -126,11 +128,7 @@ def greedy_paths(
 def path_table(levels: Sequence[Sequence[Path]], n_each: int = 5) -> pd.DataFrame:
     """The strongest paths of each length: length (nodes), path, contribution."""
     lines = [
-        {
-            "length": len(path.nodes),
-            "path": " <- ".join(map(str, path.nodes)),
-            "contribution": path.contribution,
-        }
+        (len(path.nodes), " <- ".join(map(str, path.nodes)), path.contribution)
         for level in levels
         for path in level[:n_each]
     ]
@@ -140,10 +138,6 @@ def path_table(levels: Sequence[Sequence[Path]], n_each: int = 5) -> pd.DataFram
 def root_node(root: Target) -> Node:
     """The node that stands for the target of a search."""
     return Node("root", root.site.layer, -1, -1, root.pos)
-
-
-def _strength(contribution: float, signs: Signs) -> float:
-    return abs(contribution) if signs == "both" else contribution
 
 
 def _children(
@@ -156,20 +150,13 @@ def _children(
 ) -> Iterable[tuple[Path, Callable[[], Target]]]:
     """The strongest sources of a path's end, each with the (lazy) target one step further back."""
     strength = np.abs(found.contribution) if signs == "both" else found.contribution
-    usable = allowed.mask(found, frozen.n_pos) & (found.contribution != 0)
-    if signs == "positive":
-        usable &= found.contribution > 0
+    usable = allowed.mask(found, frozen.n_pos) & (strength > 0)
     usable &= np.array(KINDS)[found.kind] != "constant"
     strongest = np.flatnonzero(usable)
     strongest = strongest[np.argsort(-strength[strongest], kind="stable")][:n_branches]
     for i in strongest:
-        node = Node(
-            KINDS[found.kind[i]],
-            int(found.layer[i]),
-            int(found.head[i]),
-            int(found.feature[i]),
-            int(found.pos[i]),
-        )
+        numbers = (found.layer, found.head, found.feature, found.pos)
+        node = Node(KINDS[found.kind[i]], *(int(column[i]) for column in numbers))
         path = Path((*parent.path.nodes, node), float(found.contribution[i]))
         yield path, partial(step_back, frozen, parent.target, node)
 
@@ -222,8 +209,7 @@ class PathGraph:
     def edge_table(self) -> pd.DataFrame:
         """A line an edge, strongest first."""
         lines = [
-            {"source": str(source), "target": str(target), "contribution": value}
-            for (source, target), value in self.edges.items()
+            (str(source), str(target), value) for (source, target), value in self.edges.items()
         ]
         table = pd.DataFrame(lines, columns=["source", "target", "contribution"])
         return _strongest_first(table, "contribution")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tclib.circuits.frozen import KINDS, FrozenPrompts, Target
+from tclib.circuits.frozen import KINDS, FrozenPrompts, SourceKind, Target
 from tclib.circuits.writers import writers
 from tclib.support.statistics import to_numpy
 
@@ -79,9 +80,11 @@ def _sources_of(
     `written` is W_O v of every head.
     """
     scale = frozen.scale(target.site, target.prompt, target.pos)
+    # The constant is not read from the stream: its weight undoes the scale.
+    constant = np.array([target.constant / scale])
     columns = [
-        _constant_columns(target, scale),
-        _local_columns(frozen, target),
+        _columns("constant", constant, layer=target.site.layer, pos=target.pos),
+        *_local_columns(frozen, target),
         _head_columns(frozen, target, written),
     ]
     joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
@@ -92,37 +95,29 @@ def _sources_of(
 _Columns = dict[str, np.ndarray]
 
 
-def _constant_columns(target: Target, scale: float) -> _Columns:
-    """The constant is not read from the stream: its weight undoes the scale."""
-    return {
-        "kind": np.array([KINDS.index("constant")]),
-        "layer": np.array([target.site.layer]),
-        "head": np.array([-1]),
-        "feature": np.array([-1]),
-        "pos": np.array([target.pos]),
-        "activation": np.ones(1),
-        "weight": np.array([target.constant / scale]),
-    }
+def _columns(kind: SourceKind | np.ndarray, weight: np.ndarray, **others: Any) -> _Columns:
+    """Columns as long as `weight`: −1 for what is not given, 1 for an activation."""
+    defaults = {"layer": -1, "head": -1, "feature": -1, "pos": -1, "activation": 1.0}
+    code = KINDS.index(kind) if isinstance(kind, str) else kind
+    columns = {"kind": code, **defaults, **others, "weight": weight}
+    return {name: np.broadcast_to(values, weight.shape) for name, values in columns.items()}
 
 
-def _local_columns(frozen: FrozenPrompts, target: Target) -> _Columns:
-    """Sources at the target's own token: embeddings, MLP parts, attention biases."""
+def _local_columns(frozen: FrozenPrompts, target: Target) -> tuple[_Columns, _Columns]:
+    """Sources at the target's own token: embeddings and MLP parts, and attention biases."""
     local = local_sources(frozen, target.prompt, target.pos)
-    n_mlp = int(np.searchsorted(local.layer, len(frozen.mlp_layers(target.site))))
-    n_attention = len(frozen.attention_layers(target.site))
-    bias_weight = local.attention_bias[:n_attention] @ target.direction
-    weight = torch.cat([local.vectors[:n_mlp] @ target.direction, bias_weight])
-    bias_kind = KINDS.index("attention_bias")
-    none = np.full(n_attention, -1)
-    return {
-        "kind": np.concatenate([local.kind[:n_mlp], np.full(n_attention, bias_kind)]),
-        "layer": np.concatenate([local.layer[:n_mlp], np.arange(n_attention)]),
-        "head": np.full(n_mlp + n_attention, -1),
-        "feature": np.concatenate([local.feature[:n_mlp], none]),
-        "pos": np.full(n_mlp + n_attention, target.pos),
-        "activation": np.concatenate([local.activation[:n_mlp], np.ones(n_attention)]),
-        "weight": to_numpy(weight),
-    }
+    below = slice(int(np.searchsorted(local.layer, target.site.layer)))
+    layers = np.arange(len(frozen.attention_layers(target.site)))
+    mlps = _columns(
+        local.kind[below],
+        to_numpy(local.vectors[below] @ target.direction),
+        layer=local.layer[below],
+        feature=local.feature[below],
+        pos=target.pos,
+        activation=local.activation[below],
+    )
+    biases = to_numpy(local.attention_bias[: len(layers)] @ target.direction)
+    return mlps, _columns("attention_bias", biases, layer=layers, pos=target.pos)
 
 
 def _head_columns(
@@ -134,15 +129,8 @@ def _head_columns(
     weight = torch.einsum("lhsk,lhk->lhs", values, written[:n_layers])
     pattern = frozen.patterns[:n_layers, target.prompt, :, target.pos, :n_src]
     layer, head, pos = np.indices(tuple(weight.shape)).reshape(3, -1)
-    return {
-        "kind": np.full(layer.size, KINDS.index("head")),
-        "layer": layer,
-        "head": head,
-        "feature": np.full(layer.size, -1),
-        "pos": pos,
-        "activation": to_numpy(pattern.reshape(-1)),
-        "weight": to_numpy(weight.reshape(-1)),
-    }
+    acts, weights = to_numpy(pattern.reshape(-1)), to_numpy(weight.reshape(-1))
+    return _columns("head", weights, layer=layer, head=head, pos=pos, activation=acts)
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,12 @@ class DictionaryConfig:
     basis: Basis = "processed"  # of mlp_in and mlp_out; raw: norm gain left in, output not centred
 
     def __post_init__(self) -> None:
-        _expect("kind", self.kind, get_args(Kind))
-        _expect("activation", self.activation, get_args(Activation))
-        _expect("basis", self.basis, get_args(Basis))
+        for name, known in (("kind", Kind), ("activation", Activation), ("basis", Basis)):
+            value, allowed = getattr(self, name), get_args(known)
+            if value not in allowed:
+                raise InputError(
+                    f"{name} {value!r}: expected one of {', '.join(map(repr, allowed))}"
+                )
         for name in ("d_in", "d_out", "n_features"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
@@ -90,11 +93,6 @@ class DictionaryConfig:
         return Site("mlp_in" if self.kind == "sae_mlp_in" else "mlp_out", self.layer)
 
 
-def _expect(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} {value!r}: expected one of {', '.join(map(repr, allowed))}")
-
-
 class DictionaryOutput(NamedTuple):
     """ŷ and z of one forward pass."""
 
@@ -126,11 +124,24 @@ class Dictionary:
         self.b_dec = b_dec
         self.W_skip = W_skip
         self.threshold = threshold
-        self._check_shapes()
+        found = {name: tuple(tensor.shape) for name, tensor in self.parameters().items()}
+        if found != config.shapes():
+            raise InputError(
+                f"weights of shapes {found}, but the configuration expects {config.shapes()}"
+            )
+        if threshold is not None and not bool((threshold >= 0).all()):
+            raise InputError(
+                f"threshold {float(threshold.min()):.3g}: expected 0 or more, so that activations "
+                "are never negative"
+            )
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_features"]:
         """Pre = x W_enc + b_enc. Errors: `InputError` for another width than d_in."""
-        self._check_width(x)
+        if x.shape[-1] != self.config.d_in:
+            raise InputError(
+                f"input of width {x.shape[-1]}, but this {self.config.kind} expects "
+                f"{self.config.d_in}: wrong layer or model?"
+            )
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) <= FEW_TOKENS:
             # For one prompt the wide factor goes first: the product is half again as fast on a CPU.
@@ -232,24 +243,6 @@ class Dictionary:
         if metadata.get("format") != FILE_FORMAT:
             raise InputError(f"{path} does not hold a tclib dictionary: {remedy}")
         return cls(DictionaryConfig(**metadata["config"]), **tensors)
-
-    def _check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.config.d_in:
-            raise InputError(
-                f"input of width {x.shape[-1]}, but this {self.config.kind} expects "
-                f"{self.config.d_in}: wrong layer or model?"
-            )
-
-    def _check_shapes(self) -> None:
-        expected = self.config.shapes()
-        found = {name: tuple(tensor.shape) for name, tensor in self.parameters().items()}
-        if found != expected:
-            raise InputError(f"weights of shapes {found}, but the configuration expects {expected}")
-        if self.threshold is not None and not bool((self.threshold >= 0).all()):
-            raise InputError(
-                f"threshold {float(self.threshold.min()):.3g}: expected 0 or more, so that activations "
-                "are never negative"
-            )
 
 
 def activate(

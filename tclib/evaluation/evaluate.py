@@ -91,9 +91,8 @@ def mean_mlp_outs(
 ) -> dict[int, Float[Tensor, "d_model"]]:
     """Mean output of each layer's MLP over all positions of `rows` but BOS."""
     sites = {layer: Site("mlp_out", layer) for layer in layers}
-    totals = {
-        layer: torch.zeros(lm.d_model, dtype=torch.float64, device=lm.device) for layer in layers
-    }
+    zero = torch.zeros(lm.d_model, dtype=torch.float64, device=lm.device)
+    totals = {layer: zero.clone() for layer in layers}
     n_tokens = 0
     for batch in rows.split(rows_per_forward):
         is_text = (batch != lm.bos_id).to(lm.device)
@@ -131,9 +130,8 @@ def _conditions(
     layers = sorted({d.config.layer for d in dictionaries.values()})
     means = mean_mlp_outs(lm, layers, rows, rows_per_forward)
     for layer, mean in means.items():
-        ablations = {"mean": partial(set_mlp_out, lm, layer, mean)}
-        ablations["zero"] = partial(set_mlp_out, lm, layer)
-        for how, change in ablations.items():
+        for how, value in (("mean", mean), ("zero", None)):
+            change = partial(set_mlp_out, lm, layer, value)
             conditions[f"{how}_ablated L{layer}"] = Condition(layer, change)
     for name, dictionary in dictionaries.items():
         change = partial(replace_site, lm, dictionary)
@@ -143,10 +141,7 @@ def _conditions(
 
 @torch.no_grad()
 def _losses(
-    lm: LanguageModel,
-    conditions: dict[str, Condition],
-    rows: Tensor,
-    rows_per_forward: int,
+    lm: LanguageModel, conditions: dict[str, Condition], rows: Tensor, rows_per_forward: int
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Mean CE of each row under each condition, and mean KL from the original under each."""
     ce: dict[str, list[Tensor]] = {name: [] for name in conditions}
@@ -179,8 +174,7 @@ def _table_line(
     mean_ablated = row_ce[f"mean_ablated L{config.layer}"].mean()
     ce = row_ce[name].mean()
     increase = (row_ce[name] - row_ce["original"]).to_numpy()
-    resampled = bootstrap_means(increase, np.random.default_rng(BOOTSTRAP_SEED))
-    low, high = interval(resampled)
+    low, high = interval(bootstrap_means(increase, np.random.default_rng(BOOTSTRAP_SEED)))
     assert sums.n_fired is not None
     return {
         "name": name,

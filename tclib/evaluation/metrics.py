@@ -28,12 +28,7 @@ def strong_threshold(feature_acts: Float[Tensor, "*shape"]) -> float:
 
 def l0(feature_acts: Float[Tensor, "token n_features"]) -> float:
     """Mean number of active features a token."""
-    return mean_active(int(is_active(feature_acts).sum()), len(feature_acts))
-
-
-def mean_active(n_active: int, n_tokens: int) -> float:
-    """L0 from counts."""
-    return n_active / n_tokens
+    return int(is_active(feature_acts).sum()) / len(feature_acts)
 
 
 def variation(y: Float[Tensor, "token d_out"]) -> Float[Tensor, ""]:
@@ -125,7 +120,7 @@ class ReconstructionSums:
 
     @property
     def l0(self) -> float:
-        return mean_active(self.n_active, self.n_tokens)
+        return self.n_active / self.n_tokens
 
     @property
     def fvu(self) -> float:

@@ -40,22 +40,18 @@ def compare_connections(
     lines = []
     for feature, mean in zip(features, means, strict=True):
         invariant = pullback(lm, later, feature, earlier)
-        co_active = mean != 0
-        ks = [k for k in OVERLAP_KS if 10 * k <= len(mean)]
-        overlaps = {f"overlap_{k}": top_k_overlap(invariant, mean, k) for k in ks}
-        active = (invariant[co_active], mean[co_active])
-        overlaps |= {
-            f"active_overlap_{k}": top_k_overlap(*active, k) if k <= len(active[0]) else np.nan
-            for k in ks
+        active = (invariant[mean != 0], mean[mean != 0])
+        n_active = len(active[0])
+        line = {
+            "layer": later.config.layer,
+            "feature": feature,
+            "earlier_layer": earlier.config.layer,
+            "n_candidates": n_active,
+            "spearman": spearman(*active),
         }
-        lines.append(
-            {
-                "layer": later.config.layer,
-                "feature": feature,
-                "earlier_layer": earlier.config.layer,
-                "n_candidates": int(co_active.sum()),
-                "spearman": spearman(*active),
-                **overlaps,
-            }
-        )
+        ks = [k for k in OVERLAP_KS if 10 * k <= len(mean)]
+        line |= {f"overlap_{k}": top_k_overlap(invariant, mean, k) for k in ks}
+        for k in ks:
+            line[f"active_overlap_{k}"] = top_k_overlap(*active, k) if k <= n_active else np.nan
+        lines.append(line)
     return pd.DataFrame(lines)

@@ -13,15 +13,8 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.metrics import is_active
+from tclib.features import from_weights as weights
 from tclib.features.examples import band_shares, feature_activations, sample_in_bands
-from tclib.features.from_weights import (
-    de_embedding,
-    direct_logit_attribution,
-    extended_de_embedding,
-    feature_table,
-    pullback,
-    token_table,
-)
 from tclib.models.language_model import LanguageModel
 from tclib.support.errors import InputError
 
@@ -87,7 +80,7 @@ def build_dashboard(
             f"{n_tokens} tokens: it is dead here; give more rows, or a live feature"
         )
     sampled = sample_in_bands(acts, min(n_examples, n_fired))
-    config = dictionary.config
+    config, lines = dictionary.config, sampled.itertuples(index=False, name=None)
     return Dashboard(
         title=f"{config.kind} feature {feature}, layer {config.layer}",
         layer=config.layer,
@@ -96,17 +89,14 @@ def build_dashboard(
         max_activation=float(acts.max()),
         histogram=_histogram(acts),
         bands=band_shares(acts, n_tokens),
-        examples=tuple(
-            _example(lm, rows, acts, *line) for line in sampled.itertuples(index=False, name=None)
-        ),
+        examples=tuple(_example(lm, rows, acts, *line) for line in lines),
         tables=_tables(lm, dictionary, feature, earlier or {}),
     )
 
 
 def _histogram(acts: Float[Tensor, "row pos"]) -> tuple[tuple[float, float, int], ...]:
     counts, edges = np.histogram(acts[acts > 0].double().numpy(), N_HISTOGRAM_BINS)
-    triples = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
-    return tuple(triples)
+    return tuple(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True))
 
 
 def _example(
@@ -129,15 +119,17 @@ def _tables(
     lm: LanguageModel, dictionary: Dictionary, feature: int, earlier: Mapping[int, Dictionary]
 ) -> dict[str, pd.DataFrame]:
     """Token and feature tables, highest first and lowest last; an SAE has only logits."""
-    tables = {"logits": token_table(lm, direct_logit_attribution(lm, dictionary, feature))}
+    tables = {
+        "logits": weights.token_table(lm, weights.direct_logit_attribution(lm, dictionary, feature))
+    }
     if dictionary.config.kind != "transcoder":
         return tables
-    tables["de-embedding"] = token_table(lm, de_embedding(lm, dictionary, feature))
+    tables["de-embedding"] = weights.token_table(lm, weights.de_embedding(lm, dictionary, feature))
     if dictionary.config.layer > 0:
-        scores = extended_de_embedding(lm, dictionary, feature)
-        tables["extended de-embedding"] = token_table(lm, scores)
+        scores = weights.extended_de_embedding(lm, dictionary, feature)
+        tables["extended de-embedding"] = weights.token_table(lm, scores)
     for layer, other in sorted(earlier.items(), reverse=True):
         if layer < dictionary.config.layer:
-            scores = pullback(lm, dictionary, feature, other)
-            tables[f"pullback onto layer {layer}"] = feature_table(scores, 10)
+            scores = weights.pullback(lm, dictionary, feature, other)
+            tables[f"pullback onto layer {layer}"] = weights.feature_table(scores, 10)
     return tables

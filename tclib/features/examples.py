@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -45,8 +46,7 @@ def feature_activations(
             f"activations of {len(features)} features on {rows.numel()} tokens take {needed:.1f} GiB: "
             f"ask for fewer, give fewer rows, or raise memory_limit_gib above {memory_limit_gib:g}"
         )
-    columns = list(features)
-    found = [acts[..., columns].float().cpu() for _, acts in _encoded(lm, dictionary, rows)]
+    found = [acts[..., list(features)].float().cpu() for _, acts in _encoded(lm, dictionary, rows)]
     return torch.cat(found).permute(2, 0, 1).contiguous()
 
 
@@ -136,14 +136,11 @@ def top_examples(
     if k < 1:
         raise InputError(f"k {k}: expected at least 1")
     n_features, n_pos = dictionary.config.n_features, rows.shape[1]
-    device = lm.device
-    heap = _Heap(
-        torch.zeros(n_features, k, device=device),
-        torch.full((n_features, k), -1, dtype=torch.long, device=device),
-    )
-    n_fired = torch.zeros(n_features, dtype=torch.long, device=device)
-    histogram = torch.zeros(n_features, len(HISTOGRAM_EDGES) - 1, dtype=torch.long, device=device)
-    edges = torch.tensor(HISTOGRAM_EDGES[1:-1], dtype=torch.float32, device=device)
+    edges = torch.tensor(HISTOGRAM_EDGES[1:-1], dtype=torch.float32, device=lm.device)
+    values = torch.zeros(n_features, k, device=lm.device)
+    heap = _Heap(values, torch.full_like(values, -1, dtype=torch.long))
+    n_fired = torch.zeros(n_features, dtype=torch.long, device=lm.device)
+    histogram = n_fired.new_zeros(n_features, len(HISTOGRAM_EDGES) - 1)
     for first_row, acts in _encoded(lm, dictionary, rows):
         flat = acts.flatten(0, 1).float()
         place, feature = is_active(flat).nonzero(as_tuple=True)
@@ -165,8 +162,7 @@ def top_examples(
     )
 
 
-@dataclass(frozen=True)
-class _Heap:
+class _Heap(NamedTuple):
     """The strongest values of each feature, falling, and where they are."""
 
     values: Float[Tensor, "n_features k"]
@@ -225,14 +221,8 @@ def sample_in_bands(
     chosen = order[_nearest_unused(values[order], n_examples)]
     width = values.max() / n_bands
     band = np.minimum((values[chosen] / width).astype(int), n_bands - 1)
-    table = pd.DataFrame(
-        {
-            "row": row.numpy()[chosen],
-            "pos": pos.numpy()[chosen],
-            "activation": values[chosen],
-            "band": band,
-        }
-    )
+    places = {"row": row.numpy()[chosen], "pos": pos.numpy()[chosen]}
+    table = pd.DataFrame({**places, "activation": values[chosen], "band": band})
     return table.sort_values("activation", ascending=False, ignore_index=True, kind="stable")
 
 
@@ -246,10 +236,9 @@ def _nearest_unused(ordered: Float[np.ndarray, "value"], n: int) -> Int[np.ndarr
         while right < len(ordered) and not free[right]:
             right += 1
         has_left, has_right = left > 0, right < len(ordered)
-        takes_left = has_left and (
-            not has_right or wanted - ordered[left - 1] <= ordered[right] - wanted
-        )
-        free[left - 1 if takes_left else right] = False
+        if has_left and has_right:
+            has_left = wanted - ordered[left - 1] <= ordered[right] - wanted
+        free[left - 1 if has_left else right] = False
     return (~free).nonzero()[0]
 
 

@@ -86,10 +86,6 @@ class LoneTokens:
     The de-embedding with all layers below in it, and no corpus: what a token brings by itself. The model
     runs over the vocabulary once for all layers up to the one asked for. Takes 4 bytes × d_vocab ×
     d_model a layer.
-
-    Args:
-        lm: the model.
-        dictionaries: whose inputs are read.
     """
 
     def __init__(self, lm: LanguageModel, dictionaries: Iterable[Dictionary]) -> None:
@@ -183,10 +179,20 @@ def activation_quantiles(
     rows: Int[Tensor, "row pos"],
     quantile: float,
 ) -> list[float]:
-    """The quantile of each feature's positive activations, BOS left out; 0 for one that never fires."""
+    """The quantile of each feature's positive activations, BOS left out.
+
+    0 for one that never fires, and for one whose activations are all the same (up to rounding), such as
+    after BOS: none would be above the quantile.
+    """
     found = feature_activations(lm, dictionary, features, rows).double()
-    positive = [acts[acts > 0] for acts in found]
-    return [float(acts.quantile(quantile)) if len(acts) else 0.0 for acts in positive]
+    return [_quantile(acts[acts > 0], quantile) for acts in found]
+
+
+def _quantile(positive: Float[Tensor, "token"], quantile: float) -> float:
+    if not len(positive):
+        return 0.0
+    found = float(positive.quantile(quantile))
+    return found if float(positive.max()) > found * (1 + 1e-4) else 0.0
 
 
 def direct_logit_attribution(
@@ -205,9 +211,8 @@ def ov_norms(
 ) -> Float[Tensor, "layer head"]:
     """‖W_V W_O f‖ of every head that the feature can read."""
     direction = reading_direction(lm, dictionary, feature)
-    last = dictionary.config.layer + (0 if lm.is_parallel else 1)
     norms = []
-    for layer in range(last):
+    for layer in range(dictionary.config.layer + (0 if lm.is_parallel else 1)):
         weights = lm.attention_weights(layer)
         through = torch.einsum("hdk,hk->hd", weights.W_V, weights.W_O @ direction)
         norms.append(through.norm(dim=1))

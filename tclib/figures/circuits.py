@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tclib.figures.style import BLUE, VERMILION, styled
+from tclib.figures.style import BLUE, VERMILION, styled, write_cells
 
 
 @styled
@@ -22,12 +22,8 @@ def score_bars(tables: Mapping[str, pd.DataFrame], unit: str = "score") -> Figur
     Each table has `score` and one of `token`, `feature`.
     """
     n_bars = max(len(table) for table in tables.values())
-    figure, axes = plt.subplots(
-        1,
-        len(tables),
-        figsize=(3.4 * len(tables), 0.9 + 0.19 * n_bars),
-        squeeze=False,
-    )
+    size = (3.4 * len(tables), 0.9 + 0.19 * n_bars)
+    figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False)
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
         ranked = table.sort_values("score", ascending=True, kind="stable")
         is_token = "token" in ranked
@@ -49,14 +45,9 @@ def head_heatmap(norms: np.ndarray, title: str, unit: str = "‖W_V W_O f‖") -
     figure, axis = plt.subplots(figsize=(1.6 + 0.55 * norms.shape[1], 1.2 + 0.42 * norms.shape[0]))
     image = axis.imshow(norms, origin="lower", cmap="viridis", aspect="auto", vmin=0)
     middle = (norms.min() + norms.max()) / 2 if norms.size else 0.0
-    for (layer, head), norm in np.ndenumerate(norms):
-        colour = "white" if norm < middle else "black"
-        axis.text(head, layer, f"{norm:.2g}", ha="center", va="center", color=colour, fontsize=7)
-    axis.set_xticks(range(norms.shape[1]))
-    axis.set_yticks(range(norms.shape[0]))
-    axis.set_xlabel("Head")
-    axis.set_ylabel("Layer")
-    axis.set_title(title)
+    write_cells(axis, norms, ".2g", norms < middle)
+    axis.set(xticks=range(norms.shape[1]), yticks=range(norms.shape[0]))
+    axis.set(xlabel="Head", ylabel="Layer", title=title)
     figure.colorbar(image, ax=axis, label=unit)
     return figure
 
@@ -75,14 +66,8 @@ def predicted_against_actual(table: pd.DataFrame, unit: str) -> Figure:
     markers = dict(zip(layers, "os^Dv*Xph<>P" * (1 + len(layers) // 12), strict=False))
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
         for layer, points in table.groupby("layer"):
-            axis.scatter(
-                points["predicted_total"],
-                points[column],
-                s=18,
-                marker=markers[layer],
-                alpha=0.7,
-                label=f"layer {layer}",
-            )
+            x, y, marker = points["predicted_total"], points[column], markers[layer]
+            axis.scatter(x, y, s=18, marker=marker, alpha=0.7, label=f"layer {layer}")
         both = table[["predicted_total", column]].to_numpy()
         ends = [both.min(), both.max()]
         axis.plot(ends, ends, color="black", linewidth=0.8, linestyle="--", label="exact")
@@ -97,8 +82,6 @@ def predicted_against_actual(table: pd.DataFrame, unit: str) -> Figure:
 
 OF_ALL: dict[str, Any] = {"marker": "o"}
 OF_ACTIVE: dict[str, Any] = {"marker": "o", "mfc": "white", "linestyle": "-."}
-
-
 MANY_PAIRS, FAINT = 6, {"alpha": 0.25, "linewidth": 1, "markersize": 0}
 
 
@@ -135,17 +118,13 @@ def connection_agreement(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
             linestyle=style,
             label=f"paper, {name}",
         )
-    left.set_xlabel("k")
-    left.set_xticks(ks)
-    left.set_ylim(0, 1)
+    left.set(xlabel="k", ylabel="Overlap of the top k (mean over features)", xticks=ks, ylim=(0, 1))
     left.yaxis.set_major_formatter(PercentFormatter(1.0))
-    left.set_ylabel("Overlap of the top k (mean over features)")
     which = f" (bold: mean of {len(pairs)} pairs)" if are_many else ""
     left.plot([], [], color="black", label=f"ours, of all features{which}", **OF_ALL)
     left.plot([], [], color="black", label=f"ours, of co-active features{which}", **OF_ACTIVE)
     left.legend()
-    names = [f"{layer} ← {earlier}" for (layer, earlier), _ in pairs]
-    right.set_xticks(range(len(names)), names)
+    right.set_xticks(range(len(pairs)), [f"{layer} ← {earlier}" for (layer, earlier), _ in pairs])
     if are_many:
         right.tick_params(axis="x", rotation=90, labelsize=7)
     right.set_xlabel("Layers of the feature ← of its sources")

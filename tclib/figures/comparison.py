@@ -24,10 +24,8 @@ def proxy_figure(shares: pd.DataFrame) -> Figure:
             if column == "interpretable":
                 errors = np.abs(own[["low", "high"]].to_numpy().T - own[column].to_numpy())
                 axis.errorbar(x, own[column], errors, fmt="none", ecolor=colour, capsize=3)
-        axis.set_ylim(0, 1)
-        axis.set_xlabel("Threshold on F1 (0.6 is used)")
-        axis.set_ylabel("Share of the features drawn")
-        axis.set_title(title)
+        axis.set(xlabel="Threshold on F1 (0.6 is used)", ylabel="Share of the features drawn")
+        axis.set(title=title, ylim=(0, 1))
         axis.grid(alpha=0.25)
     axes[0].legend(fontsize=8)
     return figure

@@ -25,29 +25,17 @@ from tclib.support.errors import InputError
 SLOT_INCHES, ROW_INCHES = 0.46, 0.42
 SLOTS_A_ROW = 4
 POSITIVE, NEGATIVE = BLUE, VERMILION
-NODE_STYLE: dict[str, dict[str, Any]] = {
-    "feature": {"marker": "o", "facecolor": "white", "edgecolor": "black"},
-    "root": {"marker": "*", "facecolor": "#F0E442", "edgecolor": "black"},
-    "embedding": {"marker": "s", "facecolor": "white", "edgecolor": "black"},
-    "error": {"marker": "D", "facecolor": "#999999", "edgecolor": "black"},
-    "mlp": {"marker": "D", "facecolor": "black", "edgecolor": "black"},
-    "head": {"marker": "h", "facecolor": "white", "edgecolor": "black"},
-    "position": {"marker": "v", "facecolor": "#CCCCCC", "edgecolor": "#666666"},
-    "attention_bias": {"marker": "^", "facecolor": "#CCCCCC", "edgecolor": "#666666"},
-    "decoder_bias": {"marker": "^", "facecolor": "#666666", "edgecolor": "#666666"},
-    "supernode": {"marker": "H", "facecolor": "#E6E6E6", "edgecolor": "black"},
-}
-KIND_LABEL = {
-    "feature": "feature (its index)",
-    "root": "root",
-    "embedding": "token embedding",
-    "error": "transcoder error",
-    "mlp": "MLP without transcoder",
-    "head": "head, by source token",
-    "position": "position embedding",
-    "attention_bias": "attention bias",
-    "decoder_bias": "decoder bias",
-    "supernode": "supernode",
+NODE_STYLE = {  # label in the legend, marker, fill, edge
+    "feature": ("feature (its index)", "o", "white", "black"),
+    "root": ("root", "*", "#F0E442", "black"),
+    "embedding": ("token embedding", "s", "white", "black"),
+    "error": ("transcoder error", "D", "#999999", "black"),
+    "mlp": ("MLP without transcoder", "D", "black", "black"),
+    "head": ("head, by source token", "h", "white", "black"),
+    "position": ("position embedding", "v", "#CCCCCC", "#666666"),
+    "attention_bias": ("attention bias", "^", "#CCCCCC", "#666666"),
+    "decoder_bias": ("decoder bias", "^", "#666666", "#666666"),
+    "supernode": ("supernode", "H", "#E6E6E6", "black"),
 }
 
 
@@ -83,8 +71,7 @@ def layered_graph(graph: AttributionGraph, title: str = "", max_edges: int = 150
     touched = {end for source, target, _ in shown for end in (source, target)}
     nodes = graph.nodes[graph.is_root | graph.nodes.index.isin(touched)]
     layout = _lay_out(nodes, graph.tokens)
-    figure = plt.figure(figsize=(layout.width + 1.0, layout.height + 1.3))
-    axis = figure.add_subplot()
+    figure, axis = plt.subplots(figsize=(layout.width + 1.0, layout.height + 1.3))
     _draw_frame(axis, layout)
     places = dict(zip(nodes.index, zip(layout.x, layout.y, strict=True), strict=True))
     _draw_edges(axis, shown, places)
@@ -140,15 +127,12 @@ def _draw_frame(axis: Axes, layout: _Layout) -> None:
     for bottom, name in layout.bands:
         axis.axhline(bottom, color="#DDDDDD", linewidth=0.6, zorder=0)
         axis.text(-0.08, bottom + 0.3 * ROW_INCHES, name, ha="right", va="bottom", fontsize=7.5)
-    axis.set_xlim(-0.1, layout.width)
-    axis.set_ylim(-0.05, layout.height)
+    axis.set(xlim=(-0.1, layout.width), ylim=(-0.05, layout.height))
     axis.axis("off")
 
 
 def _draw_edges(
-    axis: Axes,
-    edges: list[tuple[int, int, float]],
-    places: dict[int, tuple[float, float]],
+    axis: Axes, edges: list[tuple[int, int, float]], places: dict[int, tuple[float, float]]
 ) -> None:
     largest = max((abs(effect) for *_, effect in edges), default=1.0)
     for source, target, effect in reversed(edges):  # the strongest on top
@@ -177,20 +161,14 @@ def _draw_nodes(axis: Axes, nodes: pd.DataFrame, layout: _Layout) -> None:
     for kind in dict.fromkeys(kinds):
         mine = kinds == kind
         size = 110 if kind == "root" else 42
-        axis.scatter(layout.x[mine], layout.y[mine], s=size, zorder=3, **NODE_STYLE[str(kind)])
+        _, marker, fill, edge = NODE_STYLE[str(kind)]
+        style: dict[str, Any] = {"marker": marker, "facecolor": fill, "edgecolor": edge}
+        axis.scatter(layout.x[mine], layout.y[mine], s=size, zorder=3, **style)
     root_room = 22 if (kinds == "root").sum() == 1 else 9  # characters; a lone root has space
+    box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.4}
+    small: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 6, "zorder": 4, "bbox": box}
     for x, y, (_, line) in zip(layout.x, layout.y, nodes.iterrows(), strict=True):
-        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.4}
-        axis.text(
-            x,
-            y - 0.09,
-            _node_label(line, root_room),
-            ha="center",
-            va="top",
-            fontsize=6,
-            zorder=4,
-            bbox=box,
-        )
+        axis.text(x, y - 0.09, _node_label(line, root_room), **small)
 
 
 def _node_label(line: pd.Series, root_room: int) -> str:
@@ -207,16 +185,8 @@ def _node_label(line: pd.Series, root_room: int) -> str:
 
 def _draw_legend(figure: Figure, nodes: pd.DataFrame) -> None:
     handles = [
-        Line2D(
-            [],
-            [],
-            linestyle="none",
-            marker=style["marker"],
-            markerfacecolor=style["facecolor"],
-            markeredgecolor=style["edgecolor"],
-            label=KIND_LABEL[kind],
-        )
-        for kind, style in NODE_STYLE.items()
+        Line2D([], [], linestyle="none", marker=marker, mfc=fill, mec=edge, label=label)
+        for kind, (label, marker, fill, edge) in NODE_STYLE.items()
         if kind in set(nodes["kind"])
     ]
     handles.append(Line2D([], [], color=POSITIVE, label="raises its target"))

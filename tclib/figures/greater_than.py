@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from tclib.figures.style import BLUE, GREEN, PINK, VERMILION, legend_below, styled
+from tclib.figures.style import BLUE, GREEN, PINK, VERMILION, legend_below, styled, write_cells
 
 STYLE: dict[str, dict[str, Any]] = {
     "transcoder features": {"color": BLUE, "linestyle": "-"},
@@ -26,7 +26,6 @@ CURVES = {
     "de_embedding": ("de-embedding score (rescaled)", VERMILION, "--"),
     "exact": ("brought by the head (rescaled)", GREEN, ":"),
 }
-
 MANY_LAYERS = 12  # above this, every third is named on an axis
 
 
@@ -66,16 +65,10 @@ def _head_panel(figure: Figure, axis: Axes, heads: pd.DataFrame, column: str, ti
     size = np.abs(grid).max() or 1.0
     image = axis.imshow(grid, origin="lower", cmap="RdBu_r", vmin=-size, vmax=size, aspect="auto")
     if grid.size <= 64:
-        for (layer, head), value in np.ndenumerate(grid):
-            colour = "white" if abs(value) > 0.6 * size else "black"
-            axis.text(
-                head, layer, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7
-            )
+        write_cells(axis, grid, ".2f", np.abs(grid) > 0.6 * size)
     axis.set_xticks(range(grid.shape[1]))
     axis.set_yticks(range(0, grid.shape[0], 1 if grid.shape[0] <= MANY_LAYERS else 3))
-    axis.set_xlabel("Head")
-    axis.set_ylabel("Layer")
-    axis.set_title(title)
+    axis.set(xlabel="Head", ylabel="Layer", title=title)
     figure.colorbar(image, ax=axis)
 
 
@@ -87,18 +80,14 @@ def feature_curve_figure(curves: pd.DataFrame, n_large: int = 3, n_small: int = 
     figure = plt.figure(figsize=(12.5, 6.4))
     panels: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
     top, bottom = panels
-    for axis, feature in zip(
-        top.subplots(1, max(1, len(large)), squeeze=False)[0], large, strict=True
-    ):
+    for axis, feature in zip(top.subplots(1, len(large), squeeze=False)[0], large, strict=True):
         draw_feature_curves(axis, curves, feature)
     top.axes[0].set_ylabel("Logits a unit of activation")
-    if small:
-        for axis, feature in zip(
-            bottom.subplots(1, len(small), squeeze=False)[0], small, strict=True
-        ):
-            draw_feature_curves(axis, curves, feature)
-            axis.tick_params(labelsize=6)
-            axis.set_xlabel("")
+    small_axes = bottom.subplots(1, len(small), squeeze=False)[0] if small else ()
+    for axis, feature in zip(small_axes, small, strict=True):
+        draw_feature_curves(axis, curves, feature)
+        axis.tick_params(labelsize=6)
+        axis.set_xlabel("")
     legend_below(figure, top.axes[0], 3, fontsize=8)
     return figure
 
@@ -205,15 +194,12 @@ def probability_heatmap(
     # A square-root-like scale: late first years leave few answers, which share all the mass.
     scale = PowerNorm(0.4, vmin=0)
     extent = (answers[0] - 0.5, answers[-1] + 0.5, numbers[0] - 0.5, numbers[-1] + 0.5)
-    image = axis.imshow(
-        probabilities, origin="lower", cmap="viridis", norm=scale, aspect="auto", extent=extent
-    )
+    image = axis.imshow(probabilities, origin="lower", norm=scale, aspect="auto", extent=extent)
     edge = [number / 10 - 0.5 if is_digits else number for number in numbers]
     axis.plot(edge, list(numbers), color="white", linewidth=0.8, linestyle="--")
     axis.set_xlim(extent[:2])
-    axis.set_xlabel(
-        "Predicted tens digit of the second year" if is_digits else "Predicted second year YY"
-    )
+    predicted = "tens digit of the second year" if is_digits else "second year YY"
+    axis.set_xlabel(f"Predicted {predicted}")
     axis.set_ylabel("First year YY in the prompt")
     axis.set_title(title, fontsize=12)
     kind = "10 digits" if is_digits else f"{len(answers)} YY tokens"

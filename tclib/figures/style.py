@@ -6,40 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tclib.support.files import new_file
 from tclib.support.steps import Step, record_extra
 
 # Colour-blind safe (Okabe and Ito), and different in print: each kind has a marker of its own.
 BLUE, VERMILION, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-KIND_STYLE: dict[str, dict[str, Any]] = {
+FAMILY_STYLE: dict[str, dict[str, Any]] = {
     "transcoder": {"color": BLUE, "marker": "o", "label": "transcoder"},
     "sae_mlp_out": {"color": VERMILION, "marker": "s", "label": "SAE on mlp_out"},
     "sae_mlp_in": {"color": GREEN, "marker": "^", "label": "SAE on mlp_in"},
-}
-
-FAMILY_STYLE: dict[str, dict[str, Any]] = {
-    **KIND_STYLE,
-    "transcoder topk": {**KIND_STYLE["transcoder"], "label": "transcoder, top-k"},
-    "sae_mlp_out topk": {**KIND_STYLE["sae_mlp_out"], "label": "SAE on mlp_out, top-k"},
+    "transcoder topk": {"color": BLUE, "marker": "o", "label": "transcoder, top-k"},
+    "sae_mlp_out topk": {"color": VERMILION, "marker": "s", "label": "SAE on mlp_out, top-k"},
     "transcoder skip topk": {
         "color": "#56B4E9",
         "marker": "D",
         "label": "transcoder, top-k with skip",
     },
     "transcoder skip": {"color": "#56B4E9", "marker": "D", "label": "transcoder with skip"},
-    "transcoder batch_topk": {
-        "color": GREEN,
-        "marker": "^",
-        "label": "transcoder, batch top-k",
-    },
+    "transcoder batch_topk": {"color": GREEN, "marker": "^", "label": "transcoder, batch top-k"},
     "transcoder jumprelu": {"color": PINK, "marker": "v", "label": "transcoder, JumpReLU"},
 }
 
 OTHER_STYLE: dict[str, Any] = {"color": "0.4", "marker": "x"}
 SAVED_DPI = 150
-
 
 # A function that draws a figure does so in the style that all share.
 styled = plt.style.context(Path(__file__).with_name("tclib.mplstyle"))
@@ -51,11 +44,24 @@ def legend_below(figure: Figure, axis: Axes, ncols: int, **options: Any) -> None
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols, **options)
 
 
+def write_cells(axis: Axes, values: np.ndarray, form: str, is_dark: np.ndarray) -> None:
+    """The number in each cell of an image, white where the cell is dark."""
+    for (row, column), value in np.ndenumerate(values):
+        text, colour = format(value, form), "white" if is_dark[row, column] else "black"
+        axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+
+
+def save_whole(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all, in the format of the file's suffix."""
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=SAVED_DPI, bbox_inches="tight")
+
+
 def save_figure(figure: Figure, step: Step, name: str) -> Figure:
     """Write `<name>.png` and `<name>.pdf` into the step's folder and its manifest; return it."""
     for suffix in ("png", "pdf"):
         path = step.folder / f"{name}.{suffix}"
-        figure.savefig(path, dpi=SAVED_DPI, bbox_inches="tight")
+        save_whole(figure, path)
         record_extra(step, path)
     plt.close(figure)  # or a notebook would show it twice
     return figure

@@ -34,8 +34,8 @@ def sparsity_faithfulness(
     if paper is not None:
         _pareto_panel(axes[0][-1], paper)
         axes[0][-1].set_title(paper_title, fontsize=12)
-        axes[0][-1].set_xlim(0, 250)  # the figure's own axes: one SAE point, L0 505, lies outside
-        axes[0][-1].set_ylim(3.32, 3.42)
+        # The figure's own axes: one SAE point, L0 505, lies outside.
+        axes[0][-1].set(xlim=(0, 250), ylim=(3.32, 3.42))
     axes[0][0].legend(loc="upper right", fontsize=10)
     return figure
 
@@ -124,11 +124,9 @@ def training_curves(
     for axis, column in zip(axes, columns, strict=True):
         for name, colour in zip(names, colours, strict=True):
             lines = log[log["dictionary"] == name]
-            axis.plot(
-                lines["n_tokens"] / 1e6, lines[column], color=colour, label=name, linewidth=1.2
-            )
-        axis.set_xlabel("Training tokens (millions)")
-        axis.set_ylabel(labels[column])
+            millions = lines["n_tokens"] / 1e6
+            axis.plot(millions, lines[column], color=colour, label=name, linewidth=1.2)
+        axis.set(xlabel="Training tokens (millions)", ylabel=labels[column])
         axis.grid(alpha=0.25)
         if column != "dead_share":
             axis.set_yscale("log")
@@ -151,7 +149,6 @@ def layer_faithfulness(table: pd.DataFrame) -> Figure:
     for axis, (column, label) in zip(axes, panels.items(), strict=True):
         bars = axis.bar(table["layer"].astype(str), table[column], color=BLUE)
         axis.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
-        axis.set_xlabel("Layer")
-        axis.set_ylabel(label)
+        axis.set(xlabel="Layer", ylabel=label)
         axis.margins(y=0.15)
     return figure

@@ -25,6 +25,7 @@ from tclib.greater_than.curves import (
     k_grid,
     leave_one_out,
     metric_of,
+    nearest_approach,
     rank_by_attribution,
     steepest_drop,
 )
@@ -62,8 +63,7 @@ class Analysed(NamedTuple):
 
     def curve(self, units: str, ranking: str, dense_to: int, remove: bool = False) -> Curve:
         """One curve; `ranking` is variance or attribution."""
-        own = self.units[units]
-        order = self.orders[units, ranking]
+        own, order = self.units[units], self.orders[units, ranking]
         name = f"removed, {ranking}" if remove else ranking
         ks = k_grid(own.n_units, dense_to)
         return ablation_curve(self.lm, self.task, self.below, own, order, ks, remove, name)
@@ -76,23 +76,23 @@ def prepare(
     saes: Mapping[str, Dictionary],
     seed: int,
 ) -> Analysed:
-    """The lower run, all kinds of units, and their rankings."""
+    """The lower run, all kinds of units, and their rankings (variance: over the misfits too)."""
     below = lm.run_below(task.tokens, dictionary.config.layer)
-    features = dictionary_units(dictionary, below, FEATURES)
-    generator = torch.Generator().manual_seed(seed)
-    kinds = [features, neuron_units(lm, below), random_direction_units(features, generator)]
+    runs = [below, *(lm.run_below(tokens, below.layer) for tokens in task.misfits)]
+    features = [dictionary_units(dictionary, run, FEATURES) for run in runs]
+    kinds = [
+        features,
+        [neuron_units(lm, run) for run in runs],
+        [random_direction_units(one, torch.Generator().manual_seed(seed)) for one in features],
+    ]
     if saes:
-        kinds.append(
-            dictionary_units(
-                _nearest_l0(saes, below, features, task.tokens != lm.bos_id), below, "SAE features"
-            )
-        )
-    units = {kind.name: kind for kind in kinds}
+        nearest = _nearest_l0(saes, below, features[0], task.tokens != lm.bos_id)
+        kinds.append([dictionary_units(nearest, run, "SAE features") for run in runs])
     orders = {}
-    for kind in kinds:
-        orders[kind.name, "variance"] = rank_by_variance(kind, task)
+    for kind, *misfits in kinds:
+        orders[kind.name, "variance"] = rank_by_variance(kind, task, misfits)
         orders[kind.name, "attribution"] = rank_by_attribution(lm, task, below, kind)
-    return Analysed(lm, task, below, units, orders)
+    return Analysed(lm, task, below, {kind[0].name: kind[0] for kind in kinds}, orders)
 
 
 def _nearest_l0(
@@ -129,20 +129,9 @@ def curve_table(curves: list[Curve]) -> pd.DataFrame:
     """Columns: units, ranking, k, value, low, high: mean and 95 % interval over prompts."""
     tables = []
     for curve in curves:
-        generator = np.random.default_rng(0)
-        low, high = interval(bootstrap_means(curve.values.T, generator))
-        tables.append(
-            pd.DataFrame(
-                {
-                    "units": curve.units,
-                    "ranking": curve.ranking,
-                    "k": curve.ks,
-                    "value": curve.mean,
-                    "low": low,
-                    "high": high,
-                }
-            )
-        )
+        low, high = interval(bootstrap_means(curve.values.T, np.random.default_rng(0)))
+        columns = {"units": curve.units, "ranking": curve.ranking, "k": curve.ks}
+        tables.append(pd.DataFrame({**columns, "value": curve.mean, "low": low, "high": high}))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -162,10 +151,6 @@ def harmful_features(analysed: Analysed, curve: Curve) -> tuple[pd.DataFrame, Cu
     silenced = replace(units.without(suspect), name=WITHOUT)
     ks = k_grid(len(rest))
     return table, ablation_curve(lm, task, below, silenced, rest, ks, ranking="variance")
-
-
-# ---------------------------------------------------------------------------------------------
-# The whole analysis
 
 
 def analyse(
@@ -189,7 +174,12 @@ def analyse(
 
     Errors: `InputError` if the layer has no transcoder.
     """
-    dictionary = _dictionary_at(frozen.transcoders, layer)
+    if layer not in frozen.transcoders:
+        raise InputError(
+            f"the task runs through MLP {layer}, which has no transcoder: there is one at layers "
+            f"{sorted(frozen.transcoders)}; train one there, or set greater_than.layer in the preset"
+        )
+    dictionary = frozen.transcoders[layer]
     one = first_template(task).scored()
     analysed = prepare(frozen.lm, task, dictionary, saes, seed)
     top = analysed.orders[FEATURES, "variance"][:N_CURVE_FEATURES].tolist()
@@ -207,15 +197,6 @@ def analyse(
         "harmful": harmful,
     }
     return tables, _summary(analysed, curves, harmful, without, dictionary, head)
-
-
-def _dictionary_at(by_layer: Mapping[int, Dictionary], layer: int) -> Dictionary:
-    if layer not in by_layer:
-        raise InputError(
-            f"the task runs through MLP {layer}, which has no transcoder: there is one at layers "
-            f"{sorted(by_layer)}; train one there, or set greater_than.layer in the preset"
-        )
-    return by_layer[layer]
 
 
 def first_template(task: GreaterThan) -> GreaterThan:
@@ -249,6 +230,7 @@ def _summary(
         "mlp_bias_only": neurons.at(0),
         "mlp_removed": metric_of(lm, task, below, torch.zeros_like(below.mlp_out)),
         "crossing": crossing(features, neurons),
+        "nearest_approach": nearest_approach(features, neurons),
         "features_ahead_1_to_10": [k for k in range(1, 11) if features.at(k) > neurons.at(k)],
         "ahead_without_harmful": [k for k in range(1, 11) if without.at(k) > neurons.at(k)],
         "harmful_feature": int(suspect["unit"]),

@@ -7,9 +7,8 @@ last position, dotted with the root's direction over the frozen final norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,7 +25,6 @@ from tclib.support.errors import InputError
 from tclib.support.progress import progress
 
 Ablation = Literal["mean", "zero"]
-ABLATIONS: tuple[Ablation, ...] = ("mean", "zero")
 
 
 class Component(NamedTuple):
@@ -59,7 +57,10 @@ def ablate_component(
         raise InputError(
             f"head {component.head}: {lm.name} has heads 0 to {lm.n_heads - 1}, −1 is the MLP"
         )
-    gone: Callable[[Tensor], Tensor] = _mean_over_batch if how == "mean" else torch.zeros_like
+
+    def gone(values: Tensor) -> Tensor:
+        kept = values.mean(0, keepdim=True) if how == "mean" else values.new_zeros(1)
+        return kept.expand_as(values)
 
     def in_heads(z: Tensor) -> Tensor:
         changed = z.clone()
@@ -69,10 +70,6 @@ def ablate_component(
     if component.head < 0:
         return lm.override_mlp(component.layer, lambda _mlp_in, mlp_out: gone(mlp_out))
     return lm.override_heads(component.layer, in_heads)
-
-
-def _mean_over_batch(values: Tensor) -> Tensor:
-    return values.mean(0, keepdim=True).expand_as(values)
 
 
 @torch.no_grad()
@@ -92,7 +89,7 @@ def ablation_effects(lm: LanguageModel, task: GreaterThan) -> pd.DataFrame:
     lines = []
     for component in progress(all_components(lm), "ablating components", unit="component"):
         line = {"component": component.name, **component._asdict(), "original": original}
-        for how in ABLATIONS:
+        for how in get_args(Ablation):
             with ablate_component(lm, component, how):
                 line[f"{how}_ablated"] = _mean_difference(lm, groups, streams, component.layer)
             line[f"{how}_drop"] = original - line[f"{how}_ablated"]
@@ -110,10 +107,6 @@ def _mean_difference(
             logits = lm.last_logits(group.tokens)
         found.append(group.differences(group.answer_probabilities(logits)))
     return float(torch.cat(found).mean())
-
-
-# ---------------------------------------------------------------------------------------------
-# Attribution
 
 
 def component_attributions(frozen: FrozenPrompts, task: GreaterThan) -> pd.DataFrame:
@@ -157,6 +150,15 @@ def head_contributions(
     return torch.stack(found, dim=1)
 
 
+def feature_contributions(
+    frozen: FrozenPrompts, dictionary: Dictionary, feature: int
+) -> Float[Tensor, "prompt layer head src"]:
+    """What every head adds to the pre-activation of a feature at the last position."""
+    scale = frozen.cache.mlp_scale[dictionary.config.layer][:, -1, None]
+    direction = frozen.lm.final_norm.centre(dictionary.encoder_direction(feature))
+    return head_contributions(frozen, direction.expand(frozen.n_prompts, -1) / scale)
+
+
 def reading_heads(
     frozen: FrozenPrompts, dictionary: Dictionary, features: list[int], subject_pos: int
 ) -> pd.DataFrame:
@@ -167,13 +169,8 @@ def reading_heads(
     over features). Only heads that the layer can read.
     """
     last = dictionary.config.layer + (0 if frozen.lm.is_parallel else 1)
-    scale = frozen.cache.mlp_scale[dictionary.config.layer][:, -1, None]
-    columns = []
-    for feature in features:
-        direction = frozen.lm.final_norm.centre(dictionary.encoder_direction(feature))
-        directions = direction.expand(frozen.n_prompts, -1) / scale
-        columns.append(head_contributions(frozen, directions)[:, :last, :, subject_pos])
-    brought = torch.stack(columns).double()
+    found = [feature_contributions(frozen, dictionary, feature) for feature in features]
+    brought = torch.stack([one[:, :last, :, subject_pos] for one in found]).double()
     layer, head = np.indices(tuple(brought.shape[2:])).reshape(2, -1)
     return pd.DataFrame(
         {

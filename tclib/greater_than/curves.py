@@ -14,6 +14,7 @@ are unembedded.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,10 +34,6 @@ from tclib.support.progress import progress
 TOKENS_PER_FORWARD = 16_384  # prompts × positions × values of k
 
 
-# ---------------------------------------------------------------------------------------------
-# Rankings
-
-
 def rank_by_attribution(
     lm: LanguageModel, task: GreaterThan, below: LowerRun, units: Units
 ) -> Int[Tensor, "unit"]:
@@ -52,10 +49,6 @@ def rank_by_attribution(
     assert output.grad is not None
     per_prompt = (output.grad[scored] @ units.W_dec.T * units.acts[scored]).sum(1)
     return per_prompt.abs().mean(0).argsort(descending=True, stable=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# Curves
 
 
 @dataclass(frozen=True)
@@ -110,17 +103,14 @@ def ablation_curve(
         )
     scored = task.is_scored.nonzero()[:, 0]
     every = units.output()
-    chunks: list[Tensor] = []
-    group: list[Tensor] = []
+    sums = _partial_sums(units, order, ks)
+    outputs = (every - kept + units.rest if remove else kept for kept in sums)
+    chunks = []
     room = max(1, TOKENS_PER_FORWARD // every[..., 0].numel())
-    bar = progress(None, f"{units.name}, {ranking or 'k'}", total=len(ks), unit="k")
-    with bar:
-        for kept in _partial_sums(units, order, ks):
-            group.append(every - kept + units.rest if remove else kept)
-            if len(group) == room or len(chunks) * room + len(group) == len(ks):
-                chunks.append(_differences(lm, task, below, torch.stack(group)))
-                bar.update(len(group))
-                group = []
+    with progress(None, f"{units.name}, {ranking or 'k'}", total=len(ks), unit="k") as bar:
+        while group := list(itertools.islice(outputs, room)):
+            chunks.append(_differences(lm, task, below, torch.stack(group)))
+            bar.update(len(group))
     values = torch.cat(chunks)[:, scored].double().cpu().numpy()
     return Curve(units.name, ranking, tuple(ks), values)
 
@@ -173,8 +163,13 @@ def crossing(one: Curve, other: Curve) -> int | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------
-# The feature that hurts
+def nearest_approach(one: Curve, other: Curve, below: int = 100) -> int | None:
+    """The k from 1 to `below` − 1 at which two curves are nearest: the authors' "crossing"; None without one.
+
+    Only values of k that both curves have.
+    """
+    shared = [k for k in sorted(set(one.ks) & set(other.ks)) if 1 <= k < below]
+    return min(shared, key=lambda k: abs(one.at(k) - other.at(k)), default=None)
 
 
 def steepest_drop(curve: Curve, order: Int[Tensor, "unit"], within: int = 50) -> int:
@@ -201,6 +196,5 @@ def leave_one_out(
         for unit in candidates
     ]
     table = pd.DataFrame({"unit": list(candidates), "value": values})
-    return table.assign(gain=table["value"] - whole).sort_values(
-        "gain", ascending=False, ignore_index=True
-    )
+    table["gain"] = table["value"] - whole
+    return table.sort_values("gain", ascending=False, ignore_index=True)

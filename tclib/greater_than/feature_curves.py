@@ -13,12 +13,8 @@ from torch import Tensor
 from tclib.circuits.frozen import FrozenPrompts
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.features.from_weights import Head, direct_logit_attribution, pullback, reading_direction
-from tclib.greater_than.components import (
-    head_contributions,
-)
-from tclib.greater_than.task import (
-    GreaterThan,
-)
+from tclib.greater_than.components import feature_contributions
+from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
 
 N_LAYER_0_FEATURES = 10  # over which the authors' de-embedding score is summed
@@ -39,19 +35,14 @@ def feature_curves(
     weight × direct de-embedding; NaN without a transcoder at layer 0), exact (what the head brings to
     the pre-activation from the number's token, by prompt; NaN for the digit form's other digits).
     """
-    lm, layer = frozen.lm, dictionary.config.layer
-    lines = []
-    scale = frozen.cache.mlp_scale[layer][:, -1, None]
+    lm, lines = frozen.lm, []
+    acts = dictionary.encode(frozen.cache.mlp_in[dictionary.config.layer][:, -1])
     for rank, feature in enumerate(features, start=1):
         dla = direct_logit_attribution(lm, dictionary, feature)[task.answer_ids]
         score = _authors_de_embedding(lm, by_layer, dictionary, feature, head, task)
-        direction = lm.final_norm.centre(dictionary.encoder_direction(feature))
-        directions = direction.expand(frozen.n_prompts, -1) / scale
-        brought = head_contributions(frozen, directions)[:, head.layer, head.head, task.subject_pos]
-        exact = _mean_by_answer(brought, task)
-        activation = _mean_by_answer(
-            dictionary.encode(frozen.cache.mlp_in[layer][:, -1])[:, feature], task
-        )
+        brought = feature_contributions(frozen, dictionary, feature)
+        exact = _mean_by_answer(brought[:, head.layer, head.head, task.subject_pos], task)
+        activation = _mean_by_answer(acts[:, feature], task)
         for i, answer in enumerate(task.answers):
             lines.append(
                 {

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,7 +36,9 @@ class GreaterThan:
 
     `numbers` is the year YY of a prompt; `subject_pos` is where it stands (its tens digit, in the
     digit form) and `template_idx` which sentence it is in. `left_out` names the years that a template
-    or the answers cannot use, and why. `is_greater` marks the right answers of each prompt.
+    or the answers cannot use, and why; `misfits` are the first sentence's prompts among them (GPT-2's
+    " 1700" is one token), which the paper's ranking counts. `is_greater` marks the right answers of each
+    prompt.
     """
 
     form: Form
@@ -48,6 +50,7 @@ class GreaterThan:
     answers: tuple[int, ...]
     is_greater: Bool[Tensor, "prompt answer"]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    misfits: tuple[Int[Tensor, "1 _"], ...] = ()
 
     @classmethod
     def of(
@@ -66,21 +69,22 @@ class GreaterThan:
         context = templates[0].format(yy=YEARS[len(YEARS) // 2])
         chosen = form or _form_of(lm, context)
         answers, left_out = _answers(lm, chosen, context)
-        prompts, missing = _prompts(lm, templates, chosen)
+        prompts, missing, misfits = _prompts(lm, templates, chosen)
         left_out |= missing
-        numbers = tuple(prompt.number for prompt in prompts)
-        values = torch.tensor(list(answers))
-        first = prompts[0]
+        numbers = torch.tensor([prompt.number for prompt in prompts])[:, None]
+        values = torch.tensor(list(answers))[None]
+        is_greater = values > numbers if chosen == "years" else values >= numbers // 10
         return cls(
             form=chosen,
             tokens=torch.cat([prompt.tokens for prompt in prompts]),
-            numbers=numbers,
+            numbers=tuple(prompt.number for prompt in prompts),
             template_idx=tuple(prompt.template_idx for prompt in prompts),
-            subject_pos=first.subject_pos,
+            subject_pos=prompts[0].subject_pos,
             answer_ids=torch.tensor(list(answers.values()), device=lm.device),
             answers=tuple(answers),
-            is_greater=_is_greater(torch.tensor(numbers), values, chosen).to(lm.device),
+            is_greater=is_greater.to(lm.device),
             left_out=left_out,
+            misfits=misfits,
         )
 
     @property
@@ -111,12 +115,12 @@ class GreaterThan:
 
     def prompt_index(self, number: int, template_idx: int = 0) -> int:
         """Which prompt asks about `number`. Errors: `InputError` if it was left out."""
-        for i, found in enumerate(zip(self.numbers, self.template_idx, strict=True)):
-            if found == (number, template_idx):
-                return i
-        raise InputError(
-            f"no prompt for {number:02d} in template {template_idx}: left out, or no year"
-        )
+        prompts = list(zip(self.numbers, self.template_idx, strict=True))
+        if (number, template_idx) not in prompts:
+            raise InputError(
+                f"no prompt for {number:02d} in template {template_idx}: left out, or no year"
+            )
+        return prompts.index((number, template_idx))
 
     def root_weights(self, number: int) -> dict[int, float]:
         """The mean logit of the greater answers minus the mean of the others, by token id.
@@ -124,13 +128,11 @@ class GreaterThan:
         Errors: `InputError` for a number that was left out, or after which nothing comes.
         """
         greater = self.is_greater[self.prompt_index(number)].tolist()
-        n_greater = sum(greater)
-        if n_greater in (0, len(greater)):
+        n_greater, n_others = sum(greater), len(greater) - sum(greater)
+        if not (n_greater and n_others):
             raise InputError(f"{number:02d}: expected a number with answers on either side")
-        others = len(greater) - n_greater
-        ids = self.answer_ids.tolist()
-        pairs = zip(ids, greater, strict=True)
-        return {i: 1 / n_greater if right else -1 / others for i, right in pairs}
+        pairs = zip(self.answer_ids.tolist(), greater, strict=True)
+        return {i: 1 / n_greater if right else -1 / n_others for i, right in pairs}
 
     # -- metrics ----------------------------------------------------------------------------
 
@@ -148,8 +150,7 @@ class GreaterThan:
         return (probabilities * sign).sum(-1)
 
 
-@dataclass(frozen=True)
-class _Prompt:
+class _Prompt(NamedTuple):
     number: int
     template_idx: int
     tokens: Int[Tensor, "1 pos"]
@@ -207,18 +208,13 @@ def _answer_ids(lm: LanguageModel, context: str, names: Mapping[int, str]) -> di
     return dict(sorted(usable.items()))
 
 
-def _is_greater(numbers: Tensor, answers: Tensor, form: Form) -> Tensor:
-    if form == "years":
-        return answers[None, :] > numbers[:, None]
-    return answers[None, :] >= numbers[:, None] // 10
-
-
 def _prompts(
     lm: LanguageModel, templates: Sequence[str], form: Form
-) -> tuple[list[_Prompt], dict[str, str]]:
-    """The prompts that tokenise as assumed, and the years that do not, by template."""
+) -> tuple[list[_Prompt], dict[str, str], tuple[Tensor, ...]]:
+    """The prompts that tokenise as assumed, the years that do not, and the first template's of these."""
     found: list[_Prompt] = []
     left_out: dict[str, str] = {}
+    misfits: list[Tensor] = []
     for i, template in enumerate(templates):
         tokenised = {year: lm.tokenize(template.format(yy=year)) for year in YEARS}
         usual = Counter(tokens.shape[1] for tokens in tokenised.values()).most_common(1)[0][0]
@@ -228,6 +224,7 @@ def _prompts(
             reason = _misfit(lm, tokens, usual, subject_pos, wanted)
             if reason:
                 left_out[f"{template.format(yy=year)!r}"] = reason
+                misfits += [tokens] if i == 0 else []
             else:
                 found.append(_Prompt(year, i, tokens, subject_pos))
     if not found:
@@ -241,7 +238,7 @@ def _prompts(
             f"{lm.name}: templates give (length, place of the year) {sorted(places)}: "
             "expected the same for all"
         )
-    return found, left_out
+    return found, left_out, tuple(misfits)
 
 
 def _subject_pos(

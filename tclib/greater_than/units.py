@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,15 +70,18 @@ def random_direction_units(units: Units, generator: torch.Generator) -> Units:
     """The same activations writing random directions of the same norms: a control."""
     random = torch.randn(units.W_dec.shape, generator=generator).to(units.W_dec)
     norms = units.W_dec.norm(dim=1, keepdim=True)
-    return replace(
-        units, name="random directions", W_dec=random / random.norm(dim=1, keepdim=True) * norms
-    )
+    W_dec = random / random.norm(dim=1, keepdim=True) * norms
+    return replace(units, name="random directions", W_dec=W_dec)
 
 
-def rank_by_variance(units: Units, task: GreaterThan) -> Int[Tensor, "unit"]:
+def rank_by_variance(
+    units: Units, task: GreaterThan, misfits: Sequence[Units] = ()
+) -> Int[Tensor, "unit"]:
     """By the variance of the activation at the last position, over all prompts (the paper's ranking).
 
-    Over prompts of the first template, so that sentences do not count as variation.
+    Over prompts of the first template, so that sentences do not count as variation; `misfits` are the
+    same units on each of the task's prompts of another length.
     """
     first = torch.tensor([t == task.template_idx[0] for t in task.template_idx])
-    return units.acts[first.to(units.acts.device), -1].var(0).argsort(descending=True, stable=True)
+    last = [units.acts[first.to(units.acts.device), -1], *(one.acts[:, -1] for one in misfits)]
+    return torch.cat(last).var(0).argsort(descending=True, stable=True)

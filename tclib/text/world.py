@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from tclib.text.grammar import PIECE_PATTERN, Document, write_document
@@ -47,10 +48,7 @@ def surprisal_bound(measured: Sequence[Document]) -> float:
     return nats / sum(len(document.tokens) + 1 for document in measured)
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokens
-
-
+@cache
 def vocabulary() -> dict[str, int]:
     """Token to id: BOS, unknown, the hundred two-digit tokens without and with a space, the words."""
     stream = documents(VOCABULARY_SEED)

@@ -15,13 +15,7 @@ from tclib.support.errors import InputError
 from tclib.support.progress import progress
 from tclib.text.grammar import Document
 from tclib.text.packing import pack
-from tclib.text.world import (
-    BOS,
-    build_tokenizer,
-    documents,
-    held_out_pairs,
-    surprisal_bound,
-)
+from tclib.text.world import BOS, build_tokenizer, documents, held_out_pairs, surprisal_bound
 
 
 @dataclass(frozen=True)
@@ -44,44 +38,21 @@ class ModelTraining:
 def _new_model(config: ModelTraining, d_vocab: int) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
+    shape: dict[str, Any] = {
+        "vocab_size": d_vocab,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "max_position_embeddings": config.n_ctx,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     if config.architecture == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=d_vocab,
-                n_positions=config.n_ctx,
-                n_embd=config.d_model,
-                n_layer=config.n_layers,
-                n_head=config.n_heads,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                **special,
-            )
-        )
+        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(**(shape | no_dropout)))
     if config.architecture == "neox":
-        return GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=d_vocab,
-                hidden_size=config.d_model,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_heads,
-                intermediate_size=4 * config.d_model,
-                max_position_embeddings=config.n_ctx,
-                **special,
-            )
-        )
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, intermediate_size=4 * config.d_model))
     raise InputError(f"architecture {config.architecture!r}: expected 'gpt2' or 'neox'")
-
-
-def _token_rows(seed: int, n_rows: int, n_ctx: int, ids: dict[str, int]) -> torch.Tensor:
-    encoded = ([ids[token] for token in document.tokens] for document in documents(seed))
-    return torch.from_numpy(pack(encoded, n_ctx, ids[BOS], n_rows)).long()
-
-
-def _next_token_loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    logits = model(rows, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
 def _learning_rate_share(step: int, config: ModelTraining) -> float:
@@ -104,10 +75,13 @@ def train_model(config: ModelTraining, folder: Path) -> dict[str, float]:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: _learning_rate_share(s, config)
     )
-    rows = _token_rows(config.seed, config.n_steps * config.rows_per_step, config.n_ctx, ids)
+    encoded = ([ids[token] for token in document.tokens] for document in documents(config.seed))
+    n_rows = config.n_steps * config.rows_per_step
+    rows = torch.from_numpy(pack(encoded, config.n_ctx, ids[BOS], n_rows)).long()
     bar = progress(rows.split(config.rows_per_step), f"demo {config.architecture}")
     for batch in bar:
-        loss = _next_token_loss(model, batch)
+        logits = model(batch, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

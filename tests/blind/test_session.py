@@ -288,3 +288,8 @@ def test_grades_follow_the_thresholds() -> None:
     wide = grade_predicate(Predicate(frozenset({50, 51})), rows, acts, 0)
     assert (wide.grade, wide.score.recall) == ("mostly", 1.0)
     assert grade_predicate(Predicate(frozenset({51})), rows, acts, 0).grade == "failure"
+
+
+def test_an_empty_ledger_cannot_be_replayed() -> None:
+    with pytest.raises(InputError, match="the ledger is empty"):
+        replay([], make_session())

@@ -20,6 +20,7 @@ from tiny import (
 from tclib.circuits.frozen import FrozenPrompts
 from tclib.circuits.sources import sources
 from tclib.features import from_weights as features
+from tclib.features.connections import compare_connections
 from tclib.features.from_weights import Head, LoneTokens
 from tclib.models.running import Site
 from tclib.support.errors import InputError
@@ -147,6 +148,20 @@ def test_activation_quantiles_are_of_positive_activations_without_bos() -> None:
     assert found == pytest.approx(float(z[z > 0].quantile(0.2)))
     dictionary.b_enc[4] = -1e6
     assert features.activation_quantiles(lm, dictionary, [4], rows, 0.2) == [0.0]
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_a_feature_that_fires_once_or_always_alike_has_connections(n_rows: int) -> None:
+    lm, earlier, later = make_lm("gpt2"), random_transcoder(0, "relu"), random_transcoder(2, "relu")
+    rows = random_rows(1).repeat(n_rows, 1)  # copies: the same activations again
+    site = later.config.input_site
+    pre_acts = later.pre_acts(lm.read(rows.long(), {site})[site])[0, 1:, 4]
+    highest = pre_acts.sort().values
+    later.b_enc[4] -= (highest[-1] + highest[-2]) / 2  # between the two: one token a row is left
+    minima = features.activation_quantiles(lm, later, [4], rows, 0.2)
+    assert minima == [0.0]
+    assert features.mean_pullbacks(lm, later, [4], earlier, rows, minima).abs().max() > 0
+    assert len(compare_connections(lm, later, [4], earlier, rows)) == 1
 
 
 def test_tables_are_sorted_and_name_tokens() -> None:

@@ -44,7 +44,7 @@ def test_signs_differ_by_line_and_kinds_by_marker() -> None:
     lines = [patch for patch in axis.patches if isinstance(patch, FancyArrowPatch)]
     assert len(lines) == 40
     assert len({patch.get_linestyle() for patch in lines}) == 2
-    looks = [(style["marker"], style["facecolor"]) for style in NODE_STYLE.values()]
+    looks = [(marker, fill) for _, marker, fill, _ in NODE_STYLE.values()]
     assert len(set(looks)) == len(looks)
     assert "the 40 strongest of" in axis.get_title()
 

@@ -69,7 +69,7 @@ def test_layer_bars_are_the_tables() -> None:
 
 
 def test_a_saved_figure_is_in_the_manifest(tmp_path) -> None:
-    step = Step("demo", "00_model_and_data", tmp_path / "00")
+    step = Step("demo", "00_model_and_data", tmp_path / "00", "tclib run")
     step.folder.mkdir()
     write_manifest(step, {}, {}, 0.0)
     save_figure(probability_heatmap(np.eye(100), "title"), step, "heat")

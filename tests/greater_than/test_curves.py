@@ -12,6 +12,7 @@ from tiny import D_VOCAB, GEOMETRIES, freeze, random_rows, random_transcoder, ti
 from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.replace import replace_mlp, set_mlp_out
+from tclib.greater_than.analysis import FEATURES, prepare
 from tclib.greater_than.components import (
     Component,
     ablate_component,
@@ -30,6 +31,7 @@ from tclib.greater_than.curves import (
     k_grid,
     leave_one_out,
     metric_of,
+    nearest_approach,
     rank_by_attribution,
     steepest_drop,
 )
@@ -126,6 +128,21 @@ def test_rankings_by_hand() -> None:
     assert rank_by_variance(replace(units, acts=acts), task)[:2].tolist() == [4, 9]
 
 
+def test_the_variance_is_over_all_prompts_run_one_by_one() -> None:
+    """A prompt of another length counts in the ranking, though it is in no curve."""
+    lm, task, dictionary = tiny_lm(), make_task(), transcoder(1)
+    odd = random_rows(1, 4, seed=9).long()
+    analysed = prepare(lm, replace(task, misfits=(odd,)), dictionary, {}, seed=0)
+    site, last = dictionary.config.input_site, []
+    for tokens in (*task.tokens.split(1), odd):
+        last.append(dictionary.encode(lm.read(tokens, {site})[site])[0, -1])
+    expected = torch.stack(last).var(0).argsort(descending=True)[:10].tolist()
+    assert analysed.orders[FEATURES, "variance"][:10].tolist() == expected
+    assert (
+        prepare(lm, task, dictionary, {}, 0).orders[FEATURES, "variance"][:10].tolist() != expected
+    )
+
+
 @pytest.mark.parametrize("layer", [0, 2])
 def test_attribution_ranks_by_the_metrics_gradient(layer: int) -> None:
     """The first of the ranking is where a small change of all its activations moves the metric most."""
@@ -179,6 +196,10 @@ def test_crossings_and_grids_by_hand() -> None:
 
     assert crossing(curve(0.1, 0.5, 0.6, 0.7), curve(0.2, 0.3, 0.5, 0.8)) == 3
     assert crossing(curve(0.1, 0.5), curve(0.2, 0.3)) is None
+    # As published: behind from k = 2 on, but nearest at 3; k = 0 does not count, nor k = 4 below 4.
+    ahead, behind = curve(0.1, 0.8, 0.6, 0.7, 0.9), curve(0.1, 0.3, 0.9, 0.8, 0.9)
+    assert (crossing(ahead, behind), nearest_approach(ahead, behind, 4)) == (2, 3)
+    assert nearest_approach(curve(0.1), curve(0.1)) is None
     assert curve(0.1, 0.5).at(1) == 0.5
     with pytest.raises(InputError, match="k 7 is not on the curve"):
         curve(0.1).at(7)

@@ -92,6 +92,9 @@ def test_merged_years_are_left_out_and_named() -> None:
     task = GreaterThan.of(year_lm(merged=("1776",)), TEMPLATE)
     assert task.left_out == {"'from 1776 to 17'": "5 tokens where the others have 6"}
     assert len(task.numbers) == 99 and 76 not in task.numbers
+    assert [tokens.tolist() for tokens in task.misfits] == [
+        year_lm(merged=("1776",)).tokenize("from 1776 to 17").tolist()
+    ]
     with pytest.raises(InputError, match="no prompt for 76"):
         task.prompt_index(76)
 

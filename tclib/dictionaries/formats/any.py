@@ -14,8 +14,6 @@ from tclib.dictionaries.formats.sparsify import read_sparsify, write_sparsify
 from tclib.support.errors import InputError
 
 Format = Literal["tclib", "saelens", "circuit-tracer", "sparsify", "authors"]
-
-
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
@@ -28,24 +26,23 @@ class Found(NamedTuple):
 
 def read_any(path: Path) -> Found:
     """Recognise a format by its files and read it. Errors: `InputError` if none is recognised."""
+    kind: Format
     if path.suffix == ".pt":
-        one = read_authors(path)
-        return Found("authors", {one.config.layer: one})
-    if path.suffix == ".safetensors" and path.is_file():
-        one = Dictionary.load(path)
-        return Found("tclib", {one.config.layer: one})
-    if (path / "sae_weights.safetensors").is_file():
-        one = read_saelens(path)
-        return Found("saelens", {one.config.layer: one})
-    if (path / "sae.safetensors").is_file():
-        one = read_sparsify(path)
-        return Found("sparsify", {one.config.layer: one})
-    if (path / "config.yaml").is_file():
+        kind, one = "authors", read_authors(path)
+    elif path.suffix == ".safetensors" and path.is_file():
+        kind, one = "tclib", Dictionary.load(path)
+    elif (path / "sae_weights.safetensors").is_file():
+        kind, one = "saelens", read_saelens(path)
+    elif (path / "sae.safetensors").is_file():
+        kind, one = "sparsify", read_sparsify(path)
+    elif (path / "config.yaml").is_file():
         return Found("circuit-tracer", read_circuit_tracer(path))
-    raise InputError(
-        f"{path}: no known dictionary; expected a .safetensors of tclib, a .pt of the authors, or a folder "
-        "of SAELens (sae_weights.safetensors), sparsify (sae.safetensors) or circuit-tracer (config.yaml)"
-    )
+    else:
+        raise InputError(
+            f"{path}: no known dictionary; expected a .safetensors of tclib, a .pt of the authors, or a folder "
+            "of SAELens (sae_weights.safetensors), sparsify (sae.safetensors) or circuit-tracer (config.yaml)"
+        )
+    return Found(kind, {one.config.layer: one})
 
 
 def load_dictionary(path: str | Path, layer: int | None = None) -> Dictionary:

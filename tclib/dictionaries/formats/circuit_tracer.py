@@ -8,21 +8,12 @@ from pathlib import Path
 import yaml
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-from tclib.dictionaries.formats.parts import (
-    HOOK_IN,
-    HOOK_OUT,
-    JUMPS,
-    Tensors,
-    check_exportable,
-    place_of,
-    read_tensors,
-    read_yaml,
-)
+from tclib.dictionaries.formats import parts
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
 
 TRACER_THRESHOLD = "activation_function.threshold"
-TENSORS = Tensors({"threshold": TRACER_THRESHOLD}, frozenset({"W_enc", "W_skip"}))
+TENSORS = parts.Tensors({"threshold": TRACER_THRESHOLD}, frozenset({"W_enc", "W_skip"}))
 
 
 def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
@@ -31,11 +22,11 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     Errors: `InputError` for a cross-layer set, negative thresholds, layers that are not contiguous
     from 0, or tensors that do not fit.
     """
-    config = read_yaml(folder / "config.yaml")
+    config = parts.read_config(folder / "config.yaml")
     kind = config.get("model_kind")
     if kind != "transcoder_set":
         raise InputError(f"{folder}: model_kind {kind!r}; expected transcoder_set")
-    _, basis = place_of(f"blocks.0.{config.get('feature_input_hook', '')}", folder)
+    _, basis = parts.place_of(f"blocks.0.{config.get('feature_input_hook', '')}", folder)
     files = sorted(folder.glob("layer_*.safetensors"), key=lambda path: int(path.stem[6:]))
     if [int(path.stem[6:]) for path in files] != list(range(len(files))) or not files:
         raise InputError(
@@ -44,7 +35,7 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     model = str(config.get("model_name", ""))
     found = {}
     for layer, path in enumerate(files):
-        tensors = read_tensors(path)
+        tensors = parts.read_tensors(path)
         if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
             raise InputError(f"{path}: no matrix W_enc in it, only {sorted(tensors)}")
         n_features, d_model = tensors["W_enc"].shape
@@ -68,15 +59,15 @@ def write_circuit_tracer(dictionaries: Mapping[int, Dictionary], folder: Path) -
     if sorted(dictionaries) != list(range(len(dictionaries))) or not dictionaries:
         raise InputError(f"layers {sorted(dictionaries)}: the format needs 0 upwards without a gap")
     for dictionary in dictionaries.values():
-        check_exportable(dictionary, "circuit-tracer", JUMPS)
+        parts.check_exportable(dictionary, "circuit-tracer", parts.JUMPS)
     bases = {dictionary.config.basis for dictionary in dictionaries.values()}
     if len(bases) > 1:
         raise InputError("processed and raw dictionaries in one set: convert them to one basis")
     document = {
         "model_name": dictionaries[0].config.model,
         "model_kind": "transcoder_set",
-        "feature_input_hook": HOOK_IN[bases.pop()],
-        "feature_output_hook": HOOK_OUT,
+        "feature_input_hook": parts.HOOK_IN[bases.pop()],
+        "feature_output_hook": parts.HOOK_OUT,
         "scan": dictionaries[0].config.model or "local",
     }
     with new_folder(folder) as temporary:

@@ -109,22 +109,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is truncated or damaged ({error}): download it again") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Errors: `InputError` for anything else."""
-    return _read_config(path, json.loads)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping. Errors: `InputError` for anything else."""
-    return _read_config(path, yaml.safe_load)
-
-
-def _read_config(path: Path, parse: Any) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object, or a YAML mapping. Errors: `InputError` for anything else."""
+    parse = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
         held = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{path} cannot be read ({error}): expected the configuration there"
+            f"{path} cannot be read ({reason}): expected the configuration there"
         ) from error
     if not isinstance(held, dict):
         raise InputError(f"{path} holds a {type(held).__name__}: expected names and values")

@@ -6,16 +6,7 @@ import json
 from pathlib import Path
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-from tclib.dictionaries.formats.parts import (
-    HOOK_IN,
-    HOOK_OUT,
-    JUMPS,
-    Tensors,
-    check_exportable,
-    place_of,
-    read_json,
-    read_tensors,
-)
+from tclib.dictionaries.formats import parts
 from tclib.dictionaries.kinds import Activation
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
@@ -27,7 +18,7 @@ ARCHITECTURES: dict[str, tuple[Activation, bool]] = {  # activation, skip
     "jumprelu_transcoder": ("jumprelu", False),
     "jumprelu_skip_transcoder": ("jumprelu", True),
 }
-TENSORS = Tensors(transposed=frozenset({"W_skip"}))
+TENSORS = parts.Tensors(transposed=frozenset({"W_skip"}))
 SAME_EQUATIONS = {"apply_b_dec_to_input": False, "normalize_activations": "none"}
 
 
@@ -37,7 +28,7 @@ def read_saelens(folder: Path) -> Dictionary:
     Errors: `InputError` for another architecture, missing, extra or transposed tensors, a hook that is
     no MLP input, or anything that would change the equations.
     """
-    config = read_json(folder / "cfg.json")
+    config = parts.read_config(folder / "cfg.json")
     architecture = config.get("architecture")
     if architecture not in ARCHITECTURES:
         raise InputError(
@@ -47,8 +38,8 @@ def read_saelens(folder: Path) -> Dictionary:
         if config.get(name, expected) != expected:
             raise InputError(f"{folder}: {name} is {config[name]!r}; only {expected!r} can be read")
     metadata = config.get("metadata", {})
-    layer, basis = place_of(str(metadata.get("hook_name", "")), folder)
-    tensors = read_tensors(folder / "sae_weights.safetensors")
+    layer, basis = parts.place_of(str(metadata.get("hook_name", "")), folder)
+    tensors = parts.read_tensors(folder / "sae_weights.safetensors")
     activation, skip = ARCHITECTURES[architecture]
     d_in, d_out, n_features = (int(config[name]) for name in ("d_in", "d_out", "d_sae"))
     model = str(metadata.get("model_name", ""))
@@ -64,7 +55,7 @@ def read_saelens(folder: Path) -> Dictionary:
 
 def write_saelens(dictionary: Dictionary, folder: Path) -> None:
     """A SAELens transcoder folder. Errors: `InputError` for a top-k or a non-transcoder dictionary."""
-    check_exportable(dictionary, "SAELens", JUMPS)
+    parts.check_exportable(dictionary, "SAELens", parts.JUMPS)
     config = dictionary.config
     kept = ("relu" if dictionary.threshold is None else "jumprelu", config.skip)
     block = f"blocks.{config.layer}"
@@ -79,8 +70,8 @@ def write_saelens(dictionary: Dictionary, folder: Path) -> None:
         "reshape_activations": "none",
         "metadata": {
             "model_name": config.model,
-            "hook_name": f"{block}.{HOOK_IN[config.basis]}",
-            "hook_name_out": f"{block}.{HOOK_OUT}",
+            "hook_name": f"{block}.{parts.HOOK_IN[config.basis]}",
+            "hook_name_out": f"{block}.{parts.HOOK_OUT}",
             "sae_lens_version": VERSION,
         },
     }

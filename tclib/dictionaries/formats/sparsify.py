@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-from tclib.dictionaries.formats.parts import Tensors, check_exportable, read_json, read_tensors
+from tclib.dictionaries.formats.parts import Tensors, check_exportable, read_config, read_tensors
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
 
@@ -20,7 +20,7 @@ def read_sparsify(folder: Path) -> Dictionary:
 
     Errors: `InputError` for an autoencoder, group-max, or tensors that do not fit.
     """
-    config = read_json(folder / "cfg.json")
+    config = read_config(folder / "cfg.json")
     if not config.get("transcode", False):
         raise InputError(f"{folder}: transcode is false, an autoencoder; expected a transcoder")
     if config.get("activation", "topk") != "topk":
