@@ -408,7 +408,7 @@ def demo_model(
     """Train a bundled model again, bit for bit: half an hour."""
     import torch
 
-    from tclib.text.world_models import ModelTraining, train_model
+    from tclib.training.world_models import ModelTraining, train_model
 
     if architecture not in ("gpt2", "neox"):
         raise InputError(f"architecture {architecture!r}: expected gpt2 or neox")

@@ -3,7 +3,7 @@
 Because a derivation determines its text, the mean derivation surprisal per token is an upper bound on the entropy
 of the language (`surprisal_bound`), and no model can be expected to beat the entropy itself: a loss close to the
 bound means that the language has been learned. Two small models trained on this world are bundled under data/demo
-(`world_models`): `gpt2` (sequential blocks, learned positions) and `neox` (parallel blocks, rotary positions).
+(`training.world_models`): `gpt2` (sequential blocks, learned positions) and `neox` (parallel blocks, rotary positions).
 """
 
 from __future__ import annotations

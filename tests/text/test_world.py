@@ -1,20 +1,17 @@
-"""The bundled world: its grammar, its labels, its bound, and the two committed models."""
+"""The bundled world: its grammar, its labels, its bound."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
-from pathlib import Path
 
 import pytest
 
 from tclib.greater_than.task import GreaterThan, mean_probability_difference
 from tclib.models.language_model import LanguageModel
 from tclib.models.locate import BUNDLED
-from tclib.support.errors import InputError
-from tclib.text import grammar, world, world_models
+from tclib.text import grammar, world
 
 DOCUMENTS = list(itertools.islice(world.documents(3), 4000))
 
@@ -108,44 +105,6 @@ def test_the_bundled_tokenizers_are_those_of_the_world() -> None:
         assert LanguageModel.load(name).tokenizer.get_vocab() == world.build_tokenizer().get_vocab()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(BUNDLED))
-def test_the_committed_models_have_the_losses_on_their_cards(name: str) -> None:
-    lm = LanguageModel.load(name, device="cpu")
-    card = json.loads((BUNDLED[name] / "card.json").read_text())
-    pairs = world.held_out_pairs(lm.n_ctx)
-    loss = world_models.held_out_loss(lm.model, pairs, lm.tokenizer.get_vocab())
-    bound = world.surprisal_bound([second for _, second in pairs])
-    assert loss == pytest.approx(card["held_out_loss_nats"], abs=1e-3)
-    assert bound == pytest.approx(card["derivation_bound_nats"])
-    assert loss < card["derivation_bound_nats"] + 0.05
-    size = sum(file.stat().st_size for file in BUNDLED[name].iterdir())
-    assert size < 4_000_000
-
-
 def test_the_bundled_gpt2_compares_years() -> None:
     lm = LanguageModel.load("demo", device="cpu")
     assert mean_probability_difference(lm, GreaterThan.of(lm)) >= 0.80
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["gpt2", "neox"])
-def test_training_learns_writes_a_model_and_repeats(architecture: str, tmp_path: Path) -> None:
-    config = world_models.ModelTraining(
-        architecture, n_layers=1, d_model=32, n_heads=2, n_ctx=32, n_steps=30, rows_per_step=8,
-        warmup_steps=5,
-    )  # fmt: skip
-    first = world_models.train_model(config, tmp_path / "a")
-    again = world_models.train_model(config, tmp_path / "b")
-    assert first == again
-    uniform = math.log(len(world.vocabulary()))
-    assert first["held_out_loss_nats"] < uniform - 0.5
-    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in "ab"]
-    assert weights[0] == weights[1]
-    assert LanguageModel.load(str(tmp_path / "a")).n_layers == 1
-
-
-@pytest.mark.slow
-def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="architecture 'mamba'"):
-        world_models.train_model(world_models.ModelTraining("mamba"), tmp_path / "x")

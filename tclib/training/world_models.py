@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tclib.evaluation import metrics
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
 from tclib.text.grammar import Document
@@ -80,8 +81,7 @@ def train_model(config: ModelTraining, folder: Path) -> dict[str, float]:
     rows = torch.from_numpy(pack(encoded, config.n_ctx, ids[BOS], n_rows)).long()
     bar = progress(rows.split(config.rows_per_step), f"demo {config.architecture}")
     for batch in bar:
-        logits = model(batch, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss = metrics.next_token_losses(model(batch, use_cache=False).logits, batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -117,11 +117,7 @@ def held_out_loss(
         rows = [[BOS, *a.tokens, BOS, *b.tokens, BOS] for a, b in batch]
         width = max(map(len, rows))
         tokens = torch.tensor([[ids[t] for t in row + [BOS] * (width - len(row))] for row in rows])
-        losses = torch.nn.functional.cross_entropy(
-            model(tokens, use_cache=False).logits[:, :-1].transpose(1, 2),
-            tokens[:, 1:],
-            reduction="none",
-        )
+        losses = metrics.next_token_losses(model(tokens, use_cache=False).logits, tokens)
         first = torch.tensor([len(a.tokens) + 1 for a, _ in batch])[:, None]
         last = torch.tensor([len(row) - 1 for row in rows])[:, None]
         position = torch.arange(width - 1)[None]
