@@ -5,24 +5,25 @@ BIN := .venv/bin
 .PHONY: demo fast test bench nbval lab smollm2 check notebooks wheel clean
 
 # Two processes, each with one thread for sums: more threads than cores only get in each other's way.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTHON_M := OMP_NUM_THREADS=1 $(BIN)/python -m
+NBVAL := --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks
 
 demo: .venv/.complete  ## run every notebook at the demo preset
 	$(BIN)/tclib run --preset demo
 
 fast: .venv/.complete  ## the tests for the inner loop: under a minute on two cores
-	$(PYTEST) -m "not slow and not gpu" tests
+	$(PYTHON_M) pytest -n 2 -m "not slow and not gpu" tests
 
 test: .venv/.complete  ## every test with coverage, and every notebook against its committed outputs
-	TCLIB_QUIET=1 $(PYTEST) --dist loadscope --no-loadscope-reorder --cov=tclib --cov-report=term \
-	    --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks tests
+	TCLIB_QUIET=1 $(PYTHON_M) slipcover --source tclib -m \
+	    pytest -n 2 --dist loadscope --no-loadscope-reorder $(NBVAL) tests
 
 bench: .venv/.complete  ## every benchmark at a small size: its two ways agree; README has the table of results.json
 	$(BIN)/python benchmarks/run.py --readme check
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py --small
 
 nbval: .venv/.complete  ## the notebooks alone
-	TCLIB_QUIET=1 $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks
+	TCLIB_QUIET=1 $(PYTHON_M) pytest $(NBVAL)
 
 lab: .venv/.complete  ## open JupyterLab at the notebooks, with the whole repository in reach
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
