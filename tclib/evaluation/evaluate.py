@@ -25,7 +25,7 @@ from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.statistics import bootstrap_means, interval
+from tclib.support.statistics import bootstrap_means, interval, to_numpy
 from tclib.text.corpus import check_disjoint
 
 BOOTSTRAP_SEED = 0
@@ -145,7 +145,8 @@ def _losses(
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Mean CE of each row under each condition, and mean KL from the original under each."""
     ce: dict[str, list[Tensor]] = {name: [] for name in conditions}
-    kl_sums = dict.fromkeys(conditions, 0.0)
+    zero = torch.zeros((), dtype=torch.float64, device=lm.device)
+    kl_sums = dict.fromkeys(conditions, zero)
     batches = rows.split(rows_per_forward)
     for batch in progress(batches, "cross-entropy", unit="batch", leave=False):
         tokens = batch.long().to(lm.device)
@@ -154,12 +155,12 @@ def _losses(
         for name, (layer, change) in conditions.items():
             with lm.start_at(layer, streams[layer]), change():
                 logits = original if name == "original" else lm.logits(tokens)
-            ce[name].append(metrics.next_token_losses(logits, tokens).mean(1).cpu())
+            ce[name].append(metrics.next_token_losses(logits, tokens).mean(1))
             kl = metrics.kl_divergence(original[:, :-1], logits[:, :-1])
-            kl_sums[name] += float(kl.double().sum())
+            kl_sums[name] = kl_sums[name] + kl.double().sum()
     n_predictions = len(rows) * (rows.shape[1] - 1)
-    frame = pd.DataFrame({name: torch.cat(parts).double().numpy() for name, parts in ce.items()})
-    return frame, {name: total / n_predictions for name, total in kl_sums.items()}
+    frame = pd.DataFrame({name: to_numpy(torch.cat(parts)) for name, parts in ce.items()})
+    return frame, {name: float(total) / n_predictions for name, total in kl_sums.items()}
 
 
 def _table_line(

@@ -84,18 +84,16 @@ def is_live(n_fired: Int[Tensor, "n_features"], n_tokens: int) -> Bool[Tensor, "
 
 @dataclass
 class ReconstructionSums:
-    """l0, fvu and firing counts over a stream of batches, in float64.
+    """l0, fvu and firing counts over a stream of batches, in float64, where the batches are.
 
-    Uses Σ‖y − ȳ‖² = Σ‖y − c‖² − n‖ȳ − c‖², with c the first batch's mean against cancellation.
+    Uses Σ‖y − ȳ‖² = Σ‖y − c‖² − n‖ȳ − c‖², with c the first batch's mean against cancellation. Nothing is
+    brought to the host before it is asked for: a batch on a GPU would wait for it.
     """
 
     n_tokens: int = 0
-    n_active: int = 0
-    squared_error: float = 0.0
-    _shifted_square: float = 0.0
-    _shift: Tensor | None = None
-    _shifted_sum: Tensor | None = None
-    n_fired: Tensor | None = None
+    n_fired: Int[Tensor, "n_features"] | None = None
+    # c, Σ (y − c), and Σ‖y − c‖² beside Σ‖y − ŷ‖²
+    _sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(
         self,
@@ -105,25 +103,25 @@ class ReconstructionSums:
     ) -> None:
         """Add a batch."""
         y = y.double()
-        if self._shift is None or self._shifted_sum is None or self.n_fired is None:
-            self._shift = y.mean(0)
-            self._shifted_sum = torch.zeros_like(self._shift)
+        if self._sums is None or self.n_fired is None:
+            self._sums = y.mean(0), torch.zeros_like(y[0]), y.new_zeros(2)
             self.n_fired = torch.zeros_like(feature_acts[0], dtype=torch.int64)
-        shifted = y - self._shift
-        active = is_active(feature_acts)
-        self._shifted_sum += shifted.sum(0)
-        self._shifted_square += float(shifted.pow(2).sum())
-        self.squared_error += float((y - reconstruction.double()).pow(2).sum())
-        self.n_fired += active.sum(0)
-        self.n_active += int(active.sum())
+        shift, total, squares = self._sums
+        shifted, error = y - shift, y - reconstruction.double()
+        total += shifted.sum(0)
+        squares += torch.stack([shifted.pow(2).sum(), error.pow(2).sum()])
+        self.n_fired += is_active(feature_acts).sum(0)
         self.n_tokens += len(y)
 
     @property
     def l0(self) -> float:
-        return self.n_active / self.n_tokens
+        assert self.n_fired is not None
+        return int(self.n_fired.sum()) / self.n_tokens
 
     @property
     def fvu(self) -> float:
-        assert self._shifted_sum is not None
-        total = self._shifted_square - float(self._shifted_sum.pow(2).sum()) / self.n_tokens
-        return self.squared_error / total
+        assert self._sums is not None
+        _, total, squares = self._sums
+        shifted_square, squared_error = squares.tolist()
+        variation = shifted_square - float(total.pow(2).sum()) / self.n_tokens
+        return float(squared_error / variation)
