@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -89,7 +90,7 @@ class _Run:
         )
         self.steps_per_block = self.harvest.block_tokens // config.batch_size
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Names everything that the result depends on."""
         what = {
