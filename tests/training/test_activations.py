@@ -194,7 +194,7 @@ def test_two_runs_on_one_cache_write_it_once(tmp_path: Path) -> None:
 
 
 FILL = f"""
-import resource, sys
+import resource, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path
 from tiny import random_rows, tiny_lm
@@ -205,19 +205,25 @@ from tclib.training.activations import ActivationCache
 folder, n_bytes = Path(sys.argv[1]), int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 lm, rows = tiny_lm(), random_rows(640)
+read, n_reads = type(lm).read, []
+type(lm).read = lambda *given: (n_reads.append(1), time.sleep(0.02), read(*given))[-1]
+print("ready", flush=True)
 sys.stdin.readline()
 try:
     ActivationCache.of(folder, lm, rows).fill(lm, rows, [Site("mlp_in", 0), Site("mlp_out", 2)])
+    print(len(n_reads))
 except InputError as error:
     print(error)
 """
 
 
 def filling(folder: Path, n_bytes: int = 2**30) -> subprocess.Popen[str]:
-    """A process that fills a cache once it is told to; it can write no file above `n_bytes`."""
+    """A process about to fill a cache, once it is told to; it can write no file above `n_bytes`."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", FILL, str(folder), str(n_bytes)]
-    return subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    process: subprocess.Popen[str] = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
 
 
 @pytest.mark.slow
@@ -226,8 +232,8 @@ def test_two_processes_on_one_cache_leave_the_models_activations(tmp_path: Path)
     for process in both:
         process.stdin.write("go\n")  # type: ignore[union-attr]
         process.stdin.flush()  # type: ignore[union-attr]
-    for process in both:
-        assert process.communicate() == ("", "") and process.returncode == 0
+    ends = [process.communicate() for process in both]
+    assert sorted(ends) == [("0\n", ""), ("20\n", "")]  # batches that each of them read
     lm, rows = tiny_lm(), random_rows(640)
     sites = [Site("mlp_in", 0), Site("mlp_out", 2)]
     cache = ActivationCache.of(tmp_path, lm, rows)
