@@ -336,9 +336,13 @@ def evaluate(
     from tclib.replication.run import Run
 
     chosen = load_preset(preset, seed, runs_dir)
+    names = [file.stem for file in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"{', '.join(twice)}: more than one file of this name, by which the table calls it; rename "
+            "one, or evaluate them one at a time"
+        )
     dictionaries = {file.stem: Dictionary.load(file) for file in files}
-    if len(dictionaries) < len(files):
-        raise InputError(f"{[file.name for file in files]}: expected files of different names")
     check_ready(chosen)
     opened = Run(chosen)
     lm, corpus = opened.lm, opened.corpus
@@ -405,7 +409,7 @@ def demo_model(
     architecture: Annotated[str, typer.Argument(help="gpt2 or neox.")],
     out: Annotated[Path, typer.Argument(help="Folder for the model.")],
 ) -> None:
-    """Train a bundled model again, bit for bit: half an hour."""
+    """Train a bundled model again, bit for bit on the same CPU and torch: half an hour."""
     import torch
 
     from tclib.text.world_models import ModelTraining, train_model

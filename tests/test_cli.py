@@ -17,6 +17,7 @@ import nbformat
 import papermill
 import pytest
 import typer
+from tiny import random_transcoder
 from typer.testing import CliRunner
 
 from tclib import cli
@@ -305,6 +306,14 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match="layer 9 is out of range"):
         invoke("train", str(tmp_path / "no"), "--layer", "9", "--l1", "1", *common)
     assert not (tmp_path / "no").exists()
+
+
+def test_two_files_of_one_name_are_not_evaluated_as_one(tmp_path: Path) -> None:
+    files = [tmp_path / "a" / "x.safetensors", tmp_path / "b" / "x.safetensors"]
+    for file in files:
+        random_transcoder(0, "relu").save(file)
+    with pytest.raises(InputError, match="^x: more than one file of this name"):
+        invoke("evaluate", *map(str, files))
 
 
 def test_train_has_an_option_for_every_hyperparameter_with_its_description() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
@@ -80,6 +81,8 @@ def append_log(
             writer.writerow(LOG_COLUMNS)
         for name, line in measured.items():
             writer.writerow([step, n_tokens, name, *asdict(line).values(), round(speed, 1)])
+        file.flush()
+        os.fsync(file.fileno())  # before the checkpoint that stands for these lines
 
 
 def truncate_log(path: Path, step: int, names: Collection[str]) -> None:
