@@ -147,6 +147,7 @@ def exclusive(folder: Path, is_patient: bool = False) -> Iterator[None]:
             raise InputError(_unwritten(folder, error)) from error
     try:
         if lock.is_locked:
+            _remove_dead(_leftovers(folder))
             sweep(folder)
         yield
     finally:

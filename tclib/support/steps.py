@@ -121,9 +121,10 @@ def read_manifest(step: Step) -> dict[str, Any]:
         raise InputError(f"{step.folder} has not been made yet: run `{step.command}`")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        *_, outputs = (manifest[key] for key in ("parameters", "inputs", "outputs"))
+    except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is truncated or corrupted: {step.remedy}") from error
-    for output in _altered(step.folder, manifest["outputs"]):
+    for output in _altered(step.folder, outputs):
         raise InputError(f"{output} is missing or was altered: {step.remedy}")
     return manifest
 
@@ -138,8 +139,11 @@ def _altered(folder: Path, named: Mapping[str, str]) -> Iterator[Path]:
 
 def is_whole(folder: Path) -> bool:
     """Whether every file that the manifest in `folder` names, figures too, is there as it was written."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    named = {**manifest["outputs"], **manifest.get("extras", {})}
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        named = {**manifest["outputs"], **manifest.get("extras", {})}
+    except (ValueError, LookupError, TypeError):
+        return False
     return not any(_altered(folder, named))
 
 

@@ -187,24 +187,39 @@ class _Run:
             total=self.config.n_steps,
             unit="step",
         )
-        for step in bar:
-            block = blocks.get(step // self.steps_per_block)
-            first = step % self.steps_per_block * self.config.batch_size
-            rows = slice(first, first + self.config.batch_size)
-            checkpoint_due = (step + 1) % self.config.checkpoint_every_steps == 0
-            last = step + 1 == self.config.n_steps
-            log_due = checkpoint_due or last or (step + 1) % self.config.log_every_steps == 0
-            measured = {}
-            for trainer in self.trainers:
-                result = self._step(trainer, block, rows, step)
-                if log_due:
-                    measured[trainer.spec.name] = trainer.measure(result, block, rows)
-                del result  # it holds a batch's activations, of which one set is in memory
+        step = start
+        try:
+            for step in bar:
+                self._take(step, blocks, meter, tracker, bar)
+        except KeyboardInterrupt as stop:
+            bar.close()
+            every = self.config.checkpoint_every_steps
+            kept = max(start, step // every * every)
+            then = f"goes on from step {kept}, its last checkpoint" if kept else "begins anew"
+            raise KeyboardInterrupt(
+                f"stopped at step {step + 1} of {self.config.n_steps}: run again, it {then}"
+            ) from stop
+
+    def _take(
+        self, step: int, blocks: _BlockHolder, meter: Meter, tracker: Tracker, bar: Any
+    ) -> None:
+        """One step of every dictionary; a line of the log and a checkpoint where they are due."""
+        block = blocks.get(step // self.steps_per_block)
+        first = step % self.steps_per_block * self.config.batch_size
+        rows = slice(first, first + self.config.batch_size)
+        checkpoint_due = (step + 1) % self.config.checkpoint_every_steps == 0
+        last = step + 1 == self.config.n_steps
+        log_due = checkpoint_due or last or (step + 1) % self.config.log_every_steps == 0
+        measured = {}
+        for trainer in self.trainers:
+            result = self._step(trainer, block, rows, step)
             if log_due:
-                self._report(step, measured, meter, tracker, bar)
-            if checkpoint_due and not last:
-                self._checkpoint(step + 1)
-            del block  # or the next block would be made while this one is still held
+                measured[trainer.spec.name] = trainer.measure(result, block, rows)
+            del result  # it holds a batch's activations, of which one set is in memory
+        if log_due:
+            self._report(step, measured, meter, tracker, bar)
+        if checkpoint_due and not last:
+            self._checkpoint(step + 1)
 
     def _step(self, trainer: DictionaryTrainer, block: Block, rows: slice, step: int) -> StepResult:
         return trainer.step(block, rows, self.config.learning_rate_at(step))
