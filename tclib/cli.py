@@ -109,24 +109,23 @@ def run(
     from tclib.support.files import exclusive
 
     chosen = load_preset(preset, seed, runs_dir)
-    sequence.check_all_ready(
-        chosen, _selected(from_, only)
-    )  # a mistake must not cost the earlier run
+    asked = _selected(from_, only)  # a mistake must not cost the earlier run
+    sequence.check_all_ready(chosen, asked)
     deleted = sequence.earlier_runs(chosen, fresh, fresh_companions)
     with ExitStack() as locks:
         for folder in {chosen.folder, *deleted}:
             locks.enter_context(exclusive(folder))
         sequence.delete(deleted)
-        first = from_
-        if not (from_ or only) and (first := sequence.stopped_at(chosen)):
+        first = None if from_ or only else sequence.stopped_at(chosen)
+        if first:
             typer.echo(f"The last run stopped in notebook {first}: going on from there.")
-        notebooks = _selected(first, only)
         # The seed is always passed: an executed copy tells it.
         parameters = {
             "preset": chosen.asked["--preset"],
             "seed": chosen.seed,
             "runs_dir": str(chosen.runs_dir),
         }
+        notebooks = _selected(first, None) if first else asked
         sequence.execute_all(chosen, notebooks, parameters, anew=bool(from_ or only))
     _print_results(chosen)
 

@@ -22,6 +22,17 @@ from torch import Tensor
 from tclib.support.errors import InputError
 
 HEADER_KEY = "tclib"
+MAX_NAME = 100  # characters: a file's name, with what we add to it, may have 255 bytes
+
+
+def check_name(what: str, name: str, besides: str) -> None:
+    """Raise `InputError` unless `name` can be a file's: letters and digits, and `besides` after the first."""
+    is_known = all(letter.isalnum() or letter in besides for letter in name)
+    if not is_known or not name[:1].isalnum() or len(name) > MAX_NAME:
+        signs = ", ".join({" ": "spaces"}.get(sign, sign) for sign in besides)
+        raise InputError(
+            f"{what} {name!r}: expected letters, digits, {signs}, a letter or digit first, {MAX_NAME} at most"
+        )
 
 
 @contextmanager

@@ -89,15 +89,19 @@ def truncate_log(path: Path, step: int, names: Collection[str]) -> None:
     """Keep the whole lines up to `step` of the dictionaries `names`, and all of others.
 
     What was logged after the checkpoint (or by a run that never had one) will be logged again, and so
-    will a line that a kill cut short: it was being written after the checkpoint.
+    will a line that a kill cut short: it was being written after the checkpoint. Errors: `InputError` for a
+    file of this name that is no training log.
     """
     if not path.exists():
         return
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    header, *rows = list(csv.reader(whole.splitlines())) or [[]]
-    if tuple(header) != LOG_COLUMNS:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if ",".join(LOG_COLUMNS).startswith(text.rstrip("\n")):
         path.unlink()  # cut within its first line
         return
+    whole, _, _ = text.rpartition("\n")
+    header, *rows = list(csv.reader(whole.splitlines())) or [[]]
+    if tuple(header) != LOG_COLUMNS:
+        raise InputError(f"{path} is no training log: move it away, or choose another folder")
     own = LOG_COLUMNS.index("dictionary")
     kept = [header, *(row for row in rows if row[own] not in names or int(row[0]) <= step)]
     with new_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:

@@ -130,14 +130,16 @@ class _Run:
         resumed = load_tensors(checkpoint, self.remedy) if checkpoint.exists() else None
         if resumed is not None:
             self._check_fingerprint(checkpoint, resumed[1])
+        start = 0 if resumed is None else int(resumed[1]["step"])
+        truncate_log(self.folder / LOG, start, [spec.name for spec in self.specs])
         tracker = open_tracker(self.config.track, self.folder, asdict(self.config))
         if self.harvest.cache is not None:
             self.harvest.cache.fill(self.lm, self.rows, self.harvest.sites)
         try:
             first_block = self.harvest.block(0) if resumed is None else None
             self._make_trainers(first_block)
-            start = 0 if resumed is None else self._restore(*resumed)
-            truncate_log(self.folder / LOG, start, [spec.name for spec in self.specs])
+            if resumed is not None:
+                self._restore(resumed[0])
             del resumed
             blocks = _BlockHolder(self.harvest, first_block)
             del first_block  # the holder frees it
@@ -256,13 +258,12 @@ class _Run:
         metadata = {"fingerprint": self.fingerprint, "step": step}
         save_tensors(self.folder / CHECKPOINT, tensors, metadata)
 
-    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> int:
-        """Load a checkpoint into the trainers, return its step."""
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        """Load a checkpoint into the trainers."""
         for trainer in self.trainers:
             prefix = f"{trainer.spec.name}/"
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             trainer.load_state(own)
-        return int(metadata["step"])
 
 
 class _BlockHolder:
