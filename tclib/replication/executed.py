@@ -18,7 +18,7 @@ from typing import Any
 import tclib
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
-from tclib.support.files import new_file, temporary_path
+from tclib.support.files import new_file, temporary_path, unwritten
 from tclib.support.progress import is_quiet
 from tclib.support.steps import MANIFEST, is_whole, package_versions
 
@@ -69,8 +69,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], made_fr
 
     # A copy that a kill cut short must not be taken for one that was executed.
     partial = temporary_path(output.with_suffix("")) / output.name
-    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
         executed = papermill.execute_notebook(
             str(notebook),
             str(partial),
@@ -98,6 +98,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], made_fr
             f"{notebook.name} stopped: its kernel died, for want of memory perhaps; "
             "run the same command again to go on from there"
         ) from error
+    except OSError as error:  # papermill writes after each cell
+        raise InputError(unwritten(output, error)) from error
     finally:
         shutil.rmtree(partial.parent, ignore_errors=True)
 

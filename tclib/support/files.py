@@ -51,7 +51,7 @@ def new_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _to_disk(path.parent)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{_unwritten(path, error)}; what was there before is kept") from error
+        raise InputError(f"{unwritten(path, error)}; what was there before is kept") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -78,7 +78,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
         _to_disk(path.parent)
     except OSError as error:
-        raise InputError(_unwritten(path, error)) from error
+        raise InputError(unwritten(path, error)) from error
     finally:
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -89,7 +89,8 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _unwritten(path: Path, error: Exception) -> str:
+def unwritten(path: Path, error: Exception) -> str:
+    """The sentence for a file that could not be written."""
     is_full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "free some disk space" if is_full else "choose a place that can be written"
     return f"{path} could not be written ({error}): {remedy} and run it again"
@@ -155,7 +156,7 @@ def exclusive(folder: Path, is_patient: bool = False) -> Iterator[None]:
         ) from error
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise InputError(_unwritten(folder, error)) from error
+            raise InputError(unwritten(folder, error)) from error
     try:
         if lock.is_locked:
             _remove_dead(_leftovers(folder))

@@ -18,6 +18,7 @@ from tclib.support.errors import InputError
 from tclib.support.files import (
     copy_folder,
     exclusive,
+    file_hash,
     load_tensors,
     new_file,
     new_folder,
@@ -29,7 +30,7 @@ from tclib.support.steps import (
     current_commit,
     ensure,
     read_manifest,
-    record_extra,
+    save_extra,
     write_manifest,
 )
 
@@ -258,15 +259,20 @@ def test_an_altered_artifact_is_named_with_the_command(tmp_path: Path) -> None:
         read_manifest(one)
 
 
-def test_figures_join_the_manifest_without_making_it_stale(tmp_path: Path) -> None:
+def test_figures_join_the_manifest_without_making_it_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = step(tmp_path)
     one.folder.mkdir()
     write_manifest(one, {}, {}, 0.0)
-    (one.folder / "figure.png").write_bytes(b"png")
-    record_extra(one, one.folder / "figure.png")
-    assert set(json.loads((one.folder / "manifest.json").read_text())["extras"]) == {"figure.png"}
+    save_extra(one, "figure.png", lambda path: path.write_bytes(b"png"))
+    held = json.loads((one.folder / "manifest.json").read_text())
+    assert held["extras"] == {"figure.png": file_hash(one.folder / "figure.png")}
     (one.folder / "figure.png").write_bytes(b"drawn again")
     assert ensure(one, {}, {}, dict)["parameters"] == {}
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    save_extra(one, "figure.png", lambda path: path.write_bytes(b"where nothing can be written"))
+    assert (one.folder / "figure.png").read_bytes() == b"drawn again"
 
 
 def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
