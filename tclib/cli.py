@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
@@ -24,11 +24,26 @@ if TYPE_CHECKING:
 
 # What is slow to import (torch, pandas, transformers) is imported by the commands that need it.
 
-EXECUTED = "notebooks"
-PROGRESS = "progress.json"
+
+class Commands(TyperGroup):
+    """Every command, stopped by Ctrl-C, says so in one sentence, and where to go on if it knows."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Status 130 for Ctrl-C, as shells have it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            said = (
+                str(stop) or "stopped: what is made stays, and the same command goes on from there"
+            )
+            typer.secho(f"\ntclib: {said}", err=True, fg="red")
+            raise typer.Exit(130) from None
+
 
 # Plain help: it shows long options whole, and rich takes a while to import.
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 preset_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="What a preset's file may hold."
 )
@@ -89,41 +104,30 @@ def run(
     already made from the same parameters, it loads; one whose executed copy is current is not run again
     (but by --from and --only).
     """
-    from tclib.replication.model_and_data import check_ready
+    from tclib.replication import sequence
     from tclib.replication.presets import load_preset
     from tclib.support.files import exclusive
 
     chosen = load_preset(preset, seed, runs_dir)
-    _selected(from_, only)  # a mistake must not cost the earlier run
-    check_ready(chosen)
-    deleted = _to_delete(chosen, fresh, fresh_companions)
+    asked = _selected(from_, only)  # a mistake must not cost the earlier run
+    sequence.check_all_ready(chosen, asked)
+    deleted = sequence.earlier_runs(chosen, fresh, fresh_companions)
     with ExitStack() as locks:
         for folder in {chosen.folder, *deleted}:
             locks.enter_context(exclusive(folder))
-        for folder in deleted:
-            shutil.rmtree(folder, ignore_errors=True)
-        first = from_ if from_ or only else _failed_at(chosen)
-        notebooks = _selected(first, only)
+        sequence.delete(deleted)
+        first = None if from_ or only else sequence.stopped_at(chosen)
+        if first:
+            typer.echo(f"The last run stopped in notebook {first}: going on from there.")
         # The seed is always passed: an executed copy tells it.
         parameters = {
             "preset": chosen.asked["--preset"],
             "seed": chosen.seed,
             "runs_dir": str(chosen.runs_dir),
         }
-        _execute_all(chosen, notebooks, parameters, anew=bool(from_ or only))
+        notebooks = _selected(first, None) if first else asked
+        sequence.execute_all(chosen, notebooks, parameters, anew=bool(from_ or only))
     _print_results(chosen)
-
-
-def _to_delete(preset: Preset, own: bool, companions: bool) -> list[Path]:
-    """Folders of earlier runs. Errors: `InputError` for a link, which leads out of runs_dir."""
-    from tclib.replication.run import Run
-
-    others = [run.preset.folder for run in Run(preset).companions] if companions else []
-    folders = [preset.folder, *others] if own else others
-    for folder in folders:
-        if folder.is_symlink():
-            raise InputError(f"{folder} is a link: delete it, and what it leads to, yourself")
-    return folders
 
 
 def _selected(first: str | None, only: str | None) -> list[Path]:
@@ -136,48 +140,6 @@ def _selected(first: str | None, only: str | None) -> list[Path]:
     if only is not None:
         return [every[numbers.index(only)]]
     return every[numbers.index(first) if first else 0 :]
-
-
-def _failed_at(preset: Preset) -> str | None:
-    """The number of the notebook at which the last run stopped, if it failed."""
-    path = preset.folder / PROGRESS
-    if not path.is_file():
-        return None
-    failed = str(json.loads(path.read_text())["failed"])
-    typer.echo(f"The last run failed in notebook {failed}: going on from there.")
-    return failed
-
-
-def _execute_all(
-    preset: Preset, notebooks: list[Path], parameters: dict[str, Any], anew: bool
-) -> None:
-    """The notebooks in order; those whose executed copy is current stay, unless `anew`."""
-    from tclib.replication.executed import are_intact, execute, fingerprint, is_current
-    from tclib.replication.run import Run
-    from tclib.support.files import new_file
-    from tclib.support.progress import progress
-
-    run = Run(preset)
-    anew = anew or not are_intact(run)
-    bar = progress(notebooks, f"preset {preset.name}", unit="notebook")
-    for notebook in bar:
-        bar.set_postfix_str(notebook.stem)
-        if notebook.name[:2] in preset.skipped:
-            bar.write(f"{notebook.stem} is skipped: {preset.skipped[notebook.name[:2]]}")
-            continue
-        output = preset.folder / EXECUTED / notebook.name
-        made_from = fingerprint(run, notebook, parameters)
-        if not anew and is_current(output, made_from):
-            bar.write(f"{notebook.stem} is executed already")
-            continue
-        anew = True  # what stands behind a notebook reads what it makes
-        try:
-            execute(notebook, output, parameters, made_from)
-        except Exception:
-            with new_file(preset.folder / PROGRESS) as path:
-                path.write_text(json.dumps({"failed": notebook.name[:2]}))
-            raise
-    (preset.folder / PROGRESS).unlink(missing_ok=True)
 
 
 def _print_results(preset: Preset) -> bool:
@@ -336,9 +298,13 @@ def evaluate(
     from tclib.replication.run import Run
 
     chosen = load_preset(preset, seed, runs_dir)
+    names = [file.stem for file in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"{', '.join(twice)}: more than one file of this name, by which the table calls it; rename "
+            "one, or evaluate them one at a time"
+        )
     dictionaries = {file.stem: Dictionary.load(file) for file in files}
-    if len(dictionaries) < len(files):
-        raise InputError(f"{[file.name for file in files]}: expected files of different names")
     check_ready(chosen)
     opened = Run(chosen)
     lm, corpus = opened.lm, opened.corpus
@@ -405,7 +371,7 @@ def demo_model(
     architecture: Annotated[str, typer.Argument(help="gpt2 or neox.")],
     out: Annotated[Path, typer.Argument(help="Folder for the model.")],
 ) -> None:
-    """Train a bundled model again, bit for bit: half an hour."""
+    """Train a bundled model again, bit for bit on the same CPU and torch: half an hour."""
     import torch
 
     from tclib.training.world_models import ModelTraining, train_model

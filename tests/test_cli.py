@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import papermill
 import pytest
 import typer
+from tiny import random_transcoder, write_notebook
 from typer.testing import CliRunner
 
 from tclib import cli
@@ -33,14 +33,6 @@ from tclib.support.steps import Step, ensure, read_manifest, write_manifest
 from tclib.training.spec import DictionarySpec, TrainingConfig
 
 RUNNER = CliRunner()
-
-
-def write_notebook(path: Path, code: str) -> None:
-    parameters = nbformat.v4.new_code_cell('preset = "demo"\nseed = 42\nruns_dir = ""')
-    parameters.metadata["tags"] = ["parameters"]
-    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(code)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}
-    nbformat.write(notebook, path)
 
 
 @pytest.fixture
@@ -136,18 +128,18 @@ def test_the_notebooks_find_a_preset_of_ones_own(
 
 
 @pytest.fixture
-def earlier(sequence: Path) -> tuple[Path, Path]:
+def earlier(sequence: Path) -> tuple[Path, ...]:
     """A file of an earlier run, and one of its companion's."""
-    files = (sequence / "demo" / "old", sequence / "demo-neox" / "old")
+    files = tuple(sequence / name / "00_model_and_data" / "old" for name in ("demo", "demo-neox"))
     for file in files:
-        file.parent.mkdir()
+        file.parent.mkdir(parents=True)
         file.touch()
     return files
 
 
 @pytest.mark.slow
 def test_fresh_deletes_the_earlier_run_and_no_companions(
-    sequence: Path, earlier: tuple[Path, Path]
+    sequence: Path, earlier: tuple[Path, ...]
 ) -> None:
     arguments = ("run", "--runs-dir", str(sequence), "--only")
     invoke(*arguments, "00")
@@ -161,7 +153,7 @@ def test_fresh_deletes_the_earlier_run_and_no_companions(
 
 
 def test_nothing_is_deleted_while_another_run_works_or_where_a_link_leads_out(
-    sequence: Path, earlier: tuple[Path, Path], tmp_path: Path
+    sequence: Path, earlier: tuple[Path, ...], tmp_path: Path
 ) -> None:
     arguments = ("run", "--runs-dir", str(sequence), "--fresh", "--fresh-companions")
     with exclusive(sequence / "demo-neox"), pytest.raises(InputError, match="another run is"):
@@ -305,6 +297,14 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match="layer 9 is out of range"):
         invoke("train", str(tmp_path / "no"), "--layer", "9", "--l1", "1", *common)
     assert not (tmp_path / "no").exists()
+
+
+def test_two_files_of_one_name_are_not_evaluated_as_one(tmp_path: Path) -> None:
+    files = [tmp_path / "a" / "x.safetensors", tmp_path / "b" / "x.safetensors"]
+    for file in files:
+        random_transcoder(0, "relu").save(file)
+    with pytest.raises(InputError, match="^x: more than one file of this name"):
+        invoke("evaluate", *map(str, files))
 
 
 def test_train_has_an_option_for_every_hyperparameter_with_its_description() -> None:

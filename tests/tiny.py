@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import jaxtyping
+import nbformat
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -278,3 +279,12 @@ def authors_file(path: Path, config_class: type, **changed: object) -> dict[str,
     with mock.patch("torch.serialization.location_tag", return_value="cuda:0"):
         torch.save({"cfg": config, "state_dict": state}, path)
     return state
+
+
+def write_notebook(path: Path, code: str) -> None:
+    """A notebook of one cell behind the parameters."""
+    parameters = nbformat.v4.new_code_cell('preset = "demo"\nseed = 42\nruns_dir = ""')
+    parameters.metadata["tags"] = ["parameters"]
+    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(code)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}
+    nbformat.write(notebook, path)

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import pandas as pd
 
 from tclib.support.errors import InputError
-from tclib.support.files import new_file
+from tclib.support.files import check_name, new_file
 from tclib.support.statistics import cohens_kappa
 
 Rating = Literal["interpretable", "maybe", "not"]
@@ -40,10 +40,12 @@ class RatingStore:
         n_items: how many items there are.
         rater: whose answers they are.
 
-    Errors: `InputError` for a file of another rater or another number of items.
+    Errors: `InputError` for a name that no file can have, a file of another rater or another number of
+    items.
     """
 
     def __init__(self, path: Path, n_items: int, rater: str) -> None:
+        check_name("rater", rater, "-_. ")
         self.path, self.n_items, self.rater = path, n_items, rater
         self.answers: dict[int, dict[str, Any]] = {}
         if not path.is_file():

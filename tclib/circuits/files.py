@@ -21,10 +21,11 @@ import torch
 
 from tclib.circuits.graph import AttributionGraph, edge_columns, edges_between
 from tclib.support.errors import InputError
-from tclib.support.files import new_file
+from tclib.support.files import check_name, new_file
 
 FORMAT = "tclib-attribution-graph-1"
 VIEWER_SCHEMA = 1
+VIEWER_INDEX = "graph-metadata"
 # What the viewer calls each kind; whatever is no feature, token or logit is drawn as an error.
 _VIEWER_TYPES = {
     "feature": "cross layer transcoder",
@@ -148,8 +149,11 @@ def save_for_viewer(graph: AttributionGraph, folder: Path, slug: str, scan: str 
     """
     if (graph.nodes["pos"] < 0).any():
         raise InputError("nodes without a token: export the graph before tokens are summed")
-    if not slug or not all(letter.isalnum() or letter in "-_" for letter in slug):
-        raise InputError(f"slug {slug!r}: expected letters, digits, - and _ only")
+    check_name("slug", slug, "-_")
+    if slug.casefold() == VIEWER_INDEX:
+        raise InputError(f"slug {slug!r}: the viewer's index is called so; choose another name")
+    index = folder / f"{VIEWER_INDEX}.json"
+    listed = [one for one in _listed(index) if one["slug"] != slug]
     metadata = {
         "slug": slug,
         "scan": scan,
@@ -178,7 +182,8 @@ def save_for_viewer(graph: AttributionGraph, folder: Path, slug: str, scan: str 
     }
     with new_file(folder / f"{slug}.json") as temporary:
         temporary.write_text(json.dumps(document), encoding="utf-8")
-    _enter(folder / "graph-metadata.json", metadata)
+    with new_file(index) as temporary:
+        temporary.write_text(json.dumps({"graphs": [*listed, metadata]}), encoding="utf-8")
 
 
 def _with_reached(nodes: pd.DataFrame) -> pd.DataFrame:
@@ -232,8 +237,14 @@ def _viewer_number(line: Any) -> int:
     return int(_VIEWER_CODES.get(line.kind, -10 - max(line.head, 0)))
 
 
-def _enter(path: Path, metadata: dict[str, Any]) -> None:
-    known = {"graphs": []} if not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
-    others = [graph for graph in known["graphs"] if graph["slug"] != metadata["slug"]]
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps({"graphs": [*others, metadata]}), encoding="utf-8")
+def _listed(index: Path) -> list[dict[str, Any]]:
+    """The graphs that the viewer's index holds. Errors: `InputError` for a file that is none."""
+    if not index.is_file():
+        return []
+    held = _parsed(index, lambda: json.loads(index.read_text(encoding="utf-8")))
+    graphs = held.get("graphs") if isinstance(held, dict) else None
+    if not isinstance(graphs, list) or not all(isinstance(g, dict) and "slug" in g for g in graphs):
+        raise InputError(
+            f"{index} is no index of the viewer: move it away, or choose another folder"
+        )
+    return graphs

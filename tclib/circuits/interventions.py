@@ -74,12 +74,15 @@ def ablation_table(
     """Features of the graph, drawn by seed, with predicted and measured change of the root.
 
     Columns: name, layer, pos, feature, activation, predicted_direct, predicted_total, actual,
-    actual_norms_frozen. The graph must explain `root` alone. Errors: `InputError` otherwise.
+    actual_norms_frozen. The graph must explain `root` alone, and have a feature. Errors: `InputError`
+    otherwise.
     """
     names = graph.nodes["name"][graph.is_root].tolist()
     if names != [root.name]:
         raise InputError(f"the graph explains {names}: expected {[root.name]} alone")
     features = graph.nodes[graph.nodes["kind"] == "feature"]
+    if features.empty:
+        raise InputError("no feature is active on the prompt: expected transcoders less sparse")
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(features))[:n_features]
     table = features.iloc[np.sort(chosen)][["name", "layer", "pos", "feature", "activation"]]

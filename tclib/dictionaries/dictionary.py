@@ -129,6 +129,13 @@ class Dictionary:
             raise InputError(
                 f"weights of shapes {found}, but the configuration expects {config.shapes()}"
             )
+        for name, tensor in self.parameters().items():
+            if not bool(tensor.isfinite().all()):
+                n_bad = int((~tensor.isfinite()).sum())
+                raise InputError(
+                    f"{name} has {n_bad} values that are NaN or infinite: expected finite weights; restore "
+                    "the file, or train again with a lower learning rate"
+                )
         if threshold is not None and not bool((threshold >= 0).all()):
             raise InputError(
                 f"threshold {float(threshold.min()):.3g}: expected 0 or more, so that activations "
@@ -242,7 +249,10 @@ class Dictionary:
         tensors, metadata = load_tensors(path, remedy, is_checked)
         if metadata.get("format") != FILE_FORMAT:
             raise InputError(f"{path} does not hold a tclib dictionary: {remedy}")
-        return cls(DictionaryConfig(**metadata["config"]), **tensors)
+        try:
+            return cls(DictionaryConfig(**metadata["config"]), **tensors)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
 
 def activate(

@@ -29,6 +29,15 @@ from tclib.support.statistics import bootstrap_means, interval, to_numpy
 from tclib.text.corpus import check_disjoint
 
 BOOTSTRAP_SEED = 0
+COLUMNS = (
+    *("name", "kind", "layer", "activation", "k", "n_features", "l0", "fvu", "dead_share"),
+    *("live_share", "ce", "kl", "ce_original", "ce_mean_ablated", "ce_zero_ablated"),
+    *("ce_recovered", "ce_increase", "ce_increase_low", "ce_increase_high", "n_tokens"),
+)
+# A condition is one of these and its name, so that no dictionary is taken for a baseline.
+DICTIONARY, BASELINE = "dictionary", "baseline"
+ORIGINAL = (BASELINE, "original")
+Key = tuple[str, str]
 
 
 class Condition(NamedTuple):
@@ -42,11 +51,13 @@ class Condition(NamedTuple):
 class Evaluation:
     """One line a dictionary (`table`), and each row's mean CE for paired comparisons.
 
-    `row_ce` has a column a dictionary plus `original`, `mean_ablated L<l>`, `zero_ablated L<l>`.
+    `row_ce` has a column a dictionary, `baseline_ce` has `original`, `mean_ablated L<l>` and `zero_ablated
+    L<l>`: a dictionary may have any name.
     """
 
     table: pd.DataFrame
     row_ce: pd.DataFrame
+    baseline_ce: pd.DataFrame
 
 
 def evaluate(
@@ -58,9 +69,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate named dictionaries on held-out `rows`.
 
-    Table columns: name, kind, layer, activation, k, n_features, l0, fvu, dead_share, live_share,
-    ce, kl (nats a token), ce_original, ce_mean_ablated, ce_zero_ablated, ce_recovered, ce_increase
-    (ce − ce_original) with its 95 % paired bootstrap interval, n_tokens.
+    The table has `COLUMNS`: ce and kl are in nats a token, ce_increase (ce − ce_original) comes with its
+    95 % paired bootstrap interval.
 
     Errors: `InputError` for a dictionary that does not fit the model, no dictionaries, no rows, or
     rows that were trained on.
@@ -75,12 +85,21 @@ def evaluate(
         check_disjoint(train_rows, rows)
     reconstructions = _reconstruction_sums(lm, dictionaries, rows, rows_per_forward)
     conditions = _conditions(lm, dictionaries, rows, rows_per_forward)
-    row_ce, kl = _losses(lm, conditions, rows, rows_per_forward)
+    ce, kl = _losses(lm, conditions, rows, rows_per_forward)
+    row_ce, baseline_ce = (
+        pd.DataFrame({name: values for (of, name), values in ce.items() if of == kind})
+        for kind in (DICTIONARY, BASELINE)
+    )
     lines = [
-        _table_line(name, dictionary, reconstructions[name], row_ce, kl[name])
+        {
+            **_own_columns(name, dictionary, reconstructions[name]),
+            **_ce_columns(row_ce[name], baseline_ce, dictionary.config.layer),
+            "kl": kl[DICTIONARY, name],
+            "n_tokens": reconstructions[name].n_tokens,
+        }
         for name, dictionary in dictionaries.items()
     ]
-    return Evaluation(pd.DataFrame(lines), row_ce)
+    return Evaluation(pd.DataFrame(lines)[list(COLUMNS)], row_ce, baseline_ce)
 
 
 def mean_mlp_outs(
@@ -124,27 +143,27 @@ def _reconstruction_sums(
 
 def _conditions(
     lm: LanguageModel, dictionaries: dict[str, Dictionary], rows: Tensor, rows_per_forward: int
-) -> dict[str, Condition]:
-    """What is done to the model under each name: the baselines, then each dictionary."""
-    conditions = {"original": Condition(0, nullcontext)}
+) -> dict[Key, Condition]:
+    """What is done to the model under each key: the baselines, then each dictionary."""
+    conditions = {ORIGINAL: Condition(0, nullcontext)}
     layers = sorted({d.config.layer for d in dictionaries.values()})
     means = mean_mlp_outs(lm, layers, rows, rows_per_forward)
     for layer, mean in means.items():
         for how, value in (("mean", mean), ("zero", None)):
             change = partial(set_mlp_out, lm, layer, value)
-            conditions[f"{how}_ablated L{layer}"] = Condition(layer, change)
+            conditions[BASELINE, f"{how}_ablated L{layer}"] = Condition(layer, change)
     for name, dictionary in dictionaries.items():
         change = partial(replace_site, lm, dictionary)
-        conditions[name] = Condition(dictionary.config.layer, change)
+        conditions[DICTIONARY, name] = Condition(dictionary.config.layer, change)
     return conditions
 
 
 @torch.no_grad()
 def _losses(
-    lm: LanguageModel, conditions: dict[str, Condition], rows: Tensor, rows_per_forward: int
-) -> tuple[pd.DataFrame, dict[str, float]]:
+    lm: LanguageModel, conditions: dict[Key, Condition], rows: Tensor, rows_per_forward: int
+) -> tuple[dict[Key, np.ndarray], dict[Key, float]]:
     """Mean CE of each row under each condition, and mean KL from the original under each."""
-    ce: dict[str, list[Tensor]] = {name: [] for name in conditions}
+    ce: dict[Key, list[Tensor]] = {key: [] for key in conditions}
     zero = torch.zeros((), dtype=torch.float64, device=lm.device)
     kl_sums = dict.fromkeys(conditions, zero)
     batches = rows.split(rows_per_forward)
@@ -152,30 +171,22 @@ def _losses(
         tokens = batch.long().to(lm.device)
         original = lm.logits(tokens)
         streams = lm.streams(tokens, {condition.layer for condition in conditions.values()})
-        for name, (layer, change) in conditions.items():
+        for key, (layer, change) in conditions.items():
             with lm.start_at(layer, streams[layer]), change():
-                logits = original if name == "original" else lm.logits(tokens)
-            ce[name].append(metrics.next_token_losses(logits, tokens).mean(1))
+                logits = original if key == ORIGINAL else lm.logits(tokens)
+            ce[key].append(metrics.next_token_losses(logits, tokens).mean(1))
             kl = metrics.kl_divergence(original[:, :-1], logits[:, :-1])
-            kl_sums[name] = kl_sums[name] + kl.double().sum()
+            kl_sums[key] = kl_sums[key] + kl.double().sum()
     n_predictions = len(rows) * (rows.shape[1] - 1)
-    frame = pd.DataFrame({name: to_numpy(torch.cat(parts)) for name, parts in ce.items()})
-    return frame, {name: float(total) / n_predictions for name, total in kl_sums.items()}
+    row_ce = {key: to_numpy(torch.cat(parts)) for key, parts in ce.items()}
+    return row_ce, {key: float(total) / n_predictions for key, total in kl_sums.items()}
 
 
-def _table_line(
-    name: str,
-    dictionary: Dictionary,
-    sums: metrics.ReconstructionSums,
-    row_ce: pd.DataFrame,
-    kl: float,
+def _own_columns(
+    name: str, dictionary: Dictionary, sums: metrics.ReconstructionSums
 ) -> dict[str, object]:
+    """What a dictionary is, and how well it reconstructs."""
     config = dictionary.config
-    original = row_ce["original"].mean()
-    mean_ablated = row_ce[f"mean_ablated L{config.layer}"].mean()
-    ce = row_ce[name].mean()
-    increase = (row_ce[name] - row_ce["original"]).to_numpy()
-    low, high = interval(bootstrap_means(increase, np.random.default_rng(BOOTSTRAP_SEED)))
     assert sums.n_fired is not None
     return {
         "name": name,
@@ -188,14 +199,25 @@ def _table_line(
         "fvu": sums.fvu,
         "dead_share": float(metrics.is_dead(sums.n_fired).double().mean()),
         "live_share": float(metrics.is_live(sums.n_fired, sums.n_tokens).double().mean()),
+    }
+
+
+def _ce_columns(own: pd.Series, baseline_ce: pd.DataFrame, layer: int) -> dict[str, object]:
+    """The losses with a dictionary in its MLP's place, beside the baselines of its layer."""
+    original, mean_ablated, zero_ablated = (
+        baseline_ce[name].mean()
+        for name in ("original", f"mean_ablated L{layer}", f"zero_ablated L{layer}")
+    )
+    ce = own.mean()
+    increase = (own - baseline_ce["original"]).to_numpy()
+    low, high = interval(bootstrap_means(increase, np.random.default_rng(BOOTSTRAP_SEED)))
+    return {
         "ce": ce,
-        "kl": kl,
         "ce_original": original,
         "ce_mean_ablated": mean_ablated,
-        "ce_zero_ablated": row_ce[f"zero_ablated L{config.layer}"].mean(),
+        "ce_zero_ablated": zero_ablated,
         "ce_recovered": metrics.ce_recovered(ce, original, mean_ablated),
         "ce_increase": increase.mean(),
         "ce_increase_low": float(low),
         "ce_increase_high": float(high),
-        "n_tokens": sums.n_tokens,
     }

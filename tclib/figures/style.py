@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tclib.support.files import new_file
-from tclib.support.steps import Step, record_extra
+from tclib.support.steps import Step, save_extra
 
 # Colour-blind safe (Okabe and Ito), and different in print: each kind has a marker of its own.
 BLUE, VERMILION, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -54,14 +55,16 @@ def write_cells(axis: Axes, values: np.ndarray, form: str, is_dark: np.ndarray) 
 def save_whole(figure: Figure, path: Path) -> None:
     """Write a figure, whole or not at all, in the format of the file's suffix."""
     with new_file(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=SAVED_DPI, bbox_inches="tight")
+        _write(figure, path.suffix[1:], temporary)
 
 
 def save_figure(figure: Figure, step: Step, name: str) -> Figure:
     """Write `<name>.png` and `<name>.pdf` into the step's folder and its manifest; return it."""
     for suffix in ("png", "pdf"):
-        path = step.folder / f"{name}.{suffix}"
-        save_whole(figure, path)
-        record_extra(step, path)
+        save_extra(step, f"{name}.{suffix}", partial(_write, figure, suffix))
     plt.close(figure)  # or a notebook would show it twice
     return figure
+
+
+def _write(figure: Figure, suffix: str, path: Path) -> None:
+    figure.savefig(path, format=suffix, dpi=SAVED_DPI, bbox_inches="tight")

@@ -1,7 +1,8 @@
 """Which model it is: a hash of its weights, and of what its config says of how they act.
 
-A name, or a folder, can hold other weights tomorrow. The hash of a folder is kept under TCLIB_CACHE, by the
-names, sizes and times of its files, so that it is computed once.
+A name, or a folder, can hold other weights tomorrow, and a model in memory can be edited. The hash of a folder
+is kept under TCLIB_CACHE, by the names, sizes and times of its files, so that it is computed once, when they are
+loaded; that of a model in memory is computed whenever it is asked for.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ ACTS_BY = (
 )
 
 
-def model_hash(model: Any, location: str | None = None) -> str:
-    """sha256 of a model's weights, in float32, and of how they act.
+def model_hash(model: Any) -> str:
+    """sha256 of a model's weights as they are now, in float32, and of how they act."""
+    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    acts = {name: getattr(model.config, name, None) for name in ACTS_BY.split()}
+    text = json.dumps(acts, sort_keys=True, default=str) + tensors_hash(weights)
+    return hashlib.sha256(text.encode()).hexdigest()
 
-    `location`: the folder that it was just loaded from, whose hash may be kept.
-    """
-    dtype = next(model.parameters()).dtype
-    known = kept_hash(location, dtype)
-    if known is not None:
-        return known
-    found = _hash_of(model)
-    if location is not None and Path(location).is_dir():
-        _keep({**_kept(), _key(location, dtype): {"state": _state(location), "hash": found}})
-    return found
+
+def keep_hash(model: Any, location: str) -> None:
+    """Keep the hash of a model that was just loaded from `location`, if that is a folder."""
+    if Path(location).is_dir() and kept_hash(location, model.dtype) is None:
+        held = {"state": _state(location), "hash": model_hash(model)}
+        _keep({**_kept(), _key(location, model.dtype): held})
 
 
 def kept_hash(location: str | None, dtype: torch.dtype = torch.float32) -> str | None:
@@ -55,14 +56,8 @@ def _key(location: str, dtype: torch.dtype) -> str:
 
 def _state(location: str) -> list[str]:
     files = {path.name: path.stat() for path in sorted(Path(location).iterdir()) if path.is_file()}
-    return [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files.items()]
-
-
-def _hash_of(model: Any) -> str:
-    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
-    acts = {name: getattr(model.config, name, None) for name in ACTS_BY.split()}
-    text = json.dumps(acts, sort_keys=True, default=str) + tensors_hash(weights)
-    return hashlib.sha256(text.encode()).hexdigest()
+    # What copies a file's time with it (cp -p, rsync) cannot set when it did so.
+    return [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in files.items()]
 
 
 def _kept() -> dict[str, Any]:

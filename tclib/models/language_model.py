@@ -6,7 +6,6 @@ Together with `architectures` and `locate` the only modules that know transforme
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tclib.models.checks import check_module, check_report, check_tokenizer
-from tclib.models.identity import model_hash
+from tclib.models.identity import keep_hash, model_hash
 from tclib.models.locate import first_line, locate, quiet_transformers
 from tclib.models.running import Running
 from tclib.support.errors import InputError
@@ -37,12 +36,11 @@ class LanguageModel(Running):
         check_module(model, name)
         check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, name)
         self.tokenizer = tokenizer
-        self._location: str | None = None
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
         """sha256 of the weights and of how they act: the model's identity, whatever its name."""
-        return model_hash(self.model, self._location)
+        return model_hash(self.model)
 
     @classmethod
     def load(
@@ -65,6 +63,7 @@ class LanguageModel(Running):
             )
             model, report = loaded
             check_report(report, name, location)
+            keep_hash(model, location)
             tokenizer = AutoTokenizer.from_pretrained(location)
         except InputError:
             raise
@@ -74,9 +73,7 @@ class LanguageModel(Running):
                 "is the folder a complete Hugging Face model?"
             ) from error
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        lm = cls(model.to(device), tokenizer, name)
-        lm._location = location
-        return lm
+        return cls(model.to(device), tokenizer, name)
 
     def summary(self) -> dict[str, object]:
         """The geometry, for a table."""

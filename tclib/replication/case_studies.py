@@ -8,6 +8,7 @@ dashboards.html           what each feature is, opened after its study
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from tclib.blind.grading import active_positions, grade_predicate
 from tclib.blind.investigator import Hypothesis, investigate
 from tclib.blind.latents import LabelledRows, label_scores, labelled_rows
+from tclib.blind.predicates import Score
 from tclib.blind.session import BlindSession
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.features.examples import feature_activations, live_features
@@ -37,6 +39,8 @@ from tclib.support.steps import ensure, write_csv
 
 STEP = "04_blind_case_studies"
 N_SHOWN = 15  # examples of each dashboard
+# Of a feature that never fires.
+UNGRADED = Score(math.nan, math.nan, math.nan, math.nan, math.nan, n_active=0, n_predicted=0)
 
 
 def studied_layer(run: Run) -> int:
@@ -123,7 +127,7 @@ def _graded(
         "n_questions": sum(entry.kind == "question" for entry in session.ledger),
     }
     if not bool((acts > 0).any()):
-        return {**line, "grade": "failure", "n_active": 0}
+        return {**line, "grade": "failure", **UNGRADED.as_dict()}
     graded = grade_predicate(hypothesis.predicate, held_out.rows, acts, lm.bos_id)
     line |= {"grade": graded.grade, **graded.score.as_dict()}
     if not held_out.names:
@@ -181,9 +185,11 @@ def studies_in_words(run: Run) -> str:
     failed = table[table["grade"] == "failure"]
     said_too_much = int((failed["precision"] < failed["recall"]).sum())
     narrow = int((failed["n_active"] < 50).sum())
+    n_silent = int((table["n_active"] == 0).sum())
+    silent = f" {n_silent} never fire there and could not be graded." if n_silent else ""
     return (
         f"*Ours:* {len(table)} studies of layer {int(table['layer'].iloc[0])} by an automatic investigator: "
         f"{counts['success']} success, {counts['mostly']} mostly, {counts['failure']} failure. Of the failures "
         f"{said_too_much} say too much (precision below recall), and {narrow} are of features with fewer than "
-        "50 active tokens in the held-out text."
+        f"50 active tokens in the held-out text.{silent}"
     )

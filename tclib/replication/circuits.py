@@ -23,6 +23,7 @@ from tclib.circuits.frozen import FrozenPrompts
 from tclib.circuits.graph import BIAS_KINDS, INPUT_KINDS, attribution_graph
 from tclib.circuits.interventions import ablation_table
 from tclib.circuits.prune import prune_to_size
+from tclib.circuits.sources import Sources
 from tclib.features.connections import compare_connections
 from tclib.features.examples import live_features
 from tclib.features.from_weights import (
@@ -70,6 +71,23 @@ def explain_prompt(run: Run) -> Explained:
     return Explained(
         frozen, frozen.logit_target(task.root_weights(year), -1, name="later − earlier")
     )
+
+
+def strongest_feature(found: Sources) -> tuple[int, int, int]:
+    """Layer, feature and token of the strongest source that stands over another layer's feature.
+
+    Errors: `InputError` if there is none: two features are needed for a connection between them.
+    """
+    features = found.table.query("kind == 'feature'")
+    usable = features[features["layer"] > features["layer"].min()]
+    if usable.empty:
+        layers = sorted(set(features["layer"])) or "none"
+        raise InputError(
+            f"features at the prompt's last token: layers {layers}, two are needed; make transcoders less "
+            "sparse, choose another circuits.year, or skip notebook 03"
+        )
+    layer, feature, pos = usable.nlargest(1, "contribution")[["layer", "feature", "pos"]].iloc[0]
+    return int(layer), int(feature), int(pos)
 
 
 def make_circuits(run: Run) -> Circuits:

@@ -22,12 +22,11 @@ def collect(preset: Preset, out: Path) -> list[Path]:
 
     Weights, activations and files over 2 MB stay behind; notebooks lose the paths of the machine that
     ran them. Errors: `InputError` for a run that is not there, or a folder that holds anything but an
-    earlier collection.
+    earlier collection: a run, say, whose weights would be lost.
     """
     if not preset.folder.is_dir():
         raise InputError(f"{preset.folder} does not exist: run `{preset.command}` first")
-    if out.is_dir() and any(out.iterdir()) and not any(out.glob(f"*/{MANIFEST}")):
-        raise InputError(f"{out} holds other files: choose a new folder, or that of an earlier run")
+    _check_replaceable(out)
     with new_folder(out) as temporary:
         for path in sorted(preset.folder.rglob("*")):
             inside = path.relative_to(preset.folder)
@@ -41,6 +40,18 @@ def collect(preset: Preset, out: Path) -> list[Path]:
             else:
                 shutil.copyfile(path, place)
     return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _check_replaceable(out: Path) -> None:
+    if out.is_file():
+        raise InputError(f"{out} is a file: expected a folder")
+    there = sorted(path for path in out.rglob("*") if path.is_file())
+    other = [path for path in there if not _is_kept(path, path.relative_to(out))]
+    if other or (there and not any(out.glob(f"*/{MANIFEST}"))):
+        raise InputError(
+            f"{out} holds other files than a collection, {(other or there)[0].relative_to(out)} among them: "
+            "choose a new folder, or that of an earlier collection"
+        )
 
 
 def _is_kept(path: Path, inside: Path) -> bool:

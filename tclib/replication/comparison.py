@@ -72,8 +72,10 @@ def choose_pair(
         if kinds[one] == "transcoder" and kinds[other] != "transcoder" and l0[one] and l0[other]
     ]
     if not pairs:
+        firing = sorted({kinds[name] for name in dictionaries if l0[name]})
         raise InputError(
-            f"dictionaries of kinds {sorted(set(kinds.values()))}: expected both kinds"
+            f"dictionaries with features that fire: {', '.join(firing) or 'none'}; expected a transcoder and "
+            "an SAE"
         )
     _, one, other = min(pairs)
     return {kinds[name]: dictionaries[name] for name in (one, other)}

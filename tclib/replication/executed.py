@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,7 +18,8 @@ from typing import Any
 import tclib
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
-from tclib.support.files import new_file
+from tclib.support.files import new_file, temporary_path, unwritten
+from tclib.support.progress import is_quiet
 from tclib.support.steps import MANIFEST, is_whole, package_versions
 
 FINGERPRINT = "tclib_fingerprint"  # in the executed copy's metadata
@@ -48,7 +48,10 @@ def is_current(output: Path, expected: str) -> bool:
     """Whether `output` was executed from what `expected` names."""
     if not output.is_file():
         return False
-    metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"]
+    try:
+        metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"]
+    except (ValueError, LookupError, TypeError):  # damaged: it will be executed again
+        return False
     return bool(metadata.get(FINGERPRINT) == expected)
 
 
@@ -61,23 +64,52 @@ def are_intact(run: Run) -> bool:
 def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], made_from: str) -> None:
     """Run one notebook through papermill. Errors: `InputError` with the failing cell's message."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     # A copy that a kill cut short must not be taken for one that was executed.
-    partial = output.with_name(f".{output.stem}.{os.getpid()}.tmp") / output.name
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary_path(output.with_suffix("")) / output.name
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
         executed = papermill.execute_notebook(
-            str(notebook), str(partial), parameters, cwd=str(output.parent), kernel_name="python3"
+            str(notebook),
+            str(partial),
+            parameters,
+            cwd=str(output.parent),
+            kernel_name="python3",
+            progress_bar=not is_quiet(),
+            shutdown_kernel="immediate",  # what it writes is whole or absent, so that it need not be asked
+            config=_kernel_config(),
         )
+        executed.metadata[FINGERPRINT] = made_from
+        with new_file(output) as temporary:
+            temporary.write_text(
+                json.dumps(executed, indent=1, ensure_ascii=False), encoding="utf-8"
+            )
     except PapermillExecutionError as error:
-        os.replace(partial, output)
+        with new_file(output) as temporary:
+            shutil.copyfile(partial, temporary)
         raise InputError(
             f"{notebook.name} stopped: {error.ename}: {error.evalue} (see {output}); "
             "run the same command again to go on from there"
         ) from error
+    except DeadKernelError as error:
+        raise InputError(
+            f"{notebook.name} stopped: its kernel died, for want of memory perhaps; "
+            "run the same command again to go on from there"
+        ) from error
+    except OSError as error:  # papermill writes after each cell
+        raise InputError(unwritten(output, error)) from error
     finally:
         shutil.rmtree(partial.parent, ignore_errors=True)
-    executed.metadata[FINGERPRINT] = made_from
-    with new_file(output) as temporary:
-        temporary.write_text(json.dumps(executed, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _kernel_config() -> Any:
+    """Encrypt what goes between here and a kernel, where that can be had: a kernel warns of plain TCP."""
+    import zmq
+    from jupyter_client.manager import KernelManager
+    from traitlets.config import Config
+
+    name = "transport_encryption"
+    has_it = zmq.has("curve") and name in KernelManager.class_trait_names()
+    return Config(KernelManager={name: "auto"} if has_it else {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields, replace
@@ -19,8 +18,18 @@ from tclib.dictionaries.kinds import Kind
 from tclib.greater_than.task import PAPER_TEMPLATE, YEARS
 from tclib.models.language_model import LanguageModel
 from tclib.models.locate import NAMED_MODELS
-from tclib.support.declared import Count, Natural, NonPositive, Positive, Share, declared, parse
+from tclib.support.declared import (
+    Count,
+    Natural,
+    NonPositive,
+    Positive,
+    Seed,
+    Share,
+    declared,
+    parse,
+)
 from tclib.support.errors import InputError
+from tclib.support.files import check_name
 from tclib.support.places import NOTEBOOKS, PRESETS, default_runs
 from tclib.support.steps import Step
 from tclib.text.corpus import CorpusConfig
@@ -268,7 +277,7 @@ class Preset:
     """Held-out rows over which losses are measured; null: all."""
     companions: tuple[str, ...] = ()
     """Presets whose sweep notebook 02 draws beside this one's."""
-    seed: Natural = 42
+    seed: Seed = 42
     """Of the corpus and of all training. Paper: 42."""
     runs_dir: Path = field(default_factory=default_runs)
     """Folder of all runs; by default data/runs of a checkout, ./runs elsewhere."""
@@ -276,6 +285,7 @@ class Preset:
     """The options of `tclib run` that ask for this run, without those that are default."""
 
     def __post_init__(self) -> None:
+        check_name("name", self.name, "-_.")
         numbers = [path.name[:2] for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
         _check_known("skipped", self.skipped, numbers)
         others = [name for name in preset_names() if name != self.name]
@@ -418,10 +428,10 @@ def _mapping(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected the keys of a preset, found {values!r}")
-    if set(NOT_IN_FILES) & values.keys() or not re.fullmatch(r"\w[\w.-]*", path.stem):
+    if set(NOT_IN_FILES) & values.keys():
         raise InputError(
             f"preset {path}: a run is called as the preset's file: leave out the keys "
-            f"{' and '.join(NOT_IN_FILES)}, and use letters, digits, -, _ and . for the file"
+            f"{' and '.join(NOT_IN_FILES)}"
         )
     sections = {key: part for key, part in values.items() if isinstance(part, dict)}
     trainings = {f"{key}.training": part.get("training") for key, part in sections.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
@@ -38,7 +40,7 @@ def evaluate_sweep(run: Run) -> Evaluation:
     table = evaluation.table.assign(
         family=[spec.family for spec in own], sparsity=[spec.sparsity for spec in own]
     )
-    return Evaluation(table, evaluation.row_ce)
+    return replace(evaluation, table=table)
 
 
 def figure_3(run: Run) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tclib.training.spec import DictionarySpec, TrainingConfig
 from tclib.training.train import CACHE, train
 
 EVALUATION_STEP = f"{STEP}_evaluation"
+EVALUATION_TABLES = tuple(field.name for field in fields(Evaluation))
 
 
 def make_transcoders(run: Run) -> Trained:
@@ -104,14 +105,14 @@ def evaluate_once(run: Run, step_name: str, trained: Trained) -> Evaluation:
     def make() -> Mapping[str, Any]:
         with exclusive(step.folder):
             evaluation = evaluate(run.lm, trained.dictionaries, rows, run.corpus.train)
-        for name, frame in (("table", evaluation.table), ("row_ce", evaluation.row_ce)):
-            write_csv(frame, step, name)
+        for name in EVALUATION_TABLES:
+            write_csv(getattr(evaluation, name), step, name)
         return {"n_dictionaries": len(trained.dictionaries)}
 
-    ensure(step, {"n_eval_rows": len(rows)}, inputs, make)
-    return Evaluation(
-        pd.read_csv(step.folder / "table.csv"), pd.read_csv(step.folder / "row_ce.csv")
-    )
+    # Runs of earlier versions, which had other tables, are refused.
+    parameters = {"n_eval_rows": len(rows), "tables": list(EVALUATION_TABLES)}
+    ensure(step, parameters, inputs, make)
+    return Evaluation(*(pd.read_csv(step.folder / f"{name}.csv") for name in EVALUATION_TABLES))
 
 
 # ---------------------------------------------------------------------------------------------

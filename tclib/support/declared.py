@@ -22,6 +22,7 @@ __all__ = [
     "NonNegative",
     "NonPositive",
     "Positive",
+    "Seed",
     "Share",
     "declared",
     "descriptions",
@@ -33,6 +34,7 @@ Natural = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 NonPositive = Annotated[float, Field(le=0)]
 Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch's generators take
 Share = Annotated[float, Field(ge=0, le=1)]
 
 T = TypeVar("T")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,17 @@ from torch import Tensor
 from tclib.support.errors import InputError
 
 HEADER_KEY = "tclib"
+MAX_NAME = 100  # characters: a file's name, with what we add to it, may have 255 bytes
+
+
+def check_name(what: str, name: str, besides: str) -> None:
+    """Raise `InputError` unless `name` can be a file's: letters and digits, and `besides` after the first."""
+    is_known = all(letter.isalnum() or letter in besides for letter in name)
+    if not is_known or not name[:1].isalnum() or len(name) > MAX_NAME:
+        signs = ", ".join({" ": "spaces"}.get(sign, sign) for sign in besides)
+        raise InputError(
+            f"{what} {name!r}: expected letters, digits, {signs}, a letter or digit first, {MAX_NAME} at most"
+        )
 
 
 @contextmanager
@@ -30,17 +42,16 @@ def new_file(path: Path) -> Iterator[Path]:
     Errors: `InputError` when the disk is full or the folder cannot be written; what `path` held
     before is left as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(_leftovers(path))
         yield temporary
         _to_disk(temporary)
         os.replace(temporary, path)
+        _to_disk(path.parent)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path} could not be written ({error}): free some disk space and run it again; "
-            "what was there before is kept"
-        ) from error
+        raise InputError(f"{unwritten(path, error)}; what was there before is kept") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -49,13 +60,15 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it replaces `path` on success, vanishes on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = temporary_path(path)
+    replaced = temporary.with_name(f".{path.name}.old.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(_leftovers(path))
+        temporary.mkdir()
         yield temporary
+        for written in temporary.rglob("*"):
+            _to_disk(written)
         if path.exists():
             os.replace(path, replaced)
         try:
@@ -63,33 +76,60 @@ def new_folder(path: Path) -> Iterator[Path]:
         except OSError:
             os.replace(replaced, path)
             raise
+        _to_disk(path.parent)
     except OSError as error:
-        raise InputError(
-            f"{path} could not be written ({error}): free some disk space and run it again"
-        ) from error
+        raise InputError(unwritten(path, error)) from error
     finally:
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what is to become `path`; `sweep` knows it once the process is dead."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def unwritten(path: Path, error: Exception) -> str:
+    """The sentence for a file that could not be written."""
+    is_full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free some disk space" if is_full else "choose a place that can be written"
+    return f"{path} could not be written ({error}): {remedy} and run it again"
+
+
 def _to_disk(path: Path) -> None:
-    """Have the bytes of a file on the disk: after a power cut a renamed file could else be empty."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    """Have a file's bytes, or a folder's names, on the disk: a power cut could else lose them."""
+    if path.is_file():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    elif os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def sweep(folder: Path) -> None:
     """Remove what `new_file` and `new_folder` of processes that were killed left below `folder`."""
-    for leftover in folder.rglob(".*.tmp"):
+    _remove_dead(folder.rglob(".*.tmp"))
+
+
+def _leftovers(path: Path) -> Iterator[Path]:
+    return path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+
+
+def _remove_dead(temporaries: Iterable[Path]) -> None:
+    for leftover in temporaries:
         pid = leftover.name.split(".")[-2]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            with suppress(OSError):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True  # another user's
@@ -101,8 +141,11 @@ def exclusive(folder: Path, is_patient: bool = False) -> Iterator[None]:
     """Hold `folder` for one run; a second run at the same time waits, or gets an `InputError`.
 
     Temporary files that killed runs have left in it are removed. Where nothing can be written, no run can
-    be at work, and a finished one can be read: there is no lock then.
+    be at work, and a finished one can be read: there is no lock then. Errors: `InputError` for a file in
+    the folder's place.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: expected a folder")
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -113,9 +156,10 @@ def exclusive(folder: Path, is_patient: bool = False) -> Iterator[None]:
         ) from error
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
+            raise InputError(unwritten(folder, error)) from error
     try:
         if lock.is_locked:
+            _remove_dead(_leftovers(folder))
             sweep(folder)
         yield
     finally:

@@ -14,13 +14,17 @@ T = TypeVar("T")
 SECONDS_BETWEEN_REFRESHES = 1.0
 
 
+def is_quiet() -> bool:
+    """Whether the environment asks for no progress bars."""
+    return os.environ.get("TCLIB_QUIET", "0") not in ("", "0")
+
+
 def progress(iterable: Iterable[T] | None, description: str, **options: Any) -> tqdm[Any]:
     """A tqdm bar over `iterable`, or one to be updated by hand."""
-    quiet = os.environ.get("TCLIB_QUIET", "0") not in ("", "0")
     return tqdm(
         iterable,
         desc=description,
-        disable=quiet,
+        disable=is_quiet(),
         mininterval=SECONDS_BETWEEN_REFRESHES,
         maxinterval=SECONDS_BETWEEN_REFRESHES * 2,
         **options,

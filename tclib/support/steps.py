@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import time
@@ -69,8 +70,7 @@ def ensure(
 
 def save_table(table: pd.DataFrame, step: Step, name: str) -> pd.DataFrame:
     """Write `<name>.csv` into the step's folder and its manifest; return the table."""
-    write_csv(table, step, name)
-    record_extra(step, step.folder / f"{name}.csv")
+    save_extra(step, f"{name}.csv", lambda path: table.to_csv(path, index=False))
     return table
 
 
@@ -121,9 +121,10 @@ def read_manifest(step: Step) -> dict[str, Any]:
         raise InputError(f"{step.folder} has not been made yet: run `{step.command}`")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        *_, outputs = (manifest[key] for key in ("parameters", "inputs", "outputs"))
+    except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is truncated or corrupted: {step.remedy}") from error
-    for output in _altered(step.folder, manifest["outputs"]):
+    for output in _altered(step.folder, outputs):
         raise InputError(f"{output} is missing or was altered: {step.remedy}")
     return manifest
 
@@ -138,16 +139,26 @@ def _altered(folder: Path, named: Mapping[str, str]) -> Iterator[Path]:
 
 def is_whole(folder: Path) -> bool:
     """Whether every file that the manifest in `folder` names, figures too, is there as it was written."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    named = {**manifest["outputs"], **manifest.get("extras", {})}
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        named = {**manifest["outputs"], **manifest.get("extras", {})}
+    except (ValueError, LookupError, TypeError):
+        return False
     return not any(_altered(folder, named))
 
 
-def record_extra(step: Step, path: Path) -> None:
-    """Note a figure or table, and its hash, in the step's manifest; these may be made anew any time."""
+def save_extra(step: Step, name: str, write: Callable[[Path], object]) -> None:
+    """Have `write` make a figure or table of a finished step, and note its hash in the manifest.
+
+    These may be made anew any time; where a finished run cannot be written, nothing is.
+    """
+    if not os.access(step.folder, os.W_OK):
+        return
+    with new_file(step.folder / name) as temporary:
+        write(temporary)
     manifest_path = step.folder / MANIFEST
     manifest = json.loads(manifest_path.read_text())
-    manifest.setdefault("extras", {})[path.name] = file_hash(path)
+    manifest.setdefault("extras", {})[name] = file_hash(step.folder / name)
     with new_file(manifest_path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
 

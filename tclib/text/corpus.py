@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tclib.models.language_model import LanguageModel
-from tclib.support.declared import Natural, declared
+from tclib.support.declared import Seed, declared
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
 from tclib.text import world
@@ -66,7 +66,7 @@ class CorpusConfig:
     """Tokens of the evaluation split, at most. Paper: 3.2 million."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the documents that is kept for evaluation."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Decides the order of rows and, where text is drawn, which. A preset's own seed replaces it."""
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,7 @@ from torch import Tensor
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
 from tclib.support.errors import InputError
-from tclib.support.files import exclusive, new_file
+from tclib.support.files import exclusive, new_file, temporary_path
 from tclib.support.progress import progress
 
 BYTES = 2  # of float16
@@ -132,26 +132,31 @@ class ActivationCache:
         A second run on the same cache waits for the first. Errors: `InputError` if the disk has no room
         for it, or for values beyond float16's range.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         with exclusive(self.folder, is_patient=True):
             wanted = {site: blocks for site in sites if (blocks := self._damaged(site))}
             if not wanted:
                 return
             n_blocks = sum(map(len, wanted.values()))
             block_bytes = self.rows_per_forward * math.prod(self.shape[1:]) * BYTES
-            _check_room(self.folder, n_blocks * block_bytes)
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _check_room(self.folder, n_blocks * block_bytes)
                 self._write(lm, rows, wanted)
             except OSError as error:
                 raise InputError(
                     f"the activation cache in {self.folder} could not be written ({error}): {ADVICE}"
                 ) from error
             finally:
-                for path in self.folder.glob("*.partial"):
-                    path.unlink()
+                for site in wanted:
+                    with suppress(OSError):
+                        self._partial(site).unlink()
 
     def _path(self, site: Site) -> Path:
         return self.folder / f"{site.name}-L{site.layer}.npy"
+
+    def _partial(self, site: Site) -> Path:
+        """What is written before it has the file's name; a name that `sweep` knows."""
+        return temporary_path(self._path(site))
 
     def _sums_path(self, site: Site) -> Path:
         return self._path(site).with_suffix(".crc32.npy")
@@ -190,10 +195,7 @@ class ActivationCache:
             site: len(blocks) * self.rows_per_forward >= self.shape[0]
             for site, blocks in wanted.items()
         }
-        paths = {
-            site: self._path(site).with_suffix(".partial") if is_new[site] else self._path(site)
-            for site in wanted
-        }
+        paths = {site: self._partial(site) if is_new[site] else self._path(site) for site in wanted}
         sums = {site: self._sums(site, is_new[site]) for site in wanted}
         with ExitStack() as stack:
             files = {

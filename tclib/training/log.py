@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
@@ -80,21 +81,27 @@ def append_log(
             writer.writerow(LOG_COLUMNS)
         for name, line in measured.items():
             writer.writerow([step, n_tokens, name, *asdict(line).values(), round(speed, 1)])
+        file.flush()
+        os.fsync(file.fileno())  # before the checkpoint that stands for these lines
 
 
 def truncate_log(path: Path, step: int, names: Collection[str]) -> None:
     """Keep the whole lines up to `step` of the dictionaries `names`, and all of others.
 
     What was logged after the checkpoint (or by a run that never had one) will be logged again, and so
-    will a line that a kill cut short: it was being written after the checkpoint.
+    will a line that a kill cut short: it was being written after the checkpoint. Errors: `InputError` for a
+    file of this name that is no training log.
     """
     if not path.exists():
         return
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    header, *rows = list(csv.reader(whole.splitlines())) or [[]]
-    if tuple(header) != LOG_COLUMNS:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if ",".join(LOG_COLUMNS).startswith(text.rstrip("\n")):
         path.unlink()  # cut within its first line
         return
+    whole, _, _ = text.rpartition("\n")
+    header, *rows = list(csv.reader(whole.splitlines())) or [[]]
+    if tuple(header) != LOG_COLUMNS:
+        raise InputError(f"{path} is no training log: move it away, or choose another folder")
     own = LOG_COLUMNS.index("dictionary")
     kept = [header, *(row for row in rows if row[own] not in names or int(row[0]) <= step)]
     with new_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from tclib.dictionaries.kinds import TAKES_K, Activation, Kind
-from tclib.support.declared import Count, Natural, NonNegative, Positive, declared
+from tclib.support.declared import Count, Natural, NonNegative, Positive, Seed, declared
 from tclib.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class TrainingConfig:
     """Steps over which the learning rate rises from 0. Published: 5000."""
     decay_steps: Natural = 0
     """Steps at the end over which the learning rate falls to 0. Published: 0."""
-    seed: Natural = 42
+    seed: Seed = 42
     """Decides first weights and the order of the data. Paper: 42."""
     block_rows: Count = 4096
     """Corpus rows whose tokens are held in memory and shuffled together."""

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -89,7 +90,7 @@ class _Run:
         )
         self.steps_per_block = self.harvest.block_tokens // config.batch_size
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Names everything that the result depends on."""
         what = {
@@ -129,14 +130,16 @@ class _Run:
         resumed = load_tensors(checkpoint, self.remedy) if checkpoint.exists() else None
         if resumed is not None:
             self._check_fingerprint(checkpoint, resumed[1])
+        start = 0 if resumed is None else int(resumed[1]["step"])
+        truncate_log(self.folder / LOG, start, [spec.name for spec in self.specs])
         tracker = open_tracker(self.config.track, self.folder, asdict(self.config))
         if self.harvest.cache is not None:
             self.harvest.cache.fill(self.lm, self.rows, self.harvest.sites)
         try:
             first_block = self.harvest.block(0) if resumed is None else None
             self._make_trainers(first_block)
-            start = 0 if resumed is None else self._restore(*resumed)
-            truncate_log(self.folder / LOG, start, [spec.name for spec in self.specs])
+            if resumed is not None:
+                self._restore(resumed[0])
             del resumed
             blocks = _BlockHolder(self.harvest, first_block)
             del first_block  # the holder frees it
@@ -186,24 +189,39 @@ class _Run:
             total=self.config.n_steps,
             unit="step",
         )
-        for step in bar:
-            block = blocks.get(step // self.steps_per_block)
-            first = step % self.steps_per_block * self.config.batch_size
-            rows = slice(first, first + self.config.batch_size)
-            checkpoint_due = (step + 1) % self.config.checkpoint_every_steps == 0
-            last = step + 1 == self.config.n_steps
-            log_due = checkpoint_due or last or (step + 1) % self.config.log_every_steps == 0
-            measured = {}
-            for trainer in self.trainers:
-                result = self._step(trainer, block, rows, step)
-                if log_due:
-                    measured[trainer.spec.name] = trainer.measure(result, block, rows)
-                del result  # it holds a batch's activations, of which one set is in memory
+        step = start
+        try:
+            for step in bar:
+                self._take(step, blocks, meter, tracker, bar)
+        except KeyboardInterrupt as stop:
+            bar.close()
+            every = self.config.checkpoint_every_steps
+            kept = max(start, step // every * every)
+            then = f"goes on from step {kept}, its last checkpoint" if kept else "begins anew"
+            raise KeyboardInterrupt(
+                f"stopped at step {step + 1} of {self.config.n_steps}: run again, it {then}"
+            ) from stop
+
+    def _take(
+        self, step: int, blocks: _BlockHolder, meter: Meter, tracker: Tracker, bar: Any
+    ) -> None:
+        """One step of every dictionary; a line of the log and a checkpoint where they are due."""
+        block = blocks.get(step // self.steps_per_block)
+        first = step % self.steps_per_block * self.config.batch_size
+        rows = slice(first, first + self.config.batch_size)
+        checkpoint_due = (step + 1) % self.config.checkpoint_every_steps == 0
+        last = step + 1 == self.config.n_steps
+        log_due = checkpoint_due or last or (step + 1) % self.config.log_every_steps == 0
+        measured = {}
+        for trainer in self.trainers:
+            result = self._step(trainer, block, rows, step)
             if log_due:
-                self._report(step, measured, meter, tracker, bar)
-            if checkpoint_due and not last:
-                self._checkpoint(step + 1)
-            del block  # or the next block would be made while this one is still held
+                measured[trainer.spec.name] = trainer.measure(result, block, rows)
+            del result  # it holds a batch's activations, of which one set is in memory
+        if log_due:
+            self._report(step, measured, meter, tracker, bar)
+        if checkpoint_due and not last:
+            self._checkpoint(step + 1)
 
     def _step(self, trainer: DictionaryTrainer, block: Block, rows: slice, step: int) -> StepResult:
         return trainer.step(block, rows, self.config.learning_rate_at(step))
@@ -240,13 +258,12 @@ class _Run:
         metadata = {"fingerprint": self.fingerprint, "step": step}
         save_tensors(self.folder / CHECKPOINT, tensors, metadata)
 
-    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> int:
-        """Load a checkpoint into the trainers, return its step."""
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        """Load a checkpoint into the trainers."""
         for trainer in self.trainers:
             prefix = f"{trainer.spec.name}/"
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             trainer.load_state(own)
-        return int(metadata["step"])
 
 
 class _BlockHolder:

@@ -50,6 +50,18 @@ def test_files_of_others_and_bad_ratings_are_refused(tmp_path: Path) -> None:
         RatingStore(path, 3, "anna")
 
 
+@pytest.mark.parametrize(
+    "rater", ["/../../evil", "..", "a/b", "a\\b", "", " ", ".x", "a\n", "x" * 101]
+)
+def test_a_rater_whose_name_leads_elsewhere_is_refused(rater: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="^rater .*: expected letters, digits, -, _, ., spaces"):
+        RatingStore(tmp_path / f"ratings_{rater}.json", 3, rater)
+    assert list(tmp_path.iterdir()) == []
+    for name in ("Anna Müller", "rater-2", "J. Doe"):
+        RatingStore(tmp_path / f"ratings_{name}.json", 3, name).rate(0, "not")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_kappa_by_hand() -> None:
     assert cohens_kappa(["a", "b", "a"], ["a", "b", "a"]) == 1.0
     # observed 3/4; chance (1/2)(1/4) + (1/2)(3/4) = 1/2

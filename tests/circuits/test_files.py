@@ -93,5 +93,17 @@ def test_bad_files_and_names_are_refused(tmp_path: Path) -> None:
         load_parquet(tmp_path)
     with pytest.raises(InputError, match="slug 'a/b'"):
         save_for_viewer(graph, tmp_path, "a/b")
+    for slug in ("", "../evil", "/evil", "..", "a b", "x" * 101):
+        with pytest.raises(InputError, match=f"slug '{slug}': expected letters"):
+            save_for_viewer(graph, tmp_path / "viewer", slug)
+    for slug in ("graph-metadata", "Graph-Metadata"):
+        with pytest.raises(InputError, match="the viewer's index is called so"):
+            save_for_viewer(graph, tmp_path / "viewer", slug)
+    assert not (tmp_path / "viewer").exists()
+    for text in ("{", "[]", '{"graphs": [1]}'):
+        (tmp_path / "graph-metadata.json").write_text(text)
+        with pytest.raises(InputError, match="graph-metadata.json (is no index|cannot be read)"):
+            save_for_viewer(graph, tmp_path, "one")
+        assert not (tmp_path / "one.json").exists()
     with pytest.raises(InputError, match="before tokens are summed"):
         save_for_viewer(sum_over_tokens(graph), tmp_path, "summed")

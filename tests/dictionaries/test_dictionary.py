@@ -12,6 +12,7 @@ from tiny import D_MODEL, tiny_lm, unchecked_types
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig, activate, new_dictionary
 from tclib.models.running import Site
 from tclib.support.errors import InputError
+from tclib.support.files import load_tensors, save_tensors
 
 CONFIG = DictionaryConfig("transcoder", 1, d_in=2, d_out=3, n_features=4)
 
@@ -166,3 +167,20 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {"format": "other"})
     with pytest.raises(InputError, match="does not hold a tclib dictionary"):
         Dictionary.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold"])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    name: str, value: float, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, skip=True, activation="jumprelu")
+    tensors = {n: torch.ones(shape) for n, shape in config.shapes().items()}
+    Dictionary(config, **tensors).save(tmp_path / "good.safetensors")
+    tensors[name].view(-1)[1] = value
+    with pytest.raises(InputError, match=f"^{name} has 1 values that are NaN or infinite"):
+        Dictionary(config, **tensors)
+    path = tmp_path / "bad.safetensors"
+    save_tensors(path, tensors, load_tensors(tmp_path / "good.safetensors", "")[1])
+    with pytest.raises(InputError, match=rf"bad\.safetensors: {name} has 1 values"):
+        Dictionary.load(path)

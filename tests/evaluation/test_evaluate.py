@@ -10,7 +10,7 @@ from tiny import D_MODEL, random_rows, tiny_lm
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig, new_dictionary
 from tclib.evaluation import metrics
-from tclib.evaluation.evaluate import Evaluation, evaluate, mean_mlp_outs
+from tclib.evaluation.evaluate import COLUMNS, Evaluation, evaluate, mean_mlp_outs
 from tclib.evaluation.replace import replace_mlp
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
@@ -90,6 +90,21 @@ def test_the_original_model_has_no_divergence_from_itself(gpt2_lm: LanguageModel
     assert line["ce_recovered"] == pytest.approx(1.0, abs=1e-4)
 
 
+def test_a_dictionary_may_have_the_name_of_a_baseline_and_is_not_taken_for_it(
+    gpt2_lm: LanguageModel,
+) -> None:
+    one = dictionaries()["tc"]
+    names = ("tc", "original", "mean_ablated L1", "zero_ablated L1", "baseline", "")
+    found = evaluate(gpt2_lm, dict.fromkeys(names, one), ROWS)
+    assert found.table["name"].tolist() == list(found.row_ce) == list(names)
+    plain = evaluate(gpt2_lm, {"tc": one}, ROWS)
+    for _, line in found.table.iterrows():
+        assert line.drop("name").equals(plain.table.iloc[0].drop("name"))
+    pd.testing.assert_frame_equal(found.baseline_ce, plain.baseline_ce)
+    assert list(plain.baseline_ce) == ["original", "mean_ablated L1", "zero_ablated L1"]
+    assert tuple(plain.table) == COLUMNS
+
+
 def test_bad_input_is_named() -> None:
     lm = tiny_lm()
     with pytest.raises(InputError, match="nothing to evaluate"):
@@ -111,14 +126,14 @@ def test_bad_input_is_named() -> None:
 def synthetic(gap: float, noise: float, n_rows: int = 200) -> Evaluation:
     """Transcoders on ce = 2 − 0.1 log L0, SAEs `gap` above; rows with common and own noise."""
     rng = np.random.default_rng(0)
-    lines, row_ce = [], {"original": 1.0 + rng.normal(0, 1, n_rows)}
+    lines, row_ce, original = [], {}, 1.0 + rng.normal(0, 1, n_rows)
     for kind, offset, l0s in (("transcoder", 0.0, (5, 20, 80)), ("sae_mlp_out", gap, (4, 30, 60))):
         for l0 in l0s:
             name = f"{kind}{l0}"
             ce = 2.0 - 0.1 * np.log(l0) + offset
-            row_ce[name] = row_ce["original"] - 1.0 + ce + rng.normal(0, noise, n_rows)
+            row_ce[name] = original - 1.0 + ce + rng.normal(0, noise, n_rows)
             lines.append({"name": name, "kind": kind, "l0": float(l0), "ce": row_ce[name].mean()})
-    return Evaluation(pd.DataFrame(lines), pd.DataFrame(row_ce))
+    return Evaluation(pd.DataFrame(lines), pd.DataFrame(row_ce), pd.DataFrame())
 
 
 @pytest.mark.parametrize(("gap", "winner"), [(0.02, "transcoder"), (-0.02, "SAE"), (0.0, "tie")])
@@ -152,6 +167,7 @@ def test_verdicts_follow_the_numbers() -> None:
 
 
 def test_dead_shares_stand_beside_the_published_ones() -> None:
-    line = dead_feature_claim(Evaluation(pd.DataFrame({"dead_share": [0.0, 0.01]}), pd.DataFrame()))
+    table = pd.DataFrame({"dead_share": [0.0, 0.01]})
+    line = dead_feature_claim(Evaluation(table, pd.DataFrame(), pd.DataFrame()))
     assert line["paper"].startswith("about 11% (gpt2 layer 8); about 51% (pythia-410m layer 15)")
     assert line["ours"] == "0.0% to 1.0% over layers"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tclib.circuits.frozen import FrozenPrompts
 from tclib.circuits.graph import attribution_graph
+from tclib.models.identity import kept_hash
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
 from tclib.support.errors import InputError
@@ -360,20 +362,39 @@ def test_a_model_is_its_weights_and_how_they_act_not_its_name(tmp_path: Path) ->
     assert LanguageModel.load(str(folder)).content_hash == one.content_hash
 
 
+def test_a_model_that_is_edited_in_memory_is_another_and_its_folder_is_not(tmp_path: Path) -> None:
+    folder = saved("gpt2", tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TCLIB_CACHE", str(tmp_path / "cache"))
+        lm = LanguageModel.load(str(folder))
+        before = lm.content_hash
+        lm.model.transformer.h[0].mlp.c_proj.weight.data.mul_(1.5)
+        assert lm.content_hash != before
+        assert kept_hash(str(folder)) == before == LanguageModel.load(str(folder)).content_hash
+
+
 def test_the_hash_of_a_folder_is_computed_once_and_again_when_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TCLIB_CACHE", str(tmp_path / "cache"))
     folder = saved("gpt2", tmp_path / "model")
     first = LanguageModel.load(str(folder)).content_hash
+    assert kept_hash(str(folder)) == first
 
     def never(_tensors: object) -> str:
         raise AssertionError("hashed again")
 
     with monkeypatch.context() as patch:
         patch.setattr("tclib.models.identity.tensors_hash", never)
-        assert LanguageModel.load(str(folder)).content_hash == first
+        LanguageModel.load(str(folder))
+        assert kept_hash(str(folder)) == first
+    times = (folder / "model.safetensors").stat()
     change_weights(folder, lambda w: {k: v * 1.01 for k, v in w.items()})
-    assert LanguageModel.load(str(folder)).content_hash != first
+    os.utime(folder / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert kept_hash(str(folder)) is None  # of the size and time that it had
+    second = LanguageModel.load(str(folder)).content_hash
+    assert kept_hash(str(folder)) == second != first
     (tmp_path / "cache" / "model_hashes.json").write_text("[not json")
-    assert LanguageModel.load(str(folder)).content_hash != first
+    assert kept_hash(str(folder)) is None
+    LanguageModel.load(str(folder))
+    assert kept_hash(str(folder)) == second

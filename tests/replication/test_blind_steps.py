@@ -6,15 +6,23 @@ import re
 from dataclasses import replace
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 import torch
 from tiny import random_rows, small_preset
 
+from tclib.blind.investigator import Hypothesis
+from tclib.blind.latents import LabelledRows
 from tclib.blind.ledger import load_ledger
 from tclib.blind.predicates import Predicate
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.graph import attribution_graph
+from tclib.circuits.interventions import ablation_table
+from tclib.circuits.sources import sources
+from tclib.dictionaries.dictionary import Dictionary
 from tclib.figures.comparison import proxy_figure
-from tclib.replication import case_studies, comparison
-from tclib.replication.artifacts import Comparison
+from tclib.replication import case_studies, circuits, comparison
+from tclib.replication.artifacts import CaseStudies, Comparison
 from tclib.replication.comparison import proxy_rating, rating_of
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
@@ -98,8 +106,59 @@ def test_case_studies_leave_ledgers_dashboards_and_grades(run: Run) -> None:
 
 
 def test_a_pair_needs_both_kinds(run: Run) -> None:
-    with pytest.raises(InputError, match="expected both kinds"):
-        comparison.choose_pair(run.lm, run.transcoders, run.corpus.evaluation)
+    rows = run.corpus.evaluation
+    with pytest.raises(InputError, match="that fire: transcoder; expected a transcoder and an SAE"):
+        comparison.choose_pair(run.lm, run.transcoders, rows)
+    silent = {name: silenced(one) for name, one in run.swept.dictionaries.items()}
+    with pytest.raises(InputError, match="that fire: none; expected a transcoder and an SAE"):
+        comparison.choose_pair(run.lm, silent, rows)
+
+
+def silenced(one: Dictionary) -> Dictionary:
+    """The same dictionary with features that never fire."""
+    return Dictionary(one.config, **{**one.parameters(), "b_enc": torch.full_like(one.b_enc, -1e3)})
+
+
+def test_features_that_never_fire_on_the_held_out_rows_are_said_to_be_ungraded(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = run.corpus.evaluation[:2]
+    held_out = LabelledRows(rows, torch.full_like(rows, -1), ())
+    session = case_studies.session_on(run, int(run.studies.table["feature"][0]))
+    line = case_studies._graded(
+        run.lm,
+        Hypothesis("a word", Predicate(current=frozenset({20})), 0.0, 1.0),
+        session,
+        held_out,
+        torch.zeros(rows.shape),
+    )
+    table = pd.DataFrame([{"layer": 2, "feature": 5, "kind": "full", **line}])
+    assert set(run.studies.table) - {*table} <= {
+        name for name in run.studies.table if "latent" in name
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "studies", CaseStudies(table, run.studies.folder))
+        said = case_studies.studies_in_words(run)
+        assert "1 failure." in said and said.endswith("1 never fire there and could not be graded.")
+        assert len(case_studies.why_failed(run)) == len(case_studies.claims(run)) == 1
+
+
+def test_a_prompt_without_a_feature_over_another_is_said_to_lack_it(run: Run) -> None:
+    frozen, root = run.prompt
+    (found,) = sources(frozen, [root])
+    layer, feature, pos = circuits.strongest_feature(found)
+    assert (
+        layer > 0
+        and frozen.parts[layer].dictionary.encode(frozen.cache.mlp_in[layer])[0, pos, feature] > 0
+    )
+    by_layer = {one.config.layer: one for one in run.transcoders.values()}
+    for active, message in (((0,), r"layers \[0\], two are needed"), ((), "layers none, two are")):
+        ones = [one if layer in active else silenced(one) for layer, one in by_layer.items()]
+        alone = FrozenPrompts(run.lm, frozen.cache.tokens, ones)
+        with pytest.raises(InputError, match=f"features at the prompt's last token: {message}"):
+            circuits.strongest_feature(sources(alone, [root])[0])
+    with pytest.raises(InputError, match="no feature is active on the prompt"):
+        ablation_table(alone, attribution_graph(alone, [root]), root, 5, seed=0)
 
 
 def test_the_l0_of_a_pair_leaves_out_every_bos(run: Run) -> None:

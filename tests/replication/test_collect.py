@@ -68,3 +68,20 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds other files"):
         collect_module.collect(preset, tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").is_file()
+
+
+def test_a_run_is_not_replaced_by_a_collection_and_a_collection_is(tmp_path: Path) -> None:
+    preset = replace(load_preset("demo"), runs_dir=tmp_path / "runs")
+    for name, suffix in (("demo", "csv"), ("other", "safetensors")):
+        for file in ("manifest.json", f"table.{suffix}"):
+            path = tmp_path / "runs" / name / "01_train_transcoders" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+    with pytest.raises(InputError, match="holds other .* 01_train_transcoders/table.safetensors"):
+        collect(preset, tmp_path / "runs" / "other")
+    assert (tmp_path / "runs" / "other" / "01_train_transcoders" / "table.safetensors").is_file()
+    first = collect(preset, tmp_path / "kept")
+    assert collect(preset, tmp_path / "kept") == first
+    (tmp_path / "a_file").touch()
+    with pytest.raises(InputError, match="a_file is a file: expected a folder"):
+        collect(preset, tmp_path / "a_file")

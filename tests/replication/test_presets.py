@@ -315,3 +315,26 @@ def test_a_file_is_no_folder_for_runs_or_notebooks(tmp_path: Path) -> None:
         load_preset("demo", runs_dir=tmp_path / "a_file")
     with pytest.raises(InputError, match="a_file is a file: expected a folder"):
         copy_folder(PRESETS, tmp_path / "a_file")
+
+
+@pytest.mark.parametrize(
+    "name", ["/some/folder", "..", "../x", "a/b", ".hidden", "", "-x", "a\nb", "x" * 101]
+)
+def test_a_run_cannot_be_called_so_that_its_folder_lies_elsewhere(
+    name: str, tmp_path: Path
+) -> None:
+    preset = load_preset("demo", runs_dir=tmp_path)
+    with pytest.raises(InputError, match="^name .*: expected letters, digits, -, _, ., a letter"):
+        replace(preset, name=name)
+    assert replace(preset, name="my.preset-2_b").folder == tmp_path / "my.preset-2_b"
+    path = tmp_path / "own.yaml"
+    path.write_text(f"name: {json.dumps(name)}\n{(PRESETS / 'demo.yaml').read_text()}")
+    with pytest.raises(InputError, match="leave out the keys name and asked"):
+        load_preset(str(path))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(InputError, match=f"seed {seed}: expected at (least 0|most 922337203)"):
+        load_preset("demo", seed=seed)
+    assert load_preset("demo", seed=2**63 - 1).seed == 2**63 - 1

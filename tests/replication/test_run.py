@@ -196,9 +196,16 @@ def test_a_finished_run_is_opened_without_writing_anything(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(FileLock, "acquire", lambda _self, timeout: refuses())
-    for name in ("replace", "remove", "unlink"):
+    for name in ("replace", "remove", "unlink", "mkdir"):
         monkeypatch.setattr(os, name, refuses)
-    pd.testing.assert_frame_equal(Run(small).results, results)
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    run = Run(small)
+    pd.testing.assert_frame_equal(run.results, results)
+    # As the notebooks draw: the figures are shown, and not saved.
+    assert model_and_data.second_year_figure(run).axes
+    assert transcoders.training_figure(run).axes and transcoders.layer_figure(run).axes
+    assert circuits.graph_figure(run).axes and circuits.prediction_figure(run).axes
+    assert len(sweep.gap_table(run)) == 0 and sweep.figure_3(run).axes
 
 
 def test_markdown_has_a_line_a_row() -> None:

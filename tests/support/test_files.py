@@ -18,6 +18,7 @@ from tclib.support.errors import InputError
 from tclib.support.files import (
     copy_folder,
     exclusive,
+    file_hash,
     load_tensors,
     new_file,
     new_folder,
@@ -29,7 +30,7 @@ from tclib.support.steps import (
     current_commit,
     ensure,
     read_manifest,
-    record_extra,
+    save_extra,
     write_manifest,
 )
 
@@ -92,7 +93,10 @@ def test_a_finished_run_on_a_disk_that_cannot_be_written_can_be_read(
     monkeypatch.setattr(
         FileLock, "acquire", lambda _self, timeout: (_ for _ in ()).throw(OSError(5, "I/O"))
     )
-    with pytest.raises(OSError, match="I/O"), exclusive(tmp_path / "run"):
+    with (
+        pytest.raises(InputError, match=r"run could not be written \(.*I/O"),
+        exclusive(tmp_path / "run"),
+    ):
         pass
 
 
@@ -107,6 +111,63 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
         pass
     left = {path.name for path in (folder / "step").iterdir()}
     assert left == {f".b.csv.{os.getpid()}.tmp", "c.tmp", ".d.tmp"}
+
+
+def test_what_is_written_where_nothing_is_locked_sweeps_what_a_killed_process_left_of_it(
+    tmp_path: Path,
+) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [
+        tmp_path / f".{name}.{dead.pid}.tmp" for name in ("[x].json", "other.json", "x", "x.old")
+    ]
+    for path in left[:2]:
+        path.touch()
+    for path in left[2:]:
+        path.mkdir()
+    with new_file(tmp_path / "[x].json") as path:
+        path.write_text("whole")
+    with new_folder(tmp_path / "x") as path:
+        (path / "a").write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"[x].json", "x", left[1].name}
+
+
+def test_bytes_and_then_names_are_on_the_disk_when_a_file_or_folder_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        done.append(("replace", source.name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    with new_file(tmp_path / "x") as path:
+        path.touch()
+    assert done == [("fsync", path.name), ("replace", path.name), ("fsync", tmp_path.name)]
+    done.clear()
+    with new_folder(tmp_path / "y") as path:
+        (path / "a").touch()
+    assert done == [("fsync", "a"), ("replace", path.name), ("fsync", tmp_path.name)]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    below = tmp_path / "a_file" / "x"
+    for attempt, sentence in (
+        (new_file(below), "File exists: .*choose a place that can be written"),
+        (new_folder(below), "x could not be written"),
+        (exclusive(below.parent), "a_file is a file: expected a folder"),
+        (exclusive(below), "choose a place that can be written"),
+    ):
+        with pytest.raises(InputError, match=sentence), attempt:
+            pass
 
 
 @pytest.mark.slow
@@ -198,15 +259,20 @@ def test_an_altered_artifact_is_named_with_the_command(tmp_path: Path) -> None:
         read_manifest(one)
 
 
-def test_figures_join_the_manifest_without_making_it_stale(tmp_path: Path) -> None:
+def test_figures_join_the_manifest_without_making_it_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = step(tmp_path)
     one.folder.mkdir()
     write_manifest(one, {}, {}, 0.0)
-    (one.folder / "figure.png").write_bytes(b"png")
-    record_extra(one, one.folder / "figure.png")
-    assert set(json.loads((one.folder / "manifest.json").read_text())["extras"]) == {"figure.png"}
+    save_extra(one, "figure.png", lambda path: path.write_bytes(b"png"))
+    held = json.loads((one.folder / "manifest.json").read_text())
+    assert held["extras"] == {"figure.png": file_hash(one.folder / "figure.png")}
     (one.folder / "figure.png").write_bytes(b"drawn again")
     assert ensure(one, {}, {}, dict)["parameters"] == {}
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    save_extra(one, "figure.png", lambda path: path.write_bytes(b"where nothing can be written"))
+    assert (one.folder / "figure.png").read_bytes() == b"drawn again"
 
 
 def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:

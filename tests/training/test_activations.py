@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -191,6 +193,72 @@ def test_two_runs_on_one_cache_write_it_once(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected[site].half(), rtol=1e-2, atol=1e-3)
 
 
+FILL = f"""
+import resource, sys, time
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from pathlib import Path
+from tiny import random_rows, tiny_lm
+from tclib.models.running import Site
+from tclib.support.errors import InputError
+from tclib.training.activations import ActivationCache
+
+folder, n_bytes = Path(sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+lm, rows = tiny_lm(), random_rows(640)
+read, n_reads = type(lm).read, []
+type(lm).read = lambda *given: (n_reads.append(1), time.sleep(0.02), read(*given))[-1]
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    ActivationCache.of(folder, lm, rows).fill(lm, rows, [Site("mlp_in", 0), Site("mlp_out", 2)])
+    print(len(n_reads))
+except InputError as error:
+    print(error)
+"""
+
+
+def filling(folder: Path, n_bytes: int = 2**30) -> subprocess.Popen[str]:
+    """A process about to fill a cache, once it is told to; it can write no file above `n_bytes`."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", FILL, str(folder), str(n_bytes)]
+    process: subprocess.Popen[str] = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_cache_leave_the_models_activations(tmp_path: Path) -> None:
+    both = [filling(tmp_path), filling(tmp_path)]
+    for process in both:
+        process.stdin.write("go\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+    ends = [process.communicate() for process in both]
+    assert sorted(ends) == [("0\n", ""), ("20\n", "")]  # batches that each of them read
+    lm, rows = tiny_lm(), random_rows(640)
+    sites = [Site("mlp_in", 0), Site("mlp_out", 2)]
+    cache = ActivationCache.of(tmp_path, lm, rows)
+    assert not any(cache._damaged(site) for site in sites)
+    found = cache.read(sites, torch.arange(640), torch.device("cpu"))
+    expected = lm.read(rows.long(), sites)
+    for site in sites:
+        torch.testing.assert_close(found[site], expected[site].half(), rtol=1e-2, atol=1e-3)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_file_that_the_disk_does_not_take_is_one_sentence(tmp_path: Path) -> None:
+    said, trace = filling(tmp_path, n_bytes=100_000).communicate("go\n")
+    assert "could not be written ([Errno 27] File too large): free some space" in said
+    assert said.count("\n") == 1 and trace == ""
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_a_cache_in_the_place_of_a_file_is_named(gpt2_lm: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    with pytest.raises(InputError, match="a_file/.* could not be written"):
+        cached(gpt2_lm, tmp_path / "a_file")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_disk_that_fills_up_is_named(
     gpt2_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,7 +270,7 @@ def test_a_disk_that_fills_up_is_named(
     monkeypatch.setattr(_Writer, "put", full)
     with pytest.raises(InputError, match="No space left on device.*free some space"):
         cached(gpt2_lm, tmp_path)
-    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_full_disk_is_named_before_anything_is_read(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tclib.support.errors import InputError
 from tclib.training.log import LOG, append_log, truncate_log
 from tclib.training.trainer import Measurement
 
@@ -47,3 +48,12 @@ def test_the_lines_of_other_dictionaries_stay(tmp_path: Path) -> None:
         ["5", "50", "one"],
         ["5", "50", "two"],
     ]
+
+
+@pytest.mark.parametrize("text", ["my own notes", "epoch,loss\n1,0.5\n", "\x00\xff"])
+def test_a_file_that_is_no_training_log_is_kept(text: str, tmp_path: Path) -> None:
+    path = tmp_path / LOG
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match="training_log.csv is no training log: move it away"):
+        truncate_log(path, 0, NAMES)
+    assert path.read_bytes() == text.encode("latin-1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,33 @@ def test_a_run_killed_at_any_step_resumes_bit_for_bit(
         pd.read_csv(f / LOG).drop(columns="tokens_per_s") for f in (tmp_path / "run", uninterrupted)
     ]
     pd.testing.assert_frame_equal(*logs)
+
+
+@pytest.mark.slow
+def test_the_log_of_a_resumed_run_is_that_of_one_that_was_never_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logged at 5, 7 and 10, killed at 13 with a checkpoint at 7: cut at bytes since."""
+
+    def trained(folder: Path) -> list[list[str]]:
+        train(lm, ROWS, SPECS[:2], config, folder)
+        lines = (folder / LOG).read_text().splitlines()
+        return [line.split(",")[:-1] for line in lines]  # all but the speed
+
+    lm, config = tiny_lm(), replace(CONFIG, n_tokens=64 * 20, checkpoint_every_steps=7)
+    expected = trained(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(13, patch)
+        trained(tmp_path / "killed")
+    held = (tmp_path / "killed" / LOG).read_bytes()
+    at_checkpoint = held.index(b"\n10,") + 1
+    assert held[at_checkpoint:].count(b"\n") == 2
+    for n_bytes in range(at_checkpoint, len(held) + 1, 11):  # each of them in test_log.py
+        shutil.copytree(tmp_path / "killed", tmp_path / "cut")
+        (tmp_path / "cut" / LOG).write_bytes(held[:n_bytes])
+        assert trained(tmp_path / "cut") == expected, n_bytes
+        assert files(tmp_path / "cut") == files(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "cut")
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(

@@ -1,0 +1,120 @@
+"""The notebooks of a preset in their order: where the last run stopped, and what of it may be deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tclib.replication.executed import are_intact, execute, fingerprint, is_current
+from tclib.replication.model_and_data import check_ready
+from tclib.replication.presets import Preset
+from tclib.replication.run import Run
+from tclib.support.errors import InputError
+from tclib.support.files import exclusive, new_file, temporary_path
+from tclib.support.progress import progress
+from tclib.training.train import CACHE
+
+EXECUTED = "notebooks"
+PROGRESS = "progress.json"
+# Names of what runs, and who looks at them, leave in a run's folder.
+_MADE = re.compile(
+    rf"\d\d_.*|{EXECUTED}|{CACHE}|{PROGRESS}|\..*\.(lock|tmp)|\.ipynb_checkpoints|\.DS_Store"
+)
+
+
+def check_all_ready(preset: Preset, notebooks: Sequence[Path]) -> None:
+    """Raise `InputError`, before anything is written, if a model or corpus of the run cannot be had."""
+    check_ready(preset)
+    if "02" not in preset.skipped and notebooks[-1].name >= "02":
+        for companion in Run(preset).companions:
+            check_ready(companion.preset)
+
+
+def earlier_runs(preset: Preset, own: bool, companions: bool) -> list[Path]:
+    """Folders of earlier runs, to be deleted.
+
+    Errors: `InputError` for a link, which leads out of runs_dir, and for what no run can make again.
+    """
+    others = [run.preset.folder for run in Run(preset).companions] if companions else []
+    folders = [preset.folder, *others] if own else others
+    for folder in folders:
+        if folder.is_symlink():
+            raise InputError(f"{folder} is a link: delete it, and what it leads to, yourself")
+        if folder.is_dir():
+            _check_made_by_runs(folder)
+    return folders
+
+
+def _check_made_by_runs(folder: Path) -> None:
+    foreign = [path for path in sorted(folder.iterdir()) if not _MADE.fullmatch(path.name)]
+    rated = sorted(folder.glob("05_*/ratings_*.json"))
+    if foreign or rated:
+        raise InputError(
+            f"{(foreign + rated)[0]} was not made by a run and would be deleted with {folder}: move it away, "
+            "or choose another runs_dir"
+        )
+
+
+def delete(folders: Iterable[Path]) -> None:
+    """Delete runs, each of them at once or not at all. Errors: `InputError` if one is at work or stays."""
+    there = [folder for folder in folders if folder.is_dir()]
+    with ExitStack() as locks:
+        for step in (path for folder in there for path in folder.iterdir() if path.is_dir()):
+            locks.enter_context(exclusive(step))
+    for folder in there:
+        gone = temporary_path(folder)
+        try:
+            os.replace(folder, gone)
+            shutil.rmtree(gone)
+        except OSError as error:
+            raise InputError(
+                f"{folder} could not be deleted ({error}): delete it yourself, or choose another runs_dir"
+            ) from error
+
+
+def stopped_at(preset: Preset) -> str | None:
+    """The number of the notebook at which the last run stopped, if it did not come to its end."""
+    try:
+        held = json.loads((preset.folder / PROGRESS).read_text(encoding="utf-8"))
+        return str(held["failed"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def execute_all(
+    preset: Preset, notebooks: Sequence[Path], parameters: Mapping[str, Any], anew: bool
+) -> None:
+    """The notebooks in order; those whose executed copy is current stay, unless `anew`."""
+    run = Run(preset)
+    anew = anew or not are_intact(run)
+    bar = progress(notebooks, f"preset {preset.name}", unit="notebook")
+    for notebook in bar:
+        bar.set_postfix_str(notebook.stem)
+        if notebook.name[:2] in preset.skipped:
+            bar.write(f"{notebook.stem} is skipped: {preset.skipped[notebook.name[:2]]}")
+            continue
+        output = preset.folder / EXECUTED / notebook.name
+        made_from = fingerprint(run, notebook, parameters)
+        if not anew and is_current(output, made_from):
+            bar.write(f"{notebook.stem} is executed already")
+            continue
+        anew = True  # what stands behind a notebook reads what it makes
+        try:
+            execute(notebook, output, parameters, made_from)
+        except BaseException as error:
+            with new_file(preset.folder / PROGRESS) as path:
+                path.write_text(json.dumps({"failed": notebook.name[:2]}))
+            if isinstance(error, KeyboardInterrupt):
+                bar.close()
+                raise KeyboardInterrupt(
+                    f"stopped in notebook {notebook.stem}: `{preset.command}` goes on from there"
+                ) from error
+            raise
+    if (preset.folder / PROGRESS).exists():  # a finished run may lie where nothing can be written
+        (preset.folder / PROGRESS).unlink()
