@@ -15,7 +15,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import D_MODEL, FEW, GEOMETRIES, authors_file, random_rows, random_transcoder, tiny_lm
+from tiny import (
+    D_MODEL,
+    FEW,
+    GEOMETRIES,
+    authors_file,
+    edit_json,
+    random_rows,
+    random_transcoder,
+    tiny_lm,
+)
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -270,10 +279,6 @@ def test_truncated_files_are_named(tmp_path: Path, runner_config: type) -> None:
     weights.unlink()
     with pytest.raises(InputError, match="is missing"):
         read_saelens(tmp_path / "s")
-
-
-def edit_json(path: Path, **changed: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-from tclib.dictionaries.formats.parts import Tensors, place_of
+from tclib.dictionaries.formats.parts import Tensors, entry, place_of
 from tclib.models.locate import first_line
 from tclib.support.errors import InputError
 
@@ -22,7 +22,7 @@ def read_authors(path: Path) -> Dictionary:
     """A transcoder of the paper, with its input bias folded: b_enc ← b_enc − b_dec W_enc.
 
     Errors: `InputError` for a pickle that names anything but tensors and plain values, a truncated file,
-    missing or transposed tensors, or a configuration that lies about its hook.
+    missing or transposed tensors, or a configuration whose hooks are not one MLP's.
     """
     held = _loaded(path)
     if not isinstance(held, Mapping):
@@ -35,14 +35,19 @@ def read_authors(path: Path) -> Dictionary:
         raise InputError(
             f"{path}: cfg.is_transcoder is not set, an autoencoder; expected a transcoder"
         )
-    layer, basis = place_of(str(values.get("hook_point", "")), path)
-    if values.get("hook_point_layer", layer) != layer:
-        raise InputError(
-            f"{path}: hook_point {values['hook_point']!r} and hook_point_layer "
-            f"{values['hook_point_layer']} name different layers"
-        )
-    d_in, d_out, n_features = (int(values.get(name, 0)) for name in ("d_in", "d_out", "d_sae"))
-    model = str(values.get("model_name", ""))
+    # Training cannot do without out_hook_point: a transcoder's file has it.
+    hooks = {name: entry(values, name, str, path) for name in ("hook_point", "out_hook_point")}
+    layer, basis = place_of(hooks["hook_point"], hooks["out_hook_point"], path)
+    for name, hook in hooks.items():
+        told = entry(values, f"{name}_layer", int, path, layer)
+        if told != layer:
+            raise InputError(
+                f"{path}: {name} {hook!r} and {name}_layer {told} name different layers"
+            )
+    d_in, d_out, n_features = (
+        entry(values, name, int, path) for name in ("d_in", "d_out", "d_sae")
+    )
+    model = entry(values, "model_name", str, path, "")
     own = DictionaryConfig("transcoder", layer, d_in, d_out, n_features, model=model, basis=basis)
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     weights = NAMES.ours(path, tensors, own, {"b_dec": (d_in,)})

@@ -19,20 +19,25 @@ TENSORS = parts.Tensors({"threshold": TRACER_THRESHOLD}, frozenset({"W_enc", "W_
 def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     """A circuit-tracer transcoder set, by layer.
 
-    Errors: `InputError` for a cross-layer set, negative thresholds, layers that are not contiguous
-    from 0, or tensors that do not fit.
+    Errors: `InputError` for a cross-layer set, a hook that is not an MLP's or not said (circuit-tracer
+    itself needs both), negative thresholds, layers that are not contiguous from 0, or tensors that do not
+    fit.
     """
     config = parts.read_config(folder / "config.yaml")
     kind = config.get("model_kind")
     if kind != "transcoder_set":
         raise InputError(f"{folder}: model_kind {kind!r}; expected transcoder_set")
-    _, basis = parts.place_of(f"blocks.0.{config.get('feature_input_hook', '')}", folder)
+    hook_in, hook_out = (
+        f"blocks.0.{parts.entry(config, f'feature_{end}_hook', str, folder)}"
+        for end in ("input", "output")
+    )
+    _, basis = parts.place_of(hook_in, hook_out, folder)
     files = sorted(folder.glob("layer_*.safetensors"), key=lambda path: int(path.stem[6:]))
     if [int(path.stem[6:]) for path in files] != list(range(len(files))) or not files:
         raise InputError(
             f"{folder}: layers {[p.stem for p in files]}; expected layer_0 upwards, no gap"
         )
-    model = str(config.get("model_name", ""))
+    model = parts.entry(config, "model_name", str, folder, "")
     found = {}
     for layer, path in enumerate(files):
         tensors = parts.read_tensors(path)

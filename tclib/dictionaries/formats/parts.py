@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from safetensors import SafetensorError
@@ -17,23 +18,65 @@ from tclib.dictionaries.dictionary import Basis, Dictionary, DictionaryConfig
 from tclib.dictionaries.kinds import Activation
 from tclib.support.errors import InputError
 
-HOOK_IN = {"processed": "ln2.hook_normalized", "raw": "hook_mlp_in"}
+T = TypeVar("T")
+HOOK_IN: dict[Basis, str] = {"processed": "ln2.hook_normalized", "raw": "mlp.hook_in"}
 HOOK_OUT = "hook_mlp_out"
+# The same where no norm stands behind the MLP, as in every family that tclib knows.
+HOOKS_OUT = (HOOK_OUT, "mlp.hook_out")
+STREAM_HOOKS = ("hook_mlp_in", "hook_resid_mid")
 JUMPS: tuple[Activation, ...] = ("relu", "jumprelu", "batch_topk")  # what a format without k holds
 
 
-def place_of(hook: str, where: Path) -> tuple[int, Basis]:
-    """The layer and the basis of a hook's activations. Errors: `InputError` if it is no MLP input."""
-    parts = hook.split(".")
-    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
+def place_of(hook_in: str, hook_out: str, where: Path) -> tuple[int, Basis]:
+    """The layer and the basis of a transcoder between two hooks of TransformerLens.
+
+    Errors: `InputError` unless it reads what the norm in front of an MLP gives, and writes what that
+    MLP adds to the stream.
+    """
+    layer, name = _layer_and_name(hook_in, where)
+    if name in STREAM_HOOKS:
+        raise InputError(
+            f"{where}: hook {hook_in!r} is the residual stream in front of the norm, and dictionaries of the "
+            "stream cannot be read: take one of ln2.hook_normalized or mlp.hook_in; if it was trained on what "
+            "the norm gives (earlier versions of tclib wrote hook_mlp_in for that), say mlp.hook_in in its "
+            "configuration"
+        )
+    bases: dict[str, Basis] = {own: basis for basis, own in HOOK_IN.items()}
+    if name not in bases:
+        raise InputError(
+            f"{where}: hook {hook_in!r} is no MLP input: expected {' or '.join(bases)}"
+        )
+    layer_out, name_out = _layer_and_name(hook_out, where)
+    if name_out not in HOOKS_OUT:
+        raise InputError(
+            f"{where}: output hook {hook_out!r} is no MLP output: expected {' or '.join(HOOKS_OUT)}"
+        )
+    if layer_out != layer:
+        raise InputError(
+            f"{where}: it reads layer {layer} ({hook_in}) and writes layer {layer_out} ({hook_out}): "
+            "expected a transcoder of one layer's MLP"
+        )
+    return layer, bases[name]
+
+
+def _layer_and_name(hook: str, where: Path) -> tuple[int, str]:
+    found = re.fullmatch(r"blocks\.(\d{1,4})\.(.+)", hook)
+    if found is None:
         raise InputError(f"{where}: hook {hook!r}; expected one like blocks.8.ln2.hook_normalized")
-    if hook.endswith("ln2.hook_normalized"):
-        return int(parts[1]), "processed"
-    if hook.endswith(("hook_mlp_in", "mlp.hook_in")):
-        return int(parts[1]), "raw"
-    raise InputError(
-        f"{where}: hook {hook!r} is no MLP input: expected ln2.hook_normalized or mlp.hook_in"
-    )
+    return int(found[1]), found[2]
+
+
+def entry(
+    values: Mapping[str, Any], name: str, kind: type[T], where: Path, default: T | None = None
+) -> T:
+    """A value of a configuration; null is none. Errors: `InputError` if it is missing or of another type."""
+    value = values.get(name)
+    value = default if value is None else value
+    if type(value) is not kind:
+        # Its text is not shown: lists of a pickle may double themselves.
+        found = "missing" if value is None else f"a {type(value).__name__}"
+        raise InputError(f"{where}: {name} is {found}; expected a {kind.__name__}")
+    return value
 
 
 def check_exportable(

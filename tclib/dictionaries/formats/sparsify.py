@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-from tclib.dictionaries.formats.parts import Tensors, check_exportable, read_config, read_tensors
+from tclib.dictionaries.formats.parts import (
+    Tensors,
+    check_exportable,
+    entry,
+    read_config,
+    read_tensors,
+)
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
 
@@ -29,11 +35,12 @@ def read_sparsify(folder: Path) -> Dictionary:
     numbers = [part for part in parts if part.isdigit()]
     if parts[-1] != "mlp" or len(numbers) != 1:
         raise InputError(f"{folder}: hookpoint {folder.name!r}; expected one like h.8.mlp")
-    d_in = int(config["d_in"])
-    n_features = int(config.get("num_latents") or d_in * int(config["expansion_factor"]))
+    d_in, k = (entry(config, name, int, folder) for name in ("d_in", "k"))
+    n_features = entry(config, "num_latents", int, folder, 0)
+    n_features = n_features or d_in * entry(config, "expansion_factor", int, folder)
     tensors = read_tensors(folder / "sae.safetensors")
     skip = bool(config.get("skip_connection", False))
-    layer, k = int(numbers[0]), int(config["k"])
+    layer = int(numbers[0])
     own = DictionaryConfig(
         "transcoder", layer, d_in, d_in, n_features, "topk", k, skip, basis="raw"
     )
