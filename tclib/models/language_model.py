@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tclib.models.running import Running
 from tclib.support.errors import InputError
 
 METASPACE = "▁"
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class LanguageModel(Running):
@@ -37,12 +39,27 @@ class LanguageModel(Running):
         check_module(model, name)
         check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, name)
         self.tokenizer = tokenizer
+        self.is_rounded = self.dtype in HALF_PRECISION
         self._location: str | None = None
 
     @cached_property
     def content_hash(self) -> str:
         """sha256 of the weights and of how they act: the model's identity, whatever its name."""
         return model_hash(self.model, self._location)
+
+    @property
+    def known_hash(self) -> str:
+        """`content_hash`; empty for weights in half precision, whose hash is not that of the model."""
+        return "" if self.is_rounded else self.content_hash
+
+    @property
+    def known_as(self) -> str:
+        """The name by which anyone finds this model: a bundled one's, or its id on the hub.
+
+        Empty for a folder, which may be called anything, and for a model that was given by hand.
+        """
+        is_found = self._location is not None and not Path(self.name).expanduser().is_dir()
+        return self.name if is_found else ""
 
     @classmethod
     def load(

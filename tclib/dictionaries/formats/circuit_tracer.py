@@ -37,7 +37,9 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
         raise InputError(
             f"{folder}: layers {[p.stem for p in files]}; expected layer_0 upwards, no gap"
         )
-    model = parts.entry(config, "model_name", str, folder, "")
+    model, model_hash = (
+        parts.entry(config, name, str, folder, "") for name in ("model_name", parts.HASH)
+    )
     found = {}
     for layer, path in enumerate(files):
         tensors = parts.read_tensors(path)
@@ -48,8 +50,9 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
         if TRACER_THRESHOLD in tensors:
             activation, k = "jumprelu", None
         skip = "W_skip" in tensors
+        sizes = (d_model, d_model, n_features)
         own = DictionaryConfig(
-            "transcoder", layer, d_model, d_model, n_features, activation, k, skip, model, basis
+            "transcoder", layer, *sizes, activation, k, skip, model, basis, model_hash
         )
         found[layer] = Dictionary(own, **TENSORS.ours(path, tensors, own))
     return found
@@ -58,22 +61,28 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
 def write_circuit_tracer(dictionaries: Mapping[int, Dictionary], folder: Path) -> None:
     """A circuit-tracer transcoder set of relu and JumpReLU transcoders for layers 0 upwards.
 
-    Errors: `InputError` for gaps, or dictionaries that the format cannot hold: top-k ones come back as
+    Errors: `InputError` for gaps, several models or bases, or dictionaries that the format cannot hold: top-k ones come back as
     ReLU from a local folder there.
     """
     if sorted(dictionaries) != list(range(len(dictionaries))) or not dictionaries:
         raise InputError(f"layers {sorted(dictionaries)}: the format needs 0 upwards without a gap")
     for dictionary in dictionaries.values():
         parts.check_exportable(dictionary, "circuit-tracer", parts.JUMPS)
-    bases = {dictionary.config.basis for dictionary in dictionaries.values()}
-    if len(bases) > 1:
-        raise InputError("processed and raw dictionaries in one set: convert them to one basis")
+    first = dictionaries[0].config
+    for config in (dictionary.config for dictionary in dictionaries.values()):
+        if config.basis != first.basis:
+            raise InputError("processed and raw dictionaries in one set: convert them to one basis")
+        if (config.model, config.model_hash) != (first.model, first.model_hash):
+            raise InputError(
+                f"layers 0 and {config.layer} were trained on different models: a set is of one model"
+            )
     document = {
-        "model_name": dictionaries[0].config.model,
+        "model_name": first.model,
         "model_kind": "transcoder_set",
-        "feature_input_hook": parts.HOOK_IN[bases.pop()],
+        "feature_input_hook": parts.HOOK_IN[first.basis],
         "feature_output_hook": parts.HOOK_OUT,
-        "scan": dictionaries[0].config.model or "local",
+        "scan": first.model or "local",
+        parts.HASH: first.model_hash,
     }
     with new_folder(folder) as temporary:
         for layer, dictionary in dictionaries.items():

@@ -23,6 +23,7 @@ HOOK_IN: dict[Basis, str] = {"processed": "ln2.hook_normalized", "raw": "mlp.hoo
 HOOK_OUT = "hook_mlp_out"
 # The same where no norm stands behind the MLP, as in every family that tclib knows.
 HOOKS_OUT = (HOOK_OUT, "mlp.hook_out")
+HASH = "tclib_model_hash"  # a key of ours, which the others' readers pass over
 STREAM_HOOKS = ("hook_mlp_in", "hook_resid_mid")
 JUMPS: tuple[Activation, ...] = ("relu", "jumprelu", "batch_topk")  # what a format without k holds
 

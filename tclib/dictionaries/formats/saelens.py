@@ -53,9 +53,12 @@ def read_saelens(folder: Path) -> Dictionary:
     d_in, d_out, n_features = (
         parts.entry(config, name, int, folder) for name in ("d_in", "d_out", "d_sae")
     )
-    model = parts.entry(metadata, "model_name", str, folder, "")
+    model, model_hash = (
+        parts.entry(metadata, name, str, folder, "") for name in ("model_name", parts.HASH)
+    )
+    sizes = (d_in, d_out, n_features)
     own = DictionaryConfig(
-        "transcoder", layer, d_in, d_out, n_features, activation, None, skip, model, basis
+        "transcoder", layer, *sizes, activation, None, skip, model, basis, model_hash
     )
     weights = TENSORS.ours(folder, tensors, own)
     if activation == "jumprelu":
@@ -80,6 +83,7 @@ def write_saelens(dictionary: Dictionary, folder: Path) -> None:
         **SAME_EQUATIONS,
         "metadata": {
             "model_name": config.model,
+            parts.HASH: config.model_hash,
             "hook_name": f"{block}.{parts.HOOK_IN[config.basis]}",
             "hook_name_out": f"{block}.{parts.HOOK_OUT}",
             "sae_lens_version": VERSION,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.dictionaries.formats.parts import (
+    HASH,
     Tensors,
     check_exportable,
     entry,
@@ -42,7 +43,9 @@ def read_sparsify(folder: Path) -> Dictionary:
     skip = bool(config.get("skip_connection", False))
     layer = int(numbers[0])
     own = DictionaryConfig(
-        "transcoder", layer, d_in, d_in, n_features, "topk", k, skip, basis="raw"
+        *("transcoder", layer, d_in, d_in, n_features, "topk", k, skip),
+        basis="raw",
+        model_hash=entry(config, HASH, str, folder, ""),
     )
     return Dictionary(own, **TENSORS.ours(folder, tensors, own))
 
@@ -63,6 +66,7 @@ def write_sparsify(dictionary: Dictionary, folder: Path) -> None:
         "skip_connection": config.skip,
         "transcode": True,
         "d_in": config.d_in,
+        HASH: config.model_hash,
     }
     with new_folder(folder) as temporary:
         TENSORS.save(dictionary, temporary / "sae.safetensors")
