@@ -323,20 +323,20 @@ def train(
 
 @app.command()
 def evaluate(
-    files: Annotated[list[Path], typer.Argument(help="Dictionaries (.safetensors).")],
+    files: Annotated[list[Path], typer.Argument(help="Dictionaries of any known format.")],
     preset: PresetOption = "demo",
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
 ) -> None:
     """Evaluate dictionaries on a preset's held-out tokens, as CSV."""
-    from tclib.dictionaries.dictionary import Dictionary
+    from tclib.dictionaries.formats.any import load_dictionary
     from tclib.evaluation.evaluate import evaluate as evaluate_dictionaries
     from tclib.replication.model_and_data import check_ready
     from tclib.replication.presets import load_preset
     from tclib.replication.run import Run
 
     chosen = load_preset(preset, seed, runs_dir)
-    dictionaries = {file.stem: Dictionary.load(file) for file in files}
+    dictionaries = {file.stem: load_dictionary(file) for file in files}
     if len(dictionaries) < len(files):
         raise InputError(f"{[file.name for file in files]}: expected files of different names")
     check_ready(chosen)

@@ -263,7 +263,7 @@ class Dictionary:
     def load(
         cls,
         path: Path,
-        remedy: str = "train it again, or restore the file",
+        remedy: str = "restore it, or train it again; load_dictionary reads other libraries' formats",
         is_checked: bool = False,
     ) -> Dictionary:
         """Read what `save` wrote; `is_checked` as in `load_tensors`.

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-from tclib.dictionaries.formats.parts import Tensors, entry, place_of
+from tclib.dictionaries.formats.parts import FLOATS, Tensors, entry, place_of
 from tclib.models.locate import first_line
 from tclib.support.errors import InputError
+from tclib.support.foreign import pickled_names
 
 NAMES = Tensors({"b_dec": "b_dec_out"})  # their b_dec is subtracted from the input
 
@@ -49,9 +50,9 @@ def read_authors(path: Path) -> Dictionary:
     )
     model = entry(values, "model_name", str, path, "")
     own = DictionaryConfig("transcoder", layer, d_in, d_out, n_features, model=model, basis=basis)
-    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {n: _whole(path, tensor) for n, tensor in state.items() if isinstance(tensor, Tensor)}
     weights = NAMES.ours(path, tensors, own, {"b_dec": (d_in,)})
-    weights["b_enc"] = weights["b_enc"] - tensors["b_dec"] @ weights["W_enc"]
+    weights["b_enc"] = weights["b_enc"] - tensors["b_dec"].float() @ weights["W_enc"]
     return Dictionary(own, **weights)
 
 
@@ -60,24 +61,49 @@ def read_authors_tensor(path: Path) -> Tensor:
     held = _loaded(path)
     if not isinstance(held, Tensor):
         raise InputError(f"{path} holds a {type(held).__name__}: expected one tensor")
-    return held.float()
+    return _whole(path, held).float()
+
+
+def _whole(path: Path, tensor: Tensor) -> Tensor:
+    """A tensor that its file holds in full. Errors: `InputError` for one that repeats a few numbers."""
+    held = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > held:
+        raise InputError(
+            f"{path} declares a tensor of shape {tuple(tensor.shape)} and holds {held:,} bytes of it: "
+            "expected all of its values"
+        )
+    return tensor
 
 
 class _Configuration:
     """Takes the attributes of the authors' configuration, without their class."""
 
 
-# torch's own reader of tensors and plain values knows these besides; it runs nothing that is not named.
-_KNOWN: list[Any] = [(_Configuration, "sae_training.config.LanguageModelSAERunnerConfig"), str]
+# What a file may name. torch's own reader of tensors and plain values knows more, some of which allocates what
+# it is told to; the last two it does not know, and neither does anything here.
+_CLASS = "sae_training.config.LanguageModelSAERunnerConfig"
+_STORAGES = "BFloat16 Bool Double Float Half Int Long"
+_NAMES = {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.device",
+    *(f"torch.{kind}Storage" for kind in _STORAGES.split()),
+    *map(str, FLOATS),
+    "__builtin__.str",
+    _CLASS,
+}
+_INERT: list[Any] = [(_Configuration, _CLASS), (_Configuration, "builtins.str")]
 
 
 def _loaded(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with safe_globals(_KNOWN):
-            strangers = sorted(get_unsafe_globals_in_checkpoint(path))
+        strangers = sorted(pickled_names(path) - _NAMES)
+        with safe_globals(_INERT):
             held = None if strangers else torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{path} is truncated or no torch file ({first_line(error)}): download it again"

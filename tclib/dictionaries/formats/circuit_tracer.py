@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.dictionaries.formats import parts
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, listed
 from tclib.support.files import new_folder
 
 TRACER_THRESHOLD = "activation_function.threshold"
@@ -32,11 +33,10 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
         for end in ("input", "output")
     )
     _, basis = parts.place_of(hook_in, hook_out, folder)
-    files = sorted(folder.glob("layer_*.safetensors"), key=lambda path: int(path.stem[6:]))
-    if [int(path.stem[6:]) for path in files] != list(range(len(files))) or not files:
-        raise InputError(
-            f"{folder}: layers {[p.stem for p in files]}; expected layer_0 upwards, no gap"
-        )
+    names = {path.name for path in folder.glob("layer_*.safetensors")}
+    files = [folder / f"layer_{layer}.safetensors" for layer in range(len(names))]
+    if names != {path.name for path in files} or not names:
+        raise InputError(f"{folder}: layers [{listed(names)}]; expected layer_0 upwards, no gap")
     model, model_hash = (
         parts.entry(config, name, str, folder, "") for name in ("model_name", parts.HASH)
     )
@@ -44,9 +44,10 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     for layer, path in enumerate(files):
         tensors = parts.read_tensors(path)
         if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
-            raise InputError(f"{path}: no matrix W_enc in it, only {sorted(tensors)}")
+            raise InputError(f"{path}: no matrix W_enc in it, only {listed(tensors)}")
         n_features, d_model = tensors["W_enc"].shape
-        activation, k = config.get("activation", "relu"), config.get("k")
+        activation: Any = parts.entry(config, "activation", str, folder, "relu")
+        k = parts.entry(config, "k", int, folder, 0) or None
         if TRACER_THRESHOLD in tensors:
             activation, k = "jumprelu", None
         skip = "W_skip" in tensors

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tclib.dictionaries.dictionary import Basis, Dictionary, DictionaryConfig
 from tclib.dictionaries.kinds import Activation
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, listed
+from tclib.support.foreign import check_header, read_json, read_yaml
 
 T = TypeVar("T")
 HOOK_IN: dict[Basis, str] = {"processed": "ln2.hook_normalized", "raw": "mlp.hook_in"}
@@ -25,6 +25,7 @@ HOOK_OUT = "hook_mlp_out"
 HOOKS_OUT = (HOOK_OUT, "mlp.hook_out")
 HASH = "tclib_model_hash"  # a key of ours, which the others' readers pass over
 STREAM_HOOKS = ("hook_mlp_in", "hook_resid_mid")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 JUMPS: tuple[Activation, ...] = ("relu", "jumprelu", "batch_topk")  # what a format without k holds
 
 
@@ -77,6 +78,10 @@ def entry(
         # Its text is not shown: lists of a pickle may double themselves.
         found = "missing" if value is None else f"a {type(value).__name__}"
         raise InputError(f"{where}: {name} is {found}; expected a {kind.__name__}")
+    if isinstance(value, int) and abs(value) >= 2**31:
+        raise InputError(
+            f"{where}: {name} has {value.bit_length()} bits; expected a width or a layer"
+        )
     return value
 
 
@@ -106,7 +111,7 @@ class Tensors:
         config: DictionaryConfig,
         besides: Mapping[str, tuple[int, ...]] | None = None,
     ) -> dict[str, Tensor]:
-        """The weights that `config` expects, by our names.
+        """The weights that `config` expects, by our names, in float32.
 
         Errors: `InputError` unless exactly they (and those of shapes `besides`) are there, in their
         shapes, as floating point.
@@ -117,7 +122,9 @@ class Tensors:
         }
         _check_tensors(where, tensors, {**expected, **(besides or {})})
         found = {name: tensors[self.names.get(name, name)] for name in config.shapes()}
-        return {n: t.T.contiguous() if n in self.transposed else t for n, t in found.items()}
+        return {
+            n: (t.T.contiguous() if n in self.transposed else t).float() for n, t in found.items()
+        }
 
     def save(self, dictionary: Dictionary, path: Path) -> None:
         """Write the weights by the format's names, in float32, as safetensors."""
@@ -131,38 +138,32 @@ class Tensors:
 def _check_tensors(
     where: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+    missing, extra = listed(set(shapes) - set(tensors)), listed(set(tensors) - set(shapes))
     if missing or extra:
-        raise InputError(f"{where}: tensors missing {missing}, not expected {extra}")
+        raise InputError(f"{where}: tensors missing [{missing}], not expected [{extra}]")
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape)
         if found != shape:
             hint = " (transposed?)" if found == shape[::-1] else ""
             raise InputError(f"{where}: {name} has shape {found}{hint}, expected {shape}")
-        if not tensors[name].is_floating_point():
+        if tensors[name].dtype not in FLOATS:
             raise InputError(f"{where}: {name} is {tensors[name].dtype}, expected floating point")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file in float32. Errors: `InputError` if missing or damaged."""
+    """The tensors of a safetensors file. Errors: `InputError` if it is missing or damaged."""
     if not path.is_file():
         raise InputError(f"{path} is missing: expected the weights there")
     try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
+        check_header(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or damaged ({error}): download it again") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object, or a YAML mapping. Errors: `InputError` for anything else."""
-    parse = json.loads if path.suffix == ".json" else yaml.safe_load
-    try:
-        held = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{path} cannot be read ({reason}): expected the configuration there"
-        ) from error
+    held = (read_json if path.suffix == ".json" else read_yaml)(path)
     if not isinstance(held, dict):
         raise InputError(f"{path} holds a {type(held).__name__}: expected names and values")
     return held

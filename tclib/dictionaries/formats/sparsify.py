@@ -33,7 +33,7 @@ def read_sparsify(folder: Path) -> Dictionary:
     if config.get("activation", "topk") != "topk":
         raise InputError(f"{folder}: activation {config['activation']!r}; expected topk")
     parts = folder.name.split(".")
-    numbers = [part for part in parts if part.isdigit()]
+    numbers = [part for part in parts if part.isdecimal()]
     if parts[-1] != "mlp" or len(numbers) != 1:
         raise InputError(f"{folder}: hookpoint {folder.name!r}; expected one like h.8.mlp")
     d_in, k = (entry(config, name, int, folder) for name in ("d_in", "k"))
