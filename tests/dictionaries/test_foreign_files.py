@@ -193,7 +193,7 @@ ATTACKS: dict[Callable[[Path], Path], str] = {
     inflating: "would unpack to 1,07",
     doubling_lists: WRITTEN_OUT,
     doubling_keys: WRITTEN_OUT,
-    filled_from_outside: "hook_point is a list; expected a str",
+    filled_from_outside: "hook_point is a list; expected a text",
     deep_pickle: "values nested more than 50 deep",
     long_pickle: "a pickle of more than 100,000 bytes",
     allocating: "asks for __builtin__.bytearray",

@@ -303,6 +303,7 @@ def test_truncated_files_are_named(tmp_path: Path, runner_config: type) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"architecture": ["transcoder"]}, "architecture is a list; expected a text"),
         ({"architecture": "gated_transcoder"}, "architecture 'gated_transcoder'"),
         ({"architecture": "jumprelu_transcoder"}, r"missing \[threshold\]"),
         ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input is True"),
@@ -310,6 +311,11 @@ def test_truncated_files_are_named(tmp_path: Path, runner_config: type) -> None:
         ({"d_sae": 41}, r"W_enc has shape \(16, 40\), expected \(16, 41\)"),
         ({"architecture": "skip_transcoder"}, r"missing \[W_skip\]"),
         ({"metadata": {"hook_name": "blocks.1.hook_resid_post"}}, "is no MLP input"),
+        ({"metadata": {}}, "hook_name is missing; expected a text"),
+        ({"metadata": None}, "metadata is missing; expected names and values"),
+        ({"d_in": 16.0}, "d_in is a float; expected a whole number"),
+        ({"d_sae": True}, "d_sae is a bool; expected a whole number"),
+        ({"d_out": 10**30}, "d_out has 100 bits; expected a width"),
     ],
 )
 def test_saelens_folders_that_do_not_fit_are_named(

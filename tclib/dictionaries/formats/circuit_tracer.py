@@ -25,7 +25,7 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     fit.
     """
     config = parts.read_config(folder / "config.yaml")
-    kind = config.get("model_kind")
+    kind = parts.entry(config, "model_kind", str, folder)
     if kind != "transcoder_set":
         raise InputError(f"{folder}: model_kind {kind!r}; expected transcoder_set")
     hook_in, hook_out = (
@@ -62,8 +62,8 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
 def write_circuit_tracer(dictionaries: Mapping[int, Dictionary], folder: Path) -> None:
     """A circuit-tracer transcoder set of relu and JumpReLU transcoders for layers 0 upwards.
 
-    Errors: `InputError` for gaps, several models or bases, or dictionaries that the format cannot hold: top-k ones come back as
-    ReLU from a local folder there.
+    Errors: `InputError` for gaps, several models or bases, or dictionaries that the format cannot hold:
+    top-k ones come back as ReLU from a local folder there.
     """
     if sorted(dictionaries) != list(range(len(dictionaries))) or not dictionaries:
         raise InputError(f"layers {sorted(dictionaries)}: the format needs 0 upwards without a gap")

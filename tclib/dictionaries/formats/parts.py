@@ -26,6 +26,7 @@ HOOKS_OUT = (HOOK_OUT, "mlp.hook_out")
 HASH = "tclib_model_hash"  # a key of ours, which the others' readers pass over
 STREAM_HOOKS = ("hook_mlp_in", "hook_resid_mid")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SAID: dict[type, str] = {str: "a text", int: "a whole number", dict: "names and values"}
 JUMPS: tuple[Activation, ...] = ("relu", "jumprelu", "batch_topk")  # what a format without k holds
 
 
@@ -77,7 +78,7 @@ def entry(
     if type(value) is not kind:
         # Its text is not shown: lists of a pickle may double themselves.
         found = "missing" if value is None else f"a {type(value).__name__}"
-        raise InputError(f"{where}: {name} is {found}; expected a {kind.__name__}")
+        raise InputError(f"{where}: {name} is {found}; expected {SAID[kind]}")
     if isinstance(value, int) and abs(value) >= 2**31:
         raise InputError(
             f"{where}: {name} has {value.bit_length()} bits; expected a width or a layer"

@@ -35,7 +35,7 @@ def read_saelens(folder: Path) -> Dictionary:
     change the equations.
     """
     config = parts.read_config(folder / "cfg.json")
-    architecture = config.get("architecture")
+    architecture = parts.entry(config, "architecture", str, folder)
     if architecture not in ARCHITECTURES:
         raise InputError(
             f"{folder}: architecture {architecture!r}; expected {', '.join(ARCHITECTURES)}"
