@@ -285,13 +285,13 @@ def train(
 
 @app.command()
 def evaluate(
-    files: Annotated[list[Path], typer.Argument(help="Dictionaries (.safetensors).")],
+    files: Annotated[list[Path], typer.Argument(help="Dictionaries of any known format.")],
     preset: PresetOption = "demo",
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
 ) -> None:
     """Evaluate dictionaries on a preset's held-out tokens, as CSV."""
-    from tclib.dictionaries.dictionary import Dictionary
+    from tclib.dictionaries.formats.any import load_dictionary
     from tclib.evaluation.evaluate import evaluate as evaluate_dictionaries
     from tclib.replication.model_and_data import check_ready
     from tclib.replication.presets import load_preset
@@ -304,7 +304,7 @@ def evaluate(
             f"{', '.join(twice)}: more than one file of this name, by which the table calls it; rename "
             "one, or evaluate them one at a time"
         )
-    dictionaries = {file.stem: Dictionary.load(file) for file in files}
+    dictionaries = {file.stem: load_dictionary(file) for file in files}
     check_ready(chosen)
     opened = Run(chosen)
     lm, corpus = opened.lm, opened.corpus

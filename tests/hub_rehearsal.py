@@ -225,8 +225,7 @@ def write_released(folder: Path, width: int) -> None:
             authors_file(
                 folder / FILE_NAME.format(layer=layer),
                 config_class,
-                hook_point=f"blocks.{layer}.ln2.hook_normalized",
-                hook_point_layer=layer,
+                layer=layer,
                 d_in=width,
                 d_out=width,
                 d_sae=N_RELEASED_FEATURES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from collections.abc import Iterator
@@ -237,13 +238,18 @@ def small_preset(runs_dir: Path) -> Preset:
     )
 
 
+def edit_json(path: Path, **changed: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
 @contextmanager
 def runner_config_class() -> Iterator[type]:
     """The class that the published pickles name, in a module that only what writes them has."""
-    fields = ["is_transcoder", "hook_point", "hook_point_layer", "d_in", "d_out", "d_sae"]
-    made = make_dataclass(
-        "LanguageModelSAERunnerConfig", [*fields, "model_name", "device", "dtype"]
+    fields = (
+        "is_transcoder hook_point hook_point_layer out_hook_point out_hook_point_layer "
+        "d_in d_out d_sae model_name device dtype"
     )
+    made = make_dataclass("LanguageModelSAERunnerConfig", fields.split())
     made.__module__ = "sae_training.config"
     package, module = types.ModuleType("sae_training"), types.ModuleType(made.__module__)
     module.LanguageModelSAERunnerConfig = made  # type: ignore[attr-defined]
@@ -251,7 +257,10 @@ def runner_config_class() -> Iterator[type]:
         yield made
 
 
-def authors_file(path: Path, config_class: type, **changed: object) -> dict[str, Tensor]:
+def authors_file(
+    path: Path, config_class: type, layer: int = 1, **changed: object
+) -> dict[str, Tensor]:
+    """A file of the published layout; `changed` values of its configuration, and tensors."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "W_enc": (16, 40),
@@ -263,8 +272,10 @@ def authors_file(path: Path, config_class: type, **changed: object) -> dict[str,
     state = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
     values = {
         "is_transcoder": True,
-        "hook_point": "blocks.1.ln2.hook_normalized",
-        "hook_point_layer": 1,
+        "hook_point": f"blocks.{layer}.ln2.hook_normalized",
+        "hook_point_layer": layer,
+        "out_hook_point": f"blocks.{layer}.hook_mlp_out",
+        "out_hook_point_layer": layer,
         "d_in": 16,
         "d_out": 16,
         "d_sae": 40,

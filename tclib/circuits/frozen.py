@@ -34,7 +34,7 @@ from torch.nn.functional import embedding_bag
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.models.architectures import AttentionWeights
 from tclib.models.checks import check_parts
-from tclib.models.language_model import LanguageModel
+from tclib.models.language_model import HALF_PRECISION, LanguageModel
 from tclib.models.running import ForwardCache
 from tclib.support.errors import InputError
 
@@ -311,12 +311,14 @@ def _by_layer(lm: LanguageModel, transcoders: Iterable[Dictionary]) -> dict[int,
 
 def _exact(lm: LanguageModel) -> LanguageModel:
     """The model, or a copy in float32 of one in half precision, in which sums would not close."""
-    if lm.dtype not in (torch.float16, torch.bfloat16):
+    if lm.dtype not in HALF_PRECISION:
         return lm
     warnings.warn(
         f"{lm.name} is in {lm.dtype}: attribution runs on a copy of it in float32", stacklevel=3
     )
-    return LanguageModel(copy.deepcopy(lm.model).float(), lm.tokenizer, lm.name)
+    exact = LanguageModel(copy.deepcopy(lm.model).float(), lm.tokenizer, lm.name)
+    exact.is_rounded = True  # its weights still are
+    return exact
 
 
 def _check_padding(lm: LanguageModel, tokens: Tensor) -> None:

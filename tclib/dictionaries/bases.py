@@ -10,7 +10,11 @@ from tclib.support.errors import InputError
 
 
 def to_processed(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
-    """A raw-basis transcoder in the processed basis; one that is processed already comes back as it is."""
+    """A raw-basis transcoder in the processed basis; one that is processed already comes back as it is.
+
+    Errors: `InputError` for a dictionary of another model.
+    """
+    dictionary.check_origin(lm)
     if dictionary.config.basis == "processed":
         return dictionary
     norm, centre = lm.mlp_norm(dictionary.config.layer), lm.final_norm.centre
@@ -36,8 +40,10 @@ def to_processed(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
 def to_raw(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
     """The inverse for the input side; the output stays centred, which nothing that reads it can tell.
 
-    Errors: `InputError` where the norm has a gain of zero, through which nothing can be undone.
+    Errors: `InputError` for a dictionary of another model, or where the norm has a gain of zero, through
+    which nothing can be undone.
     """
+    dictionary.check_origin(lm)
     if dictionary.config.basis == "raw":
         return dictionary
     norm = lm.mlp_norm(dictionary.config.layer)

@@ -14,7 +14,8 @@ W_enc, its decoder direction row i of W_dec.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.dictionaries.kinds import TAKES_K, TAKES_THRESHOLD, Activation, Kind
+from tclib.models.identity import names_differ
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
 from tclib.support.errors import InputError
@@ -47,6 +49,7 @@ class DictionaryConfig:
     skip: bool = False  # linear path from input to output
     model: str = ""  # the language model that it was trained on
     basis: Basis = "processed"  # of mlp_in and mlp_out; raw: norm gain left in, output not centred
+    model_hash: str = ""  # the model's `known_hash`; empty where there is none
 
     def __post_init__(self) -> None:
         for name, known in (("kind", Kind), ("activation", Activation), ("basis", Basis)):
@@ -203,18 +206,46 @@ class Dictionary:
         return Dictionary(self.config, **moved)
 
     def check_model(self, lm: LanguageModel) -> None:
-        """Raise `InputError` unless this dictionary fits the model's layers, width and basis."""
-        lm.check_layer(self.config.layer)
+        """Raise `InputError` unless this dictionary is of the model, and in its processed basis.
+
+        Of the model is what `check_origin` takes.
+        """
+        self.check_origin(lm)
         if self.config.basis == "raw":
             raise InputError(
                 f"the {self.config.kind} of layer {self.config.layer} was trained on unprocessed weights "
                 "(norm gain left in, output not centred): convert it to the processed basis first"
             )
+
+    def check_origin(self, lm: LanguageModel) -> None:
+        """Raise `InputError` unless this dictionary fits the model's layers, width and weights.
+
+        Where it does not know the hash of its model, names are compared. They are no proof, one model has
+        many, so that another one is a warning. So it is for a model in half precision, whose rounded weights
+        have a hash of their own.
+        """
+        lm.check_layer(self.config.layer)
         if self.config.d_out != lm.d_model or self.config.d_in != lm.d_model:
             raise InputError(
                 f"dictionary of width {self.config.d_in} → {self.config.d_out} for {lm.name}, "
                 f"whose d_model is {lm.d_model}: it was trained on {self.config.model or 'another model'}"
             )
+        own, trained_on = self.config.model_hash, self.config.model or "a model without a name"
+        what = f"the {self.config.kind} of layer {self.config.layer} was trained on {trained_on}"
+        meant = "if that is meant (a fine-tuned copy, say), take dictionary.for_model(lm)"
+        if own and lm.known_hash:
+            if own != lm.known_hash:
+                raise InputError(
+                    f"{what}, whose weights (hash {own[:8]}) are not those of {lm.name} "
+                    f"({lm.known_hash[:8]}): load the model that it was trained on; {meant}"
+                )
+        elif names_differ(self.config.model, lm.known_as):
+            warnings.warn(f"{what}, and this is {lm.name}: {meant}", stacklevel=3)
+
+    def for_model(self, lm: LanguageModel) -> Dictionary:
+        """The same weights as those of a dictionary of `lm`, whatever model they were trained on."""
+        config = replace(self.config, model=lm.name, model_hash=lm.known_hash)
+        return Dictionary(config, **self.parameters())
 
     def check_features(self, *features: int) -> None:
         """Raise `InputError` for a feature that this dictionary does not have, or for none at all."""
@@ -239,7 +270,7 @@ class Dictionary:
     def load(
         cls,
         path: Path,
-        remedy: str = "train it again, or restore the file",
+        remedy: str = "restore it, or train it again; load_dictionary reads other libraries' formats",
         is_checked: bool = False,
     ) -> Dictionary:
         """Read what `save` wrote; `is_checked` as in `load_tensors`.

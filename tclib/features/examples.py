@@ -54,6 +54,7 @@ def _encoded(
     lm: LanguageModel, dictionary: Dictionary, rows: Int[Tensor, "row pos"]
 ) -> Iterator[tuple[int, Float[Tensor, "row pos n_features"]]]:
     """(First row of a batch, its activations with BOS silenced)."""
+    dictionary.check_model(lm)
     site = dictionary.config.input_site
     batches = rows.split(ROWS_PER_FORWARD)
     bar = progress(batches, f"layer {dictionary.config.layer}", unit="batch", leave=False)

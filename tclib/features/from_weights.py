@@ -47,6 +47,7 @@ def reading_direction(
 
     Errors: `InputError` for a feature or a head that does not exist, or a head that comes too late.
     """
+    dictionary.check_model(lm)
     dictionary.check_features(feature)
     direction = lm.final_norm.centre(dictionary.encoder_direction(feature))
     if head is None:
@@ -95,6 +96,7 @@ class LoneTokens:
 
     def scores(self, dictionary: Dictionary, feature: int) -> Float[Tensor, "d_vocab"]:
         """Pre-activations of one feature. Errors: `InputError` for a feature that does not exist."""
+        dictionary.check_model(self._lm)
         dictionary.check_features(feature)
         site = dictionary.config.input_site
         if site not in self._inputs:
@@ -127,6 +129,7 @@ def pullback(
 
     Errors: `InputError` unless `earlier` writes before the feature, or before the head, reads.
     """
+    earlier.check_model(lm)
     reader = later.config.layer if head is None else head.layer
     if earlier.config.layer >= reader:
         raise InputError(
@@ -202,6 +205,7 @@ def direct_logit_attribution(
 
     Relative to their mean over the vocabulary, and before division by the final norm's scale.
     """
+    dictionary.check_model(lm)
     dictionary.check_features(feature)
     return dictionary.decoder_direction(feature) @ lm.W_U
 

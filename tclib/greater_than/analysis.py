@@ -77,6 +77,8 @@ def prepare(
     seed: int,
 ) -> Analysed:
     """The lower run, all kinds of units, and their rankings (variance: over the misfits too)."""
+    for one in (dictionary, *saes.values()):
+        one.check_model(lm)
     below = lm.run_below(task.tokens, dictionary.config.layer)
     runs = [below, *(lm.run_below(tokens, below.layer) for tokens in task.misfits)]
     features = [dictionary_units(dictionary, run, FEATURES) for run in runs]

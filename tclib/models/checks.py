@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, listed
 
 if TYPE_CHECKING:
     from tclib.models.running import ForwardCache, Running
@@ -24,7 +24,6 @@ BUFFERS = re.compile(
     r"(^|\.)attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.inv_freq$"
 )
 PART_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-N_NAMED = 3
 
 
 def check_report(report: Mapping[str, Any], name: str, location: str) -> None:
@@ -42,18 +41,12 @@ def check_report(report: Mapping[str, Any], name: str, location: str) -> None:
         "not expected": unexpected,
         "of another shape": mismatched,
     }
-    said = [f"{_named(keys)} {what}" for what, keys in wrong.items() if keys]
+    said = [f"{listed(keys)} {what}" for what, keys in wrong.items() if keys]
     if said or report["error_msgs"]:
         raise InputError(
             f"model {name!r}: the weights in {location} are not those of its config.json: "
-            f"{'; '.join(said) or _named(report['error_msgs'])}: take a complete copy of the model"
+            f"{'; '.join(said) or listed(report['error_msgs'])}: take a complete copy of the model"
         )
-
-
-def _named(keys: Any) -> str:
-    listed = sorted(keys)
-    more = f" and {len(listed) - N_NAMED} more" if len(listed) > N_NAMED else ""
-    return f"{', '.join(listed[:N_NAMED])}{more}"
 
 
 def check_config(config: Any, name: str) -> None:

@@ -19,12 +19,29 @@ from tclib.support.errors import InputError
 from tclib.support.files import new_file, tensors_hash
 
 HASHES = "model_hashes.json"
+FOLDERS = ("/", ".", "~")  # what the path of a folder begins with
 # What decides, besides the weights, what a model of a known class computes.
 ACTS_BY = (
     "model_type num_attention_heads num_key_value_heads head_dim hidden_act activation_function "
     "layer_norm_epsilon layer_norm_eps rms_norm_eps use_parallel_residual rope_parameters rotary_pct "
     "sliding_window scale_attn_weights scale_attn_by_inverse_layer_idx"
 )
+
+
+# Names of one model that differ in more than their organisation and their case.
+ALIASES = {"gpt2-small": "gpt2", "smollm2": "smollm2-135m-instruct"}
+
+
+def names_differ(one: str, other: str) -> bool:
+    """Whether both are names, not folders and not empty, and of different models."""
+    if not one or not other or one.startswith(FOLDERS) or other.startswith(FOLDERS):
+        return False
+    return _plain(one) != _plain(other)
+
+
+def _plain(name: str) -> str:
+    last = name.rstrip("/").split("/")[-1].lower()
+    return ALIASES.get(last, last)
 
 
 def model_hash(model: Any) -> str:

@@ -6,6 +6,8 @@ Together with `architectures` and `locate` the only modules that know transforme
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tclib.models.checks import check_module, check_report, check_tokenizer
-from tclib.models.identity import keep_hash, model_hash
+from tclib.models.identity import keep_hash, kept_hash, model_hash
 from tclib.models.locate import first_line, locate, quiet_transformers
 from tclib.models.running import Running
 from tclib.support.errors import InputError
 
 METASPACE = "▁"
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class LanguageModel(Running):
@@ -36,11 +39,30 @@ class LanguageModel(Running):
         check_module(model, name)
         check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, name)
         self.tokenizer = tokenizer
+        self.is_rounded = self.dtype in HALF_PRECISION
+        self._location: str | None = None
 
     @property
     def content_hash(self) -> str:
         """sha256 of the weights and of how they act: the model's identity, whatever its name."""
         return model_hash(self.model)
+
+    @cached_property
+    def known_hash(self) -> str:
+        """`content_hash` as it was first asked for, or when the model was loaded.
+
+        Empty for weights in half precision, whose hash is not that of the model.
+        """
+        return "" if self.is_rounded else self.content_hash
+
+    @property
+    def known_as(self) -> str:
+        """The name by which anyone finds this model: a bundled one's, or its id on the hub.
+
+        Empty for a folder, which may be called anything, and for a model that was given by hand.
+        """
+        is_found = self._location is not None and not Path(self.name).expanduser().is_dir()
+        return self.name if is_found else ""
 
     @classmethod
     def load(
@@ -73,7 +95,11 @@ class LanguageModel(Running):
                 "is the folder a complete Hugging Face model?"
             ) from error
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device), tokenizer, name)
+        lm = cls(model.to(device), tokenizer, name)
+        lm._location = location
+        if not lm.is_rounded and (kept := kept_hash(location, dtype)):
+            lm.known_hash = kept  # so that it is not computed again
+        return lm
 
     def summary(self) -> dict[str, object]:
         """The geometry, for a table."""

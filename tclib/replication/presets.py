@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, TypeAdapter, field_validator
 
 from tclib.dictionaries.kinds import Kind
@@ -30,6 +29,7 @@ from tclib.support.declared import (
 )
 from tclib.support.errors import InputError
 from tclib.support.files import check_name
+from tclib.support.foreign import read_yaml
 from tclib.support.places import NOTEBOOKS, PRESETS, default_runs
 from tclib.support.steps import Step
 from tclib.text.corpus import CorpusConfig
@@ -422,10 +422,7 @@ def _beside(preset: Preset, folder: Path) -> Preset:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected the keys of a preset, found {values!r}")
     if set(NOT_IN_FILES) & values.keys():

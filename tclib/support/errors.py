@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+N_LISTED = 3
+
 
 class InputError(ValueError):
     """Bad input. The message names the value, what was expected and what to do."""
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names in order, as many as a sentence bears."""
+    shown = sorted(map(str, names))
+    more = f" and {len(shown) - N_LISTED} more" if len(shown) > N_LISTED else ""
+    return f"{', '.join(shown[:N_LISTED])}{more}"

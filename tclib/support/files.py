@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tclib.support.errors import InputError
+from tclib.support.foreign import check_header, parse_json
 
 HEADER_KEY = "tclib"
 MAX_NAME = 100  # characters: a file's name, with what we add to it, may have 255 bytes
@@ -226,8 +227,9 @@ def load_tensors(
     if not path.is_file():
         raise InputError(f"{path} does not exist: {remedy}")
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+            header = parse_json((file.metadata() or {}).get(HEADER_KEY, "{}"), path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or corrupted ({error}): {remedy}") from error

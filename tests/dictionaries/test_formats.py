@@ -15,7 +15,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import D_MODEL, FEW, GEOMETRIES, authors_file, random_rows, random_transcoder, tiny_lm
+from tiny import (
+    D_MODEL,
+    FEW,
+    GEOMETRIES,
+    authors_file,
+    edit_json,
+    random_rows,
+    random_transcoder,
+    tiny_lm,
+)
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -235,8 +244,8 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"b_dec_out": None}, r"missing \['b_dec_out'\]"),
-        ({"more": torch.zeros(1)}, r"not expected \['more'\]"),
+        ({"b_dec_out": None}, r"missing \[b_dec_out\]"),
+        ({"more": torch.zeros(1)}, r"not expected \[more\]"),
         ({"W_enc": torch.zeros(40, 16)}, r"W_enc has shape \(40, 16\) \(transposed\?\)"),
         ({"W_dec": torch.zeros(40, 8)}, r"W_dec has shape \(40, 8\), expected \(40, 16\)"),
         ({"is_transcoder": False}, "is_transcoder is not set"),
@@ -252,6 +261,25 @@ def test_authors_files_that_do_not_fit_are_named(
     authors_file(tmp_path / "one.pt", runner_config, **changed)
     with pytest.raises(InputError, match=message):
         read_authors(tmp_path / "one.pt")
+
+
+def test_weights_are_read_in_float32_and_whole_numbers_are_none(
+    tmp_path: Path, runner_config: type
+) -> None:
+    write_saelens(transcoder(), tmp_path / "s")
+    path = tmp_path / "s" / "sae_weights.safetensors"
+    tensors = load_file(path)
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    save_file(halves, path)
+    assert torch.equal(read_saelens(tmp_path / "s").W_dec, halves["W_dec"].float())
+    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, path)
+        with pytest.raises(InputError, match=f"is {dtype}, expected floating point"):
+            read_saelens(tmp_path / "s")
+    state = authors_file(tmp_path / "one.pt", runner_config)
+    authors_file(tmp_path / "half.pt", runner_config, **{n: t.half() for n, t in state.items()})
+    one, half = read_authors(tmp_path / "one.pt"), read_authors(tmp_path / "half.pt")
+    torch.testing.assert_close(half.b_enc, one.b_enc, rtol=0, atol=0.05)
 
 
 def test_truncated_files_are_named(tmp_path: Path, runner_config: type) -> None:
@@ -272,20 +300,22 @@ def test_truncated_files_are_named(tmp_path: Path, runner_config: type) -> None:
         read_saelens(tmp_path / "s")
 
 
-def edit_json(path: Path, **changed: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"architecture": ["transcoder"]}, "architecture is a list; expected a text"),
         ({"architecture": "gated_transcoder"}, "architecture 'gated_transcoder'"),
-        ({"architecture": "jumprelu_transcoder"}, r"missing \['threshold'\]"),
+        ({"architecture": "jumprelu_transcoder"}, r"missing \[threshold\]"),
         ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input is True"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
         ({"d_sae": 41}, r"W_enc has shape \(16, 40\), expected \(16, 41\)"),
-        ({"architecture": "skip_transcoder"}, r"missing \['W_skip'\]"),
+        ({"architecture": "skip_transcoder"}, r"missing \[W_skip\]"),
         ({"metadata": {"hook_name": "blocks.1.hook_resid_post"}}, "is no MLP input"),
+        ({"metadata": {}}, "hook_name is missing; expected a text"),
+        ({"metadata": None}, "metadata is missing; expected names and values"),
+        ({"d_in": 16.0}, "d_in is a float; expected a whole number"),
+        ({"d_sae": True}, "d_sae is a bool; expected a whole number"),
+        ({"d_out": 10**30}, "d_out has 100 bits; expected a width"),
     ],
 )
 def test_saelens_folders_that_do_not_fit_are_named(
@@ -320,7 +350,7 @@ def test_circuit_tracer_folders_that_do_not_fit_are_named(tmp_path: Path) -> Non
     (folder / "config.yaml").write_text(config.replace("transcoder_set", "cross_layer_transcoder"))
     refused("model_kind 'cross_layer_transcoder'")
     (folder / "config.yaml").write_text(": [")
-    refused("cannot be read")
+    refused("is not YAML")
     for bad, message in (
         ({1: transcoder(1)}, "0 upwards"),
         ({0: transcoder(0, "topk")}, "cannot hold"),
@@ -341,7 +371,7 @@ def test_sparsify_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ({"transcode": False}, "an autoencoder"),
         ({"activation": "groupmax"}, "activation 'groupmax'"),
         ({"num_latents": 80}, "expected"),
-        ({"skip_connection": True}, r"missing \['W_skip'\]"),
+        ({"skip_connection": True}, r"missing \[W_skip\]"),
     ):
         (folder / "cfg.json").write_text(original)
         edit_json(folder / "cfg.json", **changed)  # type: ignore[arg-type]

@@ -32,8 +32,7 @@ def write_three(folder: Path, config_class: type) -> None:
         authors_file(
             folder / FILE_NAME.format(layer=layer),
             config_class,
-            hook_point=f"blocks.{layer}.ln2.hook_normalized",
-            hook_point_layer=layer,
+            layer=layer,
         )
 
 

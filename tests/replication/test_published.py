@@ -47,8 +47,7 @@ def write_released(folder: Path, config_class: type) -> None:
         authors_file(
             folder / FILE_NAME.format(layer=layer),
             config_class,
-            hook_point=f"blocks.{layer}.ln2.hook_normalized",
-            hook_point_layer=layer,
+            layer=layer,
             d_in=D_MODEL,
             d_out=D_MODEL,
             d_sae=N_FEATURES,
@@ -341,8 +340,7 @@ def test_files_that_do_not_fit_the_model_leave_nothing_behind(
     authors_file(
         tmp_path / "released" / FILE_NAME.format(layer=2),
         runner_config,
-        hook_point="blocks.2.ln2.hook_normalized",
-        hook_point_layer=2,
+        layer=2,
     )
     with pytest.raises(InputError, match="dictionary of width 16"):
         _ = Run(preset).trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -17,6 +18,23 @@ Format = Literal["tclib", "saelens", "circuit-tracer", "sparsify", "authors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
+GIVE = "give its folder"
+# Files of others that are no dictionary by themselves: what they are, and what to do.
+PARTS = {
+    r"sae_weights\.safetensors": f"it is the weights of a SAELens folder: {GIVE}",
+    r"sae\.safetensors": f"it is the weights of a sparsify folder: {GIVE}",
+    r"layer_\d+\.safetensors": f"it is one layer of a circuit-tracer set: {GIVE}, with config.yaml in it",
+    r"W_(enc|dec)_\d+\.safetensors": "it is a part of a cross-layer transcoder, which tclib does not read",
+    r"params\.(safetensors|npz)": "it is Gemma Scope's layout, which tclib does not read: load it with "
+    "SAELens, save it there, and give that folder",
+}
+
+NOTHING_KNOWN = (
+    "no known dictionary; expected a .safetensors of tclib, a .pt of the authors, or a folder of SAELens "
+    "(sae_weights.safetensors), sparsify (sae.safetensors) or circuit-tracer (config.yaml)"
+)
+
+
 class Found(NamedTuple):
     """What lies at a path: its format, and the dictionaries by layer."""
 
@@ -27,10 +45,14 @@ class Found(NamedTuple):
 def read_any(path: Path) -> Found:
     """Recognise a format by its files and read it. Errors: `InputError` if none is recognised."""
     kind: Format
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    part = next((what for name, what in PARTS.items() if re.fullmatch(name, path.name)), None)
     if path.suffix == ".pt":
         kind, one = "authors", read_authors(path)
     elif path.suffix == ".safetensors" and path.is_file():
-        kind, one = "tclib", Dictionary.load(path)
+        remedy = part or "restore it, or train it again; of another library give the whole folder"
+        kind, one = "tclib", Dictionary.load(path, remedy)
     elif (path / "sae_weights.safetensors").is_file():
         kind, one = "saelens", read_saelens(path)
     elif (path / "sae.safetensors").is_file():
@@ -38,10 +60,7 @@ def read_any(path: Path) -> Found:
     elif (path / "config.yaml").is_file():
         return Found("circuit-tracer", read_circuit_tracer(path))
     else:
-        raise InputError(
-            f"{path}: no known dictionary; expected a .safetensors of tclib, a .pt of the authors, or a folder "
-            "of SAELens (sae_weights.safetensors), sparsify (sae.safetensors) or circuit-tracer (config.yaml)"
-        )
+        raise InputError(f"{path}: {part or NOTHING_KNOWN}")
     return Found(kind, {one.config.layer: one})
 
 

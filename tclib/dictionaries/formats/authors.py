@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-from tclib.dictionaries.formats.parts import Tensors, place_of
+from tclib.dictionaries.formats.parts import FLOATS, Tensors, entry, place_of
 from tclib.models.locate import first_line
 from tclib.support.errors import InputError
+from tclib.support.foreign import pickled_names
 
 NAMES = Tensors({"b_dec": "b_dec_out"})  # their b_dec is subtracted from the input
 
@@ -22,7 +23,7 @@ def read_authors(path: Path) -> Dictionary:
     """A transcoder of the paper, with its input bias folded: b_enc ← b_enc − b_dec W_enc.
 
     Errors: `InputError` for a pickle that names anything but tensors and plain values, a truncated file,
-    missing or transposed tensors, or a configuration that lies about its hook.
+    missing or transposed tensors, or a configuration whose hooks are not one MLP's.
     """
     held = _loaded(path)
     if not isinstance(held, Mapping):
@@ -35,18 +36,23 @@ def read_authors(path: Path) -> Dictionary:
         raise InputError(
             f"{path}: cfg.is_transcoder is not set, an autoencoder; expected a transcoder"
         )
-    layer, basis = place_of(str(values.get("hook_point", "")), path)
-    if values.get("hook_point_layer", layer) != layer:
-        raise InputError(
-            f"{path}: hook_point {values['hook_point']!r} and hook_point_layer "
-            f"{values['hook_point_layer']} name different layers"
-        )
-    d_in, d_out, n_features = (int(values.get(name, 0)) for name in ("d_in", "d_out", "d_sae"))
-    model = str(values.get("model_name", ""))
+    # Training cannot do without out_hook_point: a transcoder's file has it.
+    hooks = {name: entry(values, name, str, path) for name in ("hook_point", "out_hook_point")}
+    layer, basis = place_of(hooks["hook_point"], hooks["out_hook_point"], path)
+    for name, hook in hooks.items():
+        told = entry(values, f"{name}_layer", int, path, layer)
+        if told != layer:
+            raise InputError(
+                f"{path}: {name} {hook!r} and {name}_layer {told} name different layers"
+            )
+    d_in, d_out, n_features = (
+        entry(values, name, int, path) for name in ("d_in", "d_out", "d_sae")
+    )
+    model = entry(values, "model_name", str, path, "")
     own = DictionaryConfig("transcoder", layer, d_in, d_out, n_features, model=model, basis=basis)
-    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {n: _whole(path, tensor) for n, tensor in state.items() if isinstance(tensor, Tensor)}
     weights = NAMES.ours(path, tensors, own, {"b_dec": (d_in,)})
-    weights["b_enc"] = weights["b_enc"] - tensors["b_dec"] @ weights["W_enc"]
+    weights["b_enc"] = weights["b_enc"] - tensors["b_dec"].float() @ weights["W_enc"]
     return Dictionary(own, **weights)
 
 
@@ -55,24 +61,49 @@ def read_authors_tensor(path: Path) -> Tensor:
     held = _loaded(path)
     if not isinstance(held, Tensor):
         raise InputError(f"{path} holds a {type(held).__name__}: expected one tensor")
-    return held.float()
+    return _whole(path, held).float()
+
+
+def _whole(path: Path, tensor: Tensor) -> Tensor:
+    """A tensor that its file holds in full. Errors: `InputError` for one that repeats a few numbers."""
+    held = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > held:
+        raise InputError(
+            f"{path} declares a tensor of shape {tuple(tensor.shape)} and holds {held:,} bytes of it: "
+            "expected all of its values"
+        )
+    return tensor
 
 
 class _Configuration:
     """Takes the attributes of the authors' configuration, without their class."""
 
 
-# torch's own reader of tensors and plain values knows these besides; it runs nothing that is not named.
-_KNOWN: list[Any] = [(_Configuration, "sae_training.config.LanguageModelSAERunnerConfig"), str]
+# What a file may name. torch's own reader of tensors and plain values knows more, some of which allocates what
+# it is told to; the last two it does not know, and neither does anything here.
+_CLASS = "sae_training.config.LanguageModelSAERunnerConfig"
+_STORAGES = "BFloat16 Bool Double Float Half Int Long"
+_NAMES = {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.device",
+    *(f"torch.{kind}Storage" for kind in _STORAGES.split()),
+    *map(str, FLOATS),
+    "__builtin__.str",
+    _CLASS,
+}
+_INERT: list[Any] = [(_Configuration, _CLASS), (_Configuration, "builtins.str")]
 
 
 def _loaded(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with safe_globals(_KNOWN):
-            strangers = sorted(get_unsafe_globals_in_checkpoint(path))
+        strangers = sorted(pickled_names(path) - _NAMES)
+        with safe_globals(_INERT):
             held = None if strangers else torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{path} is truncated or no torch file ({first_line(error)}): download it again"

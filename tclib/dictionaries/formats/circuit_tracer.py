@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.dictionaries.formats import parts
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, listed
 from tclib.support.files import new_folder
 
 TRACER_THRESHOLD = "activation_function.threshold"
@@ -19,32 +20,40 @@ TENSORS = parts.Tensors({"threshold": TRACER_THRESHOLD}, frozenset({"W_enc", "W_
 def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     """A circuit-tracer transcoder set, by layer.
 
-    Errors: `InputError` for a cross-layer set, negative thresholds, layers that are not contiguous
-    from 0, or tensors that do not fit.
+    Errors: `InputError` for a cross-layer set, a hook that is not an MLP's or not said (circuit-tracer
+    itself needs both), negative thresholds, layers that are not contiguous from 0, or tensors that do not
+    fit.
     """
     config = parts.read_config(folder / "config.yaml")
-    kind = config.get("model_kind")
+    kind = parts.entry(config, "model_kind", str, folder)
     if kind != "transcoder_set":
         raise InputError(f"{folder}: model_kind {kind!r}; expected transcoder_set")
-    _, basis = parts.place_of(f"blocks.0.{config.get('feature_input_hook', '')}", folder)
-    files = sorted(folder.glob("layer_*.safetensors"), key=lambda path: int(path.stem[6:]))
-    if [int(path.stem[6:]) for path in files] != list(range(len(files))) or not files:
-        raise InputError(
-            f"{folder}: layers {[p.stem for p in files]}; expected layer_0 upwards, no gap"
-        )
-    model = str(config.get("model_name", ""))
+    hook_in, hook_out = (
+        f"blocks.0.{parts.entry(config, f'feature_{end}_hook', str, folder)}"
+        for end in ("input", "output")
+    )
+    _, basis = parts.place_of(hook_in, hook_out, folder)
+    names = {path.name for path in folder.glob("layer_*.safetensors")}
+    files = [folder / f"layer_{layer}.safetensors" for layer in range(len(names))]
+    if names != {path.name for path in files} or not names:
+        raise InputError(f"{folder}: layers [{listed(names)}]; expected layer_0 upwards, no gap")
+    model, model_hash = (
+        parts.entry(config, name, str, folder, "") for name in ("model_name", parts.HASH)
+    )
     found = {}
     for layer, path in enumerate(files):
         tensors = parts.read_tensors(path)
         if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
-            raise InputError(f"{path}: no matrix W_enc in it, only {sorted(tensors)}")
+            raise InputError(f"{path}: no matrix W_enc in it, only {listed(tensors)}")
         n_features, d_model = tensors["W_enc"].shape
-        activation, k = config.get("activation", "relu"), config.get("k")
+        activation: Any = parts.entry(config, "activation", str, folder, "relu")
+        k = parts.entry(config, "k", int, folder, 0) or None
         if TRACER_THRESHOLD in tensors:
             activation, k = "jumprelu", None
         skip = "W_skip" in tensors
+        sizes = (d_model, d_model, n_features)
         own = DictionaryConfig(
-            "transcoder", layer, d_model, d_model, n_features, activation, k, skip, model, basis
+            "transcoder", layer, *sizes, activation, k, skip, model, basis, model_hash
         )
         found[layer] = Dictionary(own, **TENSORS.ours(path, tensors, own))
     return found
@@ -53,22 +62,28 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
 def write_circuit_tracer(dictionaries: Mapping[int, Dictionary], folder: Path) -> None:
     """A circuit-tracer transcoder set of relu and JumpReLU transcoders for layers 0 upwards.
 
-    Errors: `InputError` for gaps, or dictionaries that the format cannot hold: top-k ones come back as
-    ReLU from a local folder there.
+    Errors: `InputError` for gaps, several models or bases, or dictionaries that the format cannot hold:
+    top-k ones come back as ReLU from a local folder there.
     """
     if sorted(dictionaries) != list(range(len(dictionaries))) or not dictionaries:
         raise InputError(f"layers {sorted(dictionaries)}: the format needs 0 upwards without a gap")
     for dictionary in dictionaries.values():
         parts.check_exportable(dictionary, "circuit-tracer", parts.JUMPS)
-    bases = {dictionary.config.basis for dictionary in dictionaries.values()}
-    if len(bases) > 1:
-        raise InputError("processed and raw dictionaries in one set: convert them to one basis")
+    first = dictionaries[0].config
+    for config in (dictionary.config for dictionary in dictionaries.values()):
+        if config.basis != first.basis:
+            raise InputError("processed and raw dictionaries in one set: convert them to one basis")
+        if (config.model, config.model_hash) != (first.model, first.model_hash):
+            raise InputError(
+                f"layers 0 and {config.layer} were trained on different models: a set is of one model"
+            )
     document = {
-        "model_name": dictionaries[0].config.model,
+        "model_name": first.model,
         "model_kind": "transcoder_set",
-        "feature_input_hook": parts.HOOK_IN[bases.pop()],
+        "feature_input_hook": parts.HOOK_IN[first.basis],
         "feature_output_hook": parts.HOOK_OUT,
-        "scan": dictionaries[0].config.model or "local",
+        "scan": first.model or "local",
+        parts.HASH: first.model_hash,
     }
     with new_folder(folder) as temporary:
         for layer, dictionary in dictionaries.items():

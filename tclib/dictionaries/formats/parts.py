@@ -2,38 +2,88 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tclib.dictionaries.dictionary import Basis, Dictionary, DictionaryConfig
 from tclib.dictionaries.kinds import Activation
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, listed
+from tclib.support.foreign import check_header, read_json, read_yaml
 
-HOOK_IN = {"processed": "ln2.hook_normalized", "raw": "hook_mlp_in"}
+T = TypeVar("T")
+HOOK_IN: dict[Basis, str] = {"processed": "ln2.hook_normalized", "raw": "mlp.hook_in"}
 HOOK_OUT = "hook_mlp_out"
+# The same where no norm stands behind the MLP, as in every family that tclib knows.
+HOOKS_OUT = (HOOK_OUT, "mlp.hook_out")
+HASH = "tclib_model_hash"  # a key of ours, which the others' readers pass over
+STREAM_HOOKS = ("hook_mlp_in", "hook_resid_mid")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SAID: dict[type, str] = {str: "a text", int: "a whole number", dict: "names and values"}
 JUMPS: tuple[Activation, ...] = ("relu", "jumprelu", "batch_topk")  # what a format without k holds
 
 
-def place_of(hook: str, where: Path) -> tuple[int, Basis]:
-    """The layer and the basis of a hook's activations. Errors: `InputError` if it is no MLP input."""
-    parts = hook.split(".")
-    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
+def place_of(hook_in: str, hook_out: str, where: Path) -> tuple[int, Basis]:
+    """The layer and the basis of a transcoder between two hooks of TransformerLens.
+
+    Errors: `InputError` unless it reads what the norm in front of an MLP gives, and writes what that
+    MLP adds to the stream.
+    """
+    layer, name = _layer_and_name(hook_in, where)
+    if name in STREAM_HOOKS:
+        raise InputError(
+            f"{where}: hook {hook_in!r} is the residual stream in front of the norm, and dictionaries of the "
+            "stream cannot be read: take one of ln2.hook_normalized or mlp.hook_in; if it was trained on what "
+            "the norm gives (earlier versions of tclib wrote hook_mlp_in for that), say mlp.hook_in in its "
+            "configuration"
+        )
+    bases: dict[str, Basis] = {own: basis for basis, own in HOOK_IN.items()}
+    if name not in bases:
+        raise InputError(
+            f"{where}: hook {hook_in!r} is no MLP input: expected {' or '.join(bases)}"
+        )
+    layer_out, name_out = _layer_and_name(hook_out, where)
+    if name_out not in HOOKS_OUT:
+        raise InputError(
+            f"{where}: output hook {hook_out!r} is no MLP output: expected {' or '.join(HOOKS_OUT)}"
+        )
+    if layer_out != layer:
+        raise InputError(
+            f"{where}: it reads layer {layer} ({hook_in}) and writes layer {layer_out} ({hook_out}): "
+            "expected a transcoder of one layer's MLP"
+        )
+    return layer, bases[name]
+
+
+def _layer_and_name(hook: str, where: Path) -> tuple[int, str]:
+    found = re.fullmatch(r"blocks\.(\d{1,4})\.(.+)", hook)
+    if found is None:
         raise InputError(f"{where}: hook {hook!r}; expected one like blocks.8.ln2.hook_normalized")
-    if hook.endswith("ln2.hook_normalized"):
-        return int(parts[1]), "processed"
-    if hook.endswith(("hook_mlp_in", "mlp.hook_in")):
-        return int(parts[1]), "raw"
-    raise InputError(
-        f"{where}: hook {hook!r} is no MLP input: expected ln2.hook_normalized or mlp.hook_in"
-    )
+    return int(found[1]), found[2]
+
+
+def entry(
+    values: Mapping[str, Any], name: str, kind: type[T], where: Path, default: T | None = None
+) -> T:
+    """A value of a configuration; null is none. Errors: `InputError` if it is missing or of another type."""
+    value = values.get(name)
+    value = default if value is None else value
+    if type(value) is not kind:
+        # Its text is not shown: lists of a pickle may double themselves.
+        found = "missing" if value is None else f"a {type(value).__name__}"
+        raise InputError(f"{where}: {name} is {found}; expected {SAID[kind]}")
+    if isinstance(value, int) and abs(value) >= 2**31:
+        raise InputError(
+            f"{where}: {name} has {value.bit_length()} bits; expected a width or a layer"
+        )
+    return value
 
 
 def check_exportable(
@@ -62,7 +112,7 @@ class Tensors:
         config: DictionaryConfig,
         besides: Mapping[str, tuple[int, ...]] | None = None,
     ) -> dict[str, Tensor]:
-        """The weights that `config` expects, by our names.
+        """The weights that `config` expects, by our names, in float32.
 
         Errors: `InputError` unless exactly they (and those of shapes `besides`) are there, in their
         shapes, as floating point.
@@ -73,7 +123,9 @@ class Tensors:
         }
         _check_tensors(where, tensors, {**expected, **(besides or {})})
         found = {name: tensors[self.names.get(name, name)] for name in config.shapes()}
-        return {n: t.T.contiguous() if n in self.transposed else t for n, t in found.items()}
+        return {
+            n: (t.T.contiguous() if n in self.transposed else t).float() for n, t in found.items()
+        }
 
     def save(self, dictionary: Dictionary, path: Path) -> None:
         """Write the weights by the format's names, in float32, as safetensors."""
@@ -87,38 +139,32 @@ class Tensors:
 def _check_tensors(
     where: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+    missing, extra = listed(set(shapes) - set(tensors)), listed(set(tensors) - set(shapes))
     if missing or extra:
-        raise InputError(f"{where}: tensors missing {missing}, not expected {extra}")
+        raise InputError(f"{where}: tensors missing [{missing}], not expected [{extra}]")
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape)
         if found != shape:
             hint = " (transposed?)" if found == shape[::-1] else ""
             raise InputError(f"{where}: {name} has shape {found}{hint}, expected {shape}")
-        if not tensors[name].is_floating_point():
+        if tensors[name].dtype not in FLOATS:
             raise InputError(f"{where}: {name} is {tensors[name].dtype}, expected floating point")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file in float32. Errors: `InputError` if missing or damaged."""
+    """The tensors of a safetensors file. Errors: `InputError` if it is missing or damaged."""
     if not path.is_file():
         raise InputError(f"{path} is missing: expected the weights there")
     try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
+        check_header(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or damaged ({error}): download it again") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object, or a YAML mapping. Errors: `InputError` for anything else."""
-    parse = json.loads if path.suffix == ".json" else yaml.safe_load
-    try:
-        held = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{path} cannot be read ({reason}): expected the configuration there"
-        ) from error
+    held = (read_json if path.suffix == ".json" else read_yaml)(path)
     if not isinstance(held, dict):
         raise InputError(f"{path} holds a {type(held).__name__}: expected names and values")
     return held

@@ -19,17 +19,23 @@ ARCHITECTURES: dict[str, tuple[Activation, bool]] = {  # activation, skip
     "jumprelu_skip_transcoder": ("jumprelu", True),
 }
 TENSORS = parts.Tensors(transposed=frozenset({"W_skip"}))
-SAME_EQUATIONS = {"apply_b_dec_to_input": False, "normalize_activations": "none"}
+SAME_EQUATIONS = {
+    "apply_b_dec_to_input": False,
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+}
 
 
 def read_saelens(folder: Path) -> Dictionary:
     """A SAELens transcoder folder.
 
-    Errors: `InputError` for another architecture, missing, extra or transposed tensors, a hook that is
-    no MLP input, or anything that would change the equations.
+    SAELens itself loads a folder without hook_name_out, which is metadata there that nothing reads; it is
+    then what a transcoder of that input writes, the MLP's output. Errors: `InputError` for another
+    architecture, missing, extra or transposed tensors, hooks that are not one MLP's, or anything that would
+    change the equations.
     """
     config = parts.read_config(folder / "cfg.json")
-    architecture = config.get("architecture")
+    architecture = parts.entry(config, "architecture", str, folder)
     if architecture not in ARCHITECTURES:
         raise InputError(
             f"{folder}: architecture {architecture!r}; expected {', '.join(ARCHITECTURES)}"
@@ -37,14 +43,22 @@ def read_saelens(folder: Path) -> Dictionary:
     for name, expected in SAME_EQUATIONS.items():
         if config.get(name, expected) != expected:
             raise InputError(f"{folder}: {name} is {config[name]!r}; only {expected!r} can be read")
-    metadata = config.get("metadata", {})
-    layer, basis = parts.place_of(str(metadata.get("hook_name", "")), folder)
+    metadata = parts.entry(config, "metadata", dict, folder)
+    hook = parts.entry(metadata, "hook_name", str, folder)
+    own_out = f"{'.'.join(hook.split('.')[:2])}.{parts.HOOK_OUT}"
+    hook_out = parts.entry(metadata, "hook_name_out", str, folder, own_out)
+    layer, basis = parts.place_of(hook, hook_out, folder)
     tensors = parts.read_tensors(folder / "sae_weights.safetensors")
     activation, skip = ARCHITECTURES[architecture]
-    d_in, d_out, n_features = (int(config[name]) for name in ("d_in", "d_out", "d_sae"))
-    model = str(metadata.get("model_name", ""))
+    d_in, d_out, n_features = (
+        parts.entry(config, name, int, folder) for name in ("d_in", "d_out", "d_sae")
+    )
+    model, model_hash = (
+        parts.entry(metadata, name, str, folder, "") for name in ("model_name", parts.HASH)
+    )
+    sizes = (d_in, d_out, n_features)
     own = DictionaryConfig(
-        "transcoder", layer, d_in, d_out, n_features, activation, None, skip, model, basis
+        "transcoder", layer, *sizes, activation, None, skip, model, basis, model_hash
     )
     weights = TENSORS.ours(folder, tensors, own)
     if activation == "jumprelu":
@@ -67,9 +81,9 @@ def write_saelens(dictionary: Dictionary, folder: Path) -> None:
         "dtype": "float32",
         "device": "cpu",
         **SAME_EQUATIONS,
-        "reshape_activations": "none",
         "metadata": {
             "model_name": config.model,
+            parts.HASH: config.model_hash,
             "hook_name": f"{block}.{parts.HOOK_IN[config.basis]}",
             "hook_name_out": f"{block}.{parts.HOOK_OUT}",
             "sae_lens_version": VERSION,

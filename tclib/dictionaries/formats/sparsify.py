@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
-from tclib.dictionaries.formats.parts import Tensors, check_exportable, read_config, read_tensors
+from tclib.dictionaries.formats.parts import (
+    HASH,
+    Tensors,
+    check_exportable,
+    entry,
+    read_config,
+    read_tensors,
+)
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
 
@@ -26,16 +33,19 @@ def read_sparsify(folder: Path) -> Dictionary:
     if config.get("activation", "topk") != "topk":
         raise InputError(f"{folder}: activation {config['activation']!r}; expected topk")
     parts = folder.name.split(".")
-    numbers = [part for part in parts if part.isdigit()]
+    numbers = [part for part in parts if part.isdecimal()]
     if parts[-1] != "mlp" or len(numbers) != 1:
         raise InputError(f"{folder}: hookpoint {folder.name!r}; expected one like h.8.mlp")
-    d_in = int(config["d_in"])
-    n_features = int(config.get("num_latents") or d_in * int(config["expansion_factor"]))
+    d_in, k = (entry(config, name, int, folder) for name in ("d_in", "k"))
+    n_features = entry(config, "num_latents", int, folder, 0)
+    n_features = n_features or d_in * entry(config, "expansion_factor", int, folder)
     tensors = read_tensors(folder / "sae.safetensors")
     skip = bool(config.get("skip_connection", False))
-    layer, k = int(numbers[0]), int(config["k"])
+    layer = int(numbers[0])
     own = DictionaryConfig(
-        "transcoder", layer, d_in, d_in, n_features, "topk", k, skip, basis="raw"
+        *("transcoder", layer, d_in, d_in, n_features, "topk", k, skip),
+        basis="raw",
+        model_hash=entry(config, HASH, str, folder, ""),
     )
     return Dictionary(own, **TENSORS.ours(folder, tensors, own))
 
@@ -56,6 +66,7 @@ def write_sparsify(dictionary: Dictionary, folder: Path) -> None:
         "skip_connection": config.skip,
         "transcode": True,
         "d_in": config.d_in,
+        HASH: config.model_hash,
     }
     with new_folder(folder) as temporary:
         TENSORS.save(dictionary, temporary / "sae.safetensors")
