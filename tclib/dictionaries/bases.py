@@ -10,9 +10,13 @@ from tclib.support.errors import InputError
 
 
 def to_processed(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
-    """A raw-basis transcoder in the processed basis; one that is processed already comes back as it is."""
+    """A raw-basis transcoder in the processed basis; one that is processed already comes back as it is.
+
+    Errors: `InputError` for a dictionary of another model's layers or width.
+    """
     if dictionary.config.basis == "processed":
         return dictionary
+    dictionary.check_size(lm)
     norm, centre = lm.mlp_norm(dictionary.config.layer), lm.final_norm.centre
     b_enc, b_dec = dictionary.b_enc, dictionary.b_dec
     if norm.bias is not None:
@@ -36,10 +40,12 @@ def to_processed(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
 def to_raw(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
     """The inverse for the input side; the output stays centred, which nothing that reads it can tell.
 
-    Errors: `InputError` where the norm has a gain of zero, through which nothing can be undone.
+    Errors: `InputError` for a dictionary of another model's layers or width, or where the norm has a gain
+    of zero, through which nothing can be undone.
     """
     if dictionary.config.basis == "raw":
         return dictionary
+    dictionary.check_size(lm)
     norm = lm.mlp_norm(dictionary.config.layer)
     if bool((norm.gain == 0).any()):
         raise InputError(

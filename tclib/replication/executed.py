@@ -20,6 +20,7 @@ import tclib
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
+from tclib.support.paths import read_json
 from tclib.support.steps import MANIFEST, is_whole, package_versions
 
 FINGERPRINT = "tclib_fingerprint"  # in the executed copy's metadata
@@ -48,8 +49,11 @@ def is_current(output: Path, expected: str) -> bool:
     """Whether `output` was executed from what `expected` names."""
     if not output.is_file():
         return False
-    metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"]
-    return bool(metadata.get(FINGERPRINT) == expected)
+    try:
+        held = read_json(output, "")
+    except InputError:
+        return False
+    return isinstance(held, dict) and held.get("metadata", {}).get(FINGERPRINT) == expected
 
 
 def are_intact(run: Run) -> bool:

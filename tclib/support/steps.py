@@ -17,6 +17,7 @@ import pandas as pd
 
 from tclib.support.errors import InputError
 from tclib.support.files import file_hash, json_ready, new_file
+from tclib.support.paths import read_json
 from tclib.support.places import CHECKOUT
 
 MANIFEST = "manifest.json"
@@ -119,13 +120,17 @@ def read_manifest(step: Step) -> dict[str, Any]:
     path = step.folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{step.folder} has not been made yet: run `{step.command}`")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is truncated or corrupted: {step.remedy}") from error
+    manifest = _manifest(path, step.remedy)
     for output in _altered(step.folder, manifest["outputs"]):
         raise InputError(f"{output} is missing or was altered: {step.remedy}")
     return manifest
+
+
+def _manifest(path: Path, remedy: str) -> dict[str, Any]:
+    held = read_json(path, remedy)
+    if not isinstance(held, dict) or not {"parameters", "inputs", "outputs"} <= held.keys():
+        raise InputError(f"{path} is truncated or corrupted: {remedy}")
+    return held
 
 
 def _altered(folder: Path, named: Mapping[str, str]) -> Iterator[Path]:
@@ -138,7 +143,10 @@ def _altered(folder: Path, named: Mapping[str, str]) -> Iterator[Path]:
 
 def is_whole(folder: Path) -> bool:
     """Whether every file that the manifest in `folder` names, figures too, is there as it was written."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        manifest = _manifest(folder / MANIFEST, "")
+    except InputError:
+        return False
     named = {**manifest["outputs"], **manifest.get("extras", {})}
     return not any(_altered(folder, named))
 
@@ -146,7 +154,7 @@ def is_whole(folder: Path) -> bool:
 def record_extra(step: Step, path: Path) -> None:
     """Note a figure or table, and its hash, in the step's manifest; these may be made anew any time."""
     manifest_path = step.folder / MANIFEST
-    manifest = json.loads(manifest_path.read_text())
+    manifest = _manifest(manifest_path, step.remedy)
     manifest.setdefault("extras", {})[path.name] = file_hash(path)
     with new_file(manifest_path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
