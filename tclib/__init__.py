@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tclib.blind.ledger import Position as Position
     from tclib.blind.ledger import load_ledger as load_ledger
-    from tclib.blind.ledger import replay as replay
+    from tclib.blind.replay import replay as replay
     from tclib.blind.session import BlindSession as BlindSession
     from tclib.circuits.frozen import FrozenPrompts as FrozenPrompts
     from tclib.circuits.graph import AttributionGraph as AttributionGraph

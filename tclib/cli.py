@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from typer.core import TyperGroup
 
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
+from tclib.support.paths import check_folder
 from tclib.support.places import NOTEBOOKS
 from tclib.training.spec import DictionarySpec, Recipe, TrainingConfig
 
@@ -40,6 +41,8 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
 
 
+UsageError: Any = typer.BadParameter.__base__  # click's, or typer's own copy of it
+
 # Plain help: it shows long options whole, and rich takes a while to import.
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -53,10 +56,14 @@ app.add_typer(preset_app, name="preset")
 def main() -> None:
     """Run the command line; bad input ends in one sentence and status 2."""
     try:
-        app()
+        raise SystemExit(app(standalone_mode=False))
     except InputError as error:
-        typer.secho(f"tclib: {error}", err=True, fg="red")
-        raise SystemExit(2) from None
+        said = f"tclib: {error}"
+    except UsageError as error:  # of which one is the help, where no command is given
+        said = error.format_message()
+        said = said if said.startswith("Usage:") else f"tclib: {' '.join(said.split())}"
+    typer.secho(said, err=True, fg="red" if said.startswith("tclib:") else None)
+    raise SystemExit(2) from None
 
 
 def _print_version(asked: bool | None) -> None:
@@ -132,6 +139,8 @@ def run(
 
 def _selected(first: str | None, only: str | None) -> list[Path]:
     """The notebooks to run. Errors: `InputError` for a number that no notebook has."""
+    if first is not None and only is not None:
+        raise InputError(f"--from {first}, --only {only}: expected one of the two")
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     numbers = [path.name[:2] for path in every]
     for option, value in (("--from", first), ("--only", only)):
@@ -202,7 +211,7 @@ def collect(
     typer.echo(f"{out}: {len(kept)} files, {size / 1e6:.1f} MB")
 
 
-# What a preset's transcoders do not say; the rest is theirs, where it is not given.
+# What a preset's transcoders do not say.
 TRAIN_DEFAULTS: dict[str, Any] = {"kind": "transcoder", "layer": 0}
 ALIASES = {"l1_coefficient": ("--l1",), "l0_coefficient": ("--l0",)}
 
@@ -267,6 +276,7 @@ def train(
     from tclib.training.train import train as train_dictionaries
 
     asked = {name: value for name, value in given.items() if value is not None}
+    check_folder(out)
     chosen = load_preset(preset, seed, runs_dir)
     of_training = asked.keys() & {field.name for field in fields(TrainingConfig)}
     training = replace(
@@ -275,7 +285,7 @@ def train(
     spec = _spec(chosen.transcoders, asked)
     check_ready(chosen)
     run = Run(chosen)
-    run.lm.check_layer(spec.layer)
+    spec.dictionary_config(run.lm)  # which checks it, before the corpus is built
     lm, corpus = run.lm, run.corpus
     (dictionary,) = train_dictionaries(lm, corpus.train, [spec], training, out)
     save_whole(training_curves(pd.read_csv(out / LOG)), out / "training_curves.png")
@@ -307,8 +317,11 @@ def evaluate(
     dictionaries = {file.stem: load_dictionary(file) for file in files}
     check_ready(chosen)
     opened = Run(chosen)
-    lm, corpus = opened.lm, opened.corpus
+    lm = opened.lm
     moved = {name: d.to(lm.device) for name, d in dictionaries.items()}
+    for dictionary in moved.values():
+        dictionary.check_model(lm)  # before the corpus is built
+    corpus = opened.corpus
     table = evaluate_dictionaries(lm, moved, corpus.evaluation, corpus.train).table
     typer.echo(table.to_csv(index=False))
 
@@ -340,7 +353,7 @@ def convert(
         str | None, typer.Option(help="The language model, where the basis has to change.")
     ] = None,
     basis: Annotated[
-        str | None, typer.Option(help="processed or raw; as it is by default.")
+        Literal["processed", "raw"] | None, typer.Option(help="As it is by default.")
     ] = None,
 ) -> None:
     """Convert a dictionary to another format or basis."""
@@ -350,8 +363,7 @@ def convert(
 
     if to not in FORMATS:
         raise InputError(f"format {to!r}: expected one of {', '.join(FORMATS)}")
-    if basis not in (None, "processed", "raw"):
-        raise InputError(f"basis {basis!r}: expected processed or raw")
+    check_folder(out.parent)
     if out.exists():
         raise InputError(f"{out} is there already: choose another place, or remove it")
     dictionaries = read_any(path).dictionaries
@@ -368,7 +380,7 @@ def convert(
 
 @app.command("demo-model")
 def demo_model(
-    architecture: Annotated[str, typer.Argument(help="gpt2 or neox.")],
+    architecture: Annotated[Literal["gpt2", "neox"], typer.Argument(help="Which of them.")],
     out: Annotated[Path, typer.Argument(help="Folder for the model.")],
 ) -> None:
     """Train a bundled model again, bit for bit on the same CPU and torch: half an hour."""
@@ -376,8 +388,7 @@ def demo_model(
 
     from tclib.training.world_models import ModelTraining, train_model
 
-    if architecture not in ("gpt2", "neox"):
-        raise InputError(f"architecture {architecture!r}: expected gpt2 or neox")
+    check_folder(out)
     torch.set_num_threads(1)  # sums in another order would give other bits
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(json.dumps(train_model(ModelTraining(architecture), out), indent=2))

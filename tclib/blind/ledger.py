@@ -1,21 +1,19 @@
-"""The ledger of a blind study: entries chained by hashes, on disk, checked when read, and replayed."""
+"""The ledger of a blind study: entries chained by hashes, on disk, and checked when read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from tclib.support.checked import checked
+from tclib.support.declared import Natural, declared
 from tclib.support.errors import InputError
-
-if TYPE_CHECKING:
-    from tclib.blind.session import BlindSession
+from tclib.support.paths import check_file
 
 GENESIS = "0" * 64
 
@@ -24,19 +22,19 @@ class BlindnessError(InputError):
     """A question that the rules forbid. The message names the rule, never the text."""
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class Position:
     """An opaque place in the corpus."""
 
-    example: int
-    pos: int
+    example: Natural
+    pos: Natural
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class Entry:
     """One line of a ledger. `digest` is the hash of the line before it and of everything in this one."""
 
-    index: int
+    index: Natural
     kind: str  # begin, question, hypothesis, unblind
     is_blind: bool
     question: str
@@ -67,17 +65,21 @@ def digest_of(before: str, body: dict[str, Any]) -> str:
     return hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()
 
 
-def load_ledger(path: str | Path) -> list[Entry]:
+@checked
+def load_ledger(path: Path) -> list[Entry]:
     """Read a ledger and check its chain.
 
     Errors: `InputError` naming the first entry that was changed, dropped or reordered, or a question
     asked after unblinding that claims to be blind.
     """
+    check_file(path, "save it again")
     try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         entries = [Entry(**line) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is no ledger ({error}): save it again") from error
+    if not entries:
+        raise InputError(f"{path} is no ledger (it is empty): save it again")
     before, is_blind = GENESIS, True
     for index, entry in enumerate(entries):
         if entry.index != index or entry.digest != digest_of(before, entry.body()):
@@ -100,42 +102,3 @@ def ledger_summary(entries: list[Entry]) -> pd.DataFrame:
         line = lines.setdefault(entry.question, {"question": entry.question, "times": 0, **shown})
         line["times"] += 1
     return pd.DataFrame(lines.values())
-
-
-def replay(entries: list[Entry], session: BlindSession) -> pd.DataFrame:
-    """Ask a new session every question of a ledger: index, question, agrees.
-
-    Floats agree within one per mille. Errors: `InputError` for an empty ledger, or if the session
-    studies something else.
-    """
-    if not entries:
-        raise InputError(
-            "the ledger is empty: expected at least the line with which a study begins"
-        )
-    if session.ledger[0].arguments != entries[0].arguments:
-        raise InputError(
-            f"the ledger is about {entries[0].arguments}, the session about {session.ledger[0].arguments}"
-        )
-    lines = []
-    for entry in entries:
-        if entry.kind != "question":
-            continue
-        ask: Callable[..., Any] = getattr(session, entry.question)
-        arguments = dict(entry.arguments)
-        if "example" in arguments:
-            arguments["position"] = Position(arguments.pop("example"), arguments.pop("pos"))
-        if arguments.get("head") is not None:
-            arguments["head"] = tuple(arguments["head"])
-        agrees = _same(plain(ask(**arguments)), entry.answer)
-        lines.append({"index": entry.index, "question": entry.question, "agrees": agrees})
-    return pd.DataFrame(lines, columns=["index", "question", "agrees"])
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, float) and isinstance(other, (int, float)):
-        return bool(np.isclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True))
-    return bool(one == other)

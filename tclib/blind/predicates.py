@@ -16,28 +16,27 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tclib.support.declared import Natural, declared
 from tclib.support.errors import InputError
 from tclib.support.statistics import auroc
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class Predicate:
     """Token ids at the position, token ids before it, and how far back these may stand.
 
     None allows anything. `reach` counts tokens before the position; 0 means the whole context so far.
     """
 
-    current: frozenset[int] | None = None
-    attended: frozenset[int] | None = None
-    reach: int = 0
+    current: frozenset[Natural] | None = None
+    attended: frozenset[Natural] | None = None
+    reach: Natural = 0
 
     def __post_init__(self) -> None:
         if self.current is None and self.attended is None:
             raise InputError(
                 "a predicate over nothing: give current tokens, attended tokens, or both"
             )
-        if self.reach < 0:
-            raise InputError(f"reach {self.reach}: expected 0 (any distance) or more")
 
     @property
     def is_context_free(self) -> bool:

@@ -9,19 +9,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pandas as pd
 
+from tclib.support.checked import checked
+from tclib.support.declared import Count, Name, declared, parse
 from tclib.support.errors import InputError
 from tclib.support.files import check_name, new_file
+from tclib.support.paths import read_json
 from tclib.support.statistics import cohens_kappa
 
 Rating = Literal["interpretable", "maybe", "not"]
 KEYS: dict[str, Rating] = {"i": "interpretable", "m": "maybe", "n": "not"}
 FORMAT = "tclib-ratings-1"
+
+
+@declared(frozen=True)
+class _Answer:
+    rating: Rating
+    context_free: bool
+
+
+@declared(frozen=True)
+class _Held:
+    """What a ratings file holds."""
+
+    format: Literal["tclib-ratings-1"]
+    rater: str
+    n_items: Count
+    answers: dict[int, _Answer]
 
 
 @dataclass(frozen=True)
@@ -44,31 +63,31 @@ class RatingStore:
     items.
     """
 
-    def __init__(self, path: Path, n_items: int, rater: str) -> None:
+    @checked
+    def __init__(self, path: Path, n_items: Count, rater: Name) -> None:
         check_name("rater", rater, "-_. ")
         self.path, self.n_items, self.rater = path, n_items, rater
         self.answers: dict[int, dict[str, Any]] = {}
-        if not path.is_file():
+        if not path.exists():
             return
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is no ratings file ({error}): move it away") from error
-        found = (held.get("format"), held.get("rater"), held.get("n_items"))
-        if found != (FORMAT, rater, n_items):
+        held = parse(_Held, read_json(path, "move it away"), f"{path} is no ratings file")
+        if (held.rater, held.n_items) != (rater, n_items):
             raise InputError(
-                f"{path} holds {found[2]} items of rater {found[1]!r}, not {n_items} of "
+                f"{path} holds {held.n_items} items of rater {held.rater!r}, not {n_items} of "
                 f"{rater!r}: choose another file"
             )
-        self.answers = {int(number): answer for number, answer in held["answers"].items()}
+        if beyond := [number for number in held.answers if not 0 <= number < n_items]:
+            raise InputError(
+                f"{path} is no ratings file: items {beyond} of {n_items}; move it away"
+            )
+        self.answers = {number: asdict(answer) for number, answer in held.answers.items()}
 
+    @checked
     def rate(self, number: int, rating: Rating, context_free: bool = False) -> None:
         """Record an answer (again, to change it) and save. Errors: `InputError` for an unknown one."""
         if not 0 <= number < self.n_items:
             raise InputError(f"item {number}: expected 0 to {self.n_items - 1}")
-        if rating not in get_args(Rating):
-            raise InputError(f"rating {rating!r}: expected one of {', '.join(get_args(Rating))}")
-        self.answers[number] = {"rating": rating, "context_free": bool(context_free)}
+        self.answers[number] = {"rating": rating, "context_free": context_free}
         held = {"format": FORMAT, "rater": self.rater, "n_items": self.n_items}
         with new_file(self.path) as temporary:
             temporary.write_text(json.dumps({**held, "answers": self.answers}), encoding="utf-8")

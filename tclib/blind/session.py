@@ -14,7 +14,7 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -25,17 +25,20 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from pydantic import JsonValue
 from torch import Tensor
 
 from tclib.blind.ledger import GENESIS, BlindnessError, Entry, Position, digest_of, plain
-from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.frozen import FrozenPrompts, by_layer
 from tclib.circuits.paths import greedy_paths
 from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.features import from_weights as weights
 from tclib.features.dashboard import Dashboard, build_dashboard
-from tclib.features.examples import feature_activations, sample_in_bands
+from tclib.features.examples import check_acts, feature_activations, sample_in_bands
 from tclib.models.language_model import LanguageModel
+from tclib.support.checked import checked
+from tclib.support.declared import Count, Natural, Share
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
 from tclib.support.statistics import to_numpy
@@ -55,6 +58,7 @@ class _Secret:
 
 # Kept apart from the sessions, so that nothing that walks over a session's attributes finds it.
 _SECRETS: WeakKeyDictionary[BlindSession, _Secret] = WeakKeyDictionary()
+_QUESTIONS: set[str] = set()
 OWN: Any = None  # the layer or the feature under study
 
 _Asked = ParamSpec("_Asked")
@@ -83,7 +87,13 @@ def question(
         session._record("question", method.__name__, arguments, plain(answer))
         return answer
 
-    return asked
+    _QUESTIONS.add(method.__name__)
+    return checked(asked)
+
+
+def is_question(name: str) -> bool:
+    """Whether a session has a question of this name."""
+    return name in _QUESTIONS
 
 
 class BlindSession:
@@ -112,10 +122,11 @@ class BlindSession:
         "restricted",
     )
 
+    @checked
     def __init__(
         self,
         lm: LanguageModel,
-        transcoders: dict[str, Dictionary],
+        transcoders: Mapping[str, Dictionary],
         rows: Int[Tensor, "row pos"],
         layer: int,
         feature: int,
@@ -124,16 +135,14 @@ class BlindSession:
         acts: Float[Tensor, "row pos"] | None = None,
         lone: weights.LoneTokens | None = None,
     ) -> None:
-        by_layer = {d.config.layer: d for d in transcoders.values()}
-        if layer not in by_layer:
-            raise InputError(f"no transcoder at layer {layer}: there is one at {sorted(by_layer)}")
+        found = by_layer(lm, transcoders.values())
+        lm.check_text(rows)
+        if layer not in found:
+            raise InputError(f"no transcoder at layer {layer}: there is one at {sorted(found)}")
+        found[layer].check_features(feature)
         if acts is None:
-            acts = feature_activations(lm, by_layer[layer], [feature], rows)[0]
-        if acts.shape != rows.shape:
-            raise InputError(
-                f"activations of shape {tuple(acts.shape)} for rows of shape {tuple(rows.shape)}: "
-                "give one activation a token, or leave them out"
-            )
+            acts = feature_activations(lm, found[layer], [feature], rows)[0]
+        check_acts(acts, rows)
         lone = weights.LoneTokens(lm, transcoders.values()) if lone is None else lone
         if not bool((acts > 0).any()):
             raise InputError(
@@ -142,7 +151,7 @@ class BlindSession:
         self.layer, self.feature, self.restricted = layer, feature, restricted
         self._is_blind, self._has_hypothesis = True, False
         self._ledger: list[Entry] = []
-        _SECRETS[self] = _Secret(lm, by_layer, rows, acts, {}, lone)
+        _SECRETS[self] = _Secret(lm, found, rows, acts, {}, lone)
         corpus = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
         subject = {"layer": layer, "feature": feature, "restricted": restricted, "corpus": corpus}
         self._record("begin", "begin", subject, None)
@@ -174,7 +183,7 @@ class BlindSession:
     # -- questions that need the corpus -----------------------------------------------------
 
     @question
-    def examples(self, n_examples: int = 10, min_share: float = 0.0) -> pd.DataFrame:
+    def examples(self, n_examples: Count = 10, min_share: Share = 0.0) -> pd.DataFrame:
         """Positions where the feature is active, evenly over its range: example, pos, activation.
 
         Only those above `min_share` of the maximum.
@@ -196,7 +205,7 @@ class BlindSession:
     def sources(
         self,
         position: Position,
-        n_sources: int = 20,
+        n_sources: Natural = 20,
         layer: int = OWN,
         feature: int = OWN,
         rest: bool = False,
@@ -222,7 +231,7 @@ class BlindSession:
 
     @question
     def paths(
-        self, position: Position, n_iterations: int = 3, n_branches: int = 10
+        self, position: Position, n_iterations: Count = 3, n_branches: Count = 10
     ) -> pd.DataFrame:
         """The greedy search from the feature at a position: path, contribution.
 
@@ -248,7 +257,7 @@ class BlindSession:
         feature: int = OWN,
         head: tuple[int, int] | None = None,
         extended: bool = False,
-        k: int = 10,
+        k: Count = 10,
     ) -> pd.DataFrame:
         """Tokens of the vocabulary that excite a feature, from weights alone: rank, token, score."""
         function = weights.extended_de_embedding if extended else weights.de_embedding
@@ -257,7 +266,7 @@ class BlindSession:
         return weights.token_table(lm, function(lm, self._transcoder(layer), feature, through), k)
 
     @question
-    def lone_token(self, layer: int = OWN, feature: int = OWN, k: int = 10) -> pd.DataFrame:
+    def lone_token(self, layer: int = OWN, feature: int = OWN, k: Count = 10) -> pd.DataFrame:
         """Tokens of the vocabulary that excite a feature by themselves, behind BOS: rank, token, score.
 
         The model runs on single tokens, not on the corpus: no input of the study is in it.
@@ -273,7 +282,7 @@ class BlindSession:
         layer: int = OWN,
         feature: int = OWN,
         head: tuple[int, int] | None = None,
-        k: int = 10,
+        k: Count = 10,
     ) -> pd.DataFrame:
         """Earlier features that excite a feature, from weights alone: feature, score."""
         dictionary, earlier = self._transcoder(layer), self._transcoder(earlier_layer)
@@ -282,7 +291,7 @@ class BlindSession:
         return weights.feature_table(weights.pullback(lm, dictionary, feature, earlier, through), k)
 
     @question
-    def logits(self, k: int = 10) -> pd.DataFrame:
+    def logits(self, k: Count = 10) -> pd.DataFrame:
         """Tokens that the feature promotes and suppresses: rank, token, score."""
         lm, dictionary = _SECRETS[self].lm, self._transcoder(self.layer)
         scores = weights.direct_logit_attribution(lm, dictionary, self.feature)
@@ -296,7 +305,8 @@ class BlindSession:
 
     # -- the end of blindness ---------------------------------------------------------------
 
-    def hypothesise(self, text: str, predicate: dict[str, Any] | None = None) -> None:
+    @checked
+    def hypothesise(self, text: str, predicate: dict[str, JsonValue] | None = None) -> None:
         """Write down what the feature means; the last one before `unblind` counts."""
         if not text.strip():
             raise BlindnessError("an empty hypothesis: say what the feature means")
@@ -305,7 +315,8 @@ class BlindSession:
         self._has_hypothesis = True
         self._record("hypothesis", "hypothesise", {"text": text, "predicate": predicate}, None)
 
-    def unblind(self, n_examples: int = 50) -> Dashboard:
+    @checked
+    def unblind(self, n_examples: Count = 50) -> Dashboard:
         """End the blind part and show the feature. Errors: `BlindnessError` without a hypothesis."""
         if not self._has_hypothesis:
             raise BlindnessError("no hypothesis yet: call hypothesise() before unblind()")
@@ -316,6 +327,7 @@ class BlindSession:
         rows, acts = _SECRETS[self].rows, _SECRETS[self].acts
         return build_dashboard(lm, every[self.layer], self.feature, rows, every, acts, n_examples)
 
+    @checked
     def text(self, position: Position) -> str:
         """The text up to a position; only after `unblind()`."""
         if self._is_blind:
@@ -324,6 +336,7 @@ class BlindSession:
         ids = _SECRETS[self].rows[position.example, : position.pos + 1]
         return "".join(_SECRETS[self].lm.token_strings(ids.tolist()))
 
+    @checked
     def save_ledger(self, path: Path) -> None:
         """Write the ledger as JSON lines."""
         with new_file(path) as temporary:

@@ -8,8 +8,8 @@ it has no place for biases' sums, so what is left out of a target does not appea
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ import pyarrow.parquet as pq
 import torch
 
 from tclib.circuits.graph import AttributionGraph, edge_columns, edges_between
+from tclib.support.checked import checked
 from tclib.support.errors import InputError
 from tclib.support.files import check_name, new_file
+from tclib.support.paths import check_file, read_json
 
 FORMAT = "tclib-attribution-graph-1"
+REMEDY = "save the graph again"
 VIEWER_SCHEMA = 1
 VIEWER_INDEX = "graph-metadata"
 # What the viewer calls each kind; whatever is no feature, token or logit is drawn as an error.
@@ -38,20 +41,24 @@ _VIEWER_ERROR = "mlp reconstruction error"
 _VIEWER_CODES = {"error": -1, "mlp": -2, "decoder_bias": -3, "attention_bias": -4, "position": -5}
 
 
+@checked
 def save_json(graph: AttributionGraph, path: Path) -> None:
     """One JSON file: model, tokens, nodes, edges as [source, target, effect]."""
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(_as_dict(graph)), encoding="utf-8")
 
 
+@checked
 def load_json(path: Path) -> AttributionGraph:
     """Read what `save_json` wrote. Errors: `InputError` for a missing, broken or other file."""
-    held = _parsed(path, lambda: json.loads(path.read_text(encoding="utf-8")))
-    _check_format(path, held.get("format") if isinstance(held, dict) else None)
-    edges = pd.DataFrame(held["edges"], columns=["source", "target", "effect"])
-    return _rebuilt(held, pd.DataFrame(held["nodes"]).astype(held["types"]), edges)
+    held = read_json(path, REMEDY)
+    _check_format(path, held)
+    with _damage_named(path):
+        edges = pd.DataFrame(held["edges"], columns=["source", "target", "effect"])
+        return _rebuilt(held, pd.DataFrame(held["nodes"]).astype(held["types"]), edges)
 
 
+@checked
 def save_parquet(graph: AttributionGraph, folder: Path) -> None:
     """`nodes.parquet` (with constant and left_out of targets) and `edges.parquet`."""
     header = {"format": FORMAT, "model": graph.model, "tokens": list(graph.tokens)}
@@ -68,18 +75,19 @@ def save_parquet(graph: AttributionGraph, folder: Path) -> None:
             pq.write_table(table.replace_schema_metadata(named), temporary)
 
 
+@checked
 def load_parquet(folder: Path) -> AttributionGraph:
     """Read what `save_parquet` wrote. Errors: `InputError` for missing, broken or other files."""
-    paths = [folder / "nodes.parquet", folder / "edges.parquet"]
-    found, edges = (_parsed(path, partial(pq.read_table, path)) for path in paths)
+    found, edges = (_table(folder / f"{name}.parquet") for name in ("nodes", "edges"))
     header = (found.schema.metadata or {}).get(b"tclib")
     held = json.loads(header) if header else {}
-    _check_format(paths[0], held.get("format"))
-    frame = found.to_pandas()
-    held["targets"] = targets = frame["is_target"].to_numpy().nonzero()[0]
-    held |= {name: frame[name].to_numpy()[targets] for name in ("constant", "left_out")}
-    nodes = frame.drop(columns=["is_target", "constant", "left_out"])
-    return _rebuilt(held, nodes, edges.to_pandas())
+    _check_format(folder, held)
+    with _damage_named(folder):
+        frame = found.to_pandas()
+        held["targets"] = targets = frame["is_target"].to_numpy().nonzero()[0]
+        held |= {name: frame[name].to_numpy()[targets] for name in ("constant", "left_out")}
+        nodes = frame.drop(columns=["is_target", "constant", "left_out"])
+        return _rebuilt(held, nodes, edges.to_pandas())
 
 
 def _as_dict(graph: AttributionGraph) -> dict[str, Any]:
@@ -121,24 +129,37 @@ def _rebuilt(held: dict[str, Any], nodes: pd.DataFrame, edges: pd.DataFrame) -> 
     )
 
 
-def _parsed(path: Path, read: Callable[[], Any]) -> Any:
-    if not path.is_file():
-        raise InputError(f"{path} is missing: save the graph again")
+def _table(path: Path) -> pa.Table:
+    check_file(path, REMEDY)
     try:
-        return read()
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read ({error}): save the graph again") from error
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read ({error}): {REMEDY}") from error
 
 
-def _check_format(path: Path, found: object) -> None:
+def _check_format(path: Path, held: object) -> None:
+    found = held.get("format") if isinstance(held, dict) else None
     if found != FORMAT:
         raise InputError(f"{path} does not hold an attribution graph (format {found!r}): {FORMAT}")
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """What was written by a graph's name, but is none: `InputError` in the place of whatever that gives."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}: {reason}): {REMEDY}"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------
 # circuit-tracer's viewer
 
 
+@checked
 def save_for_viewer(graph: AttributionGraph, folder: Path, slug: str, scan: str = "tclib") -> None:
     """Write `<slug>.json` and enter it in `graph-metadata.json`, as circuit-tracer's server expects.
 

@@ -36,6 +36,7 @@ from tclib.models.architectures import AttentionWeights
 from tclib.models.checks import check_parts
 from tclib.models.language_model import HALF_PRECISION, LanguageModel
 from tclib.models.running import ForwardCache
+from tclib.support.checked import checked
 from tclib.support.errors import InputError
 
 SourceKind = Literal[
@@ -150,6 +151,7 @@ class FrozenPrompts:
     that is no transcoder or of another width or model basis, a non-finite forward pass.
     """
 
+    @checked
     def __init__(
         self,
         lm: LanguageModel,
@@ -158,7 +160,7 @@ class FrozenPrompts:
     ) -> None:
         lm = _exact(lm)
         self.lm = lm
-        self.transcoders = _by_layer(lm, transcoders)
+        self.transcoders = by_layer(lm, transcoders)
         _check_padding(lm, lm.check_tokens(tokens))
         self.cache: ForwardCache = lm.cache(tokens)
         if not bool(self.cache.logits.isfinite().all()):
@@ -211,11 +213,17 @@ class FrozenPrompts:
         x, y = self.cache.mlp_in[layer], self.cache.mlp_out[layer]
         active = ActiveFeatures.of(dictionary.encode(x))
         error = y - dictionary.b_dec - active.decode(dictionary.W_dec, tuple(y.shape))
+        if not bool(error.isfinite().all()):
+            raise InputError(
+                f"the transcoder of layer {layer} gives non-finite values on these prompts: its weights "
+                "are damaged; train or load it again"
+            )
         skip = None if dictionary.W_skip is None else x @ dictionary.W_skip
         return LayerParts(dictionary, active, skip, error if skip is None else error - skip)
 
     # -- targets ----------------------------------------------------------------------------
 
+    @checked
     def feature_target(self, layer: int, feature: int, pos: int, prompt: int = 0) -> Target:
         """The pre-activation of a feature: u = P W_enc[:, i], constant b_enc[i].
 
@@ -227,12 +235,13 @@ class FrozenPrompts:
             )
         dictionary = self.transcoders[layer]
         dictionary.check_features(feature)
-        pos, prompt = self._check_place(pos, prompt)
+        pos, prompt = self.check_place(pos, prompt)
         direction = self.lm.final_norm.centre(dictionary.encoder_direction(feature))
         constant = float(dictionary.b_enc[feature])
         site = ReadSite("mlp", layer)
         return Target(f"L{layer}.{feature}@{pos}", prompt, pos, site, direction, constant)
 
+    @checked
     def logit_target(
         self, weights: Mapping[int, float], pos: int, prompt: int = 0, name: str = ""
     ) -> Target:
@@ -240,7 +249,7 @@ class FrozenPrompts:
 
         Logits are relative to their mean over the vocabulary.
         """
-        pos, prompt = self._check_place(pos, prompt)
+        pos, prompt = self.check_place(pos, prompt)
         out_of_range = [i for i in weights if not 0 <= i < self.lm.d_vocab]
         if not weights or out_of_range:
             raise InputError(
@@ -254,6 +263,7 @@ class FrozenPrompts:
         site = ReadSite("final", self.lm.n_layers)
         return Target(f"{label}@{pos}", prompt, pos, site, direction, constant)
 
+    @checked
     def value(self, target: Target) -> float:
         """The target's value, directly from the stream that it reads."""
         return float(target_values(self.cache, target)[target.prompt])
@@ -270,7 +280,8 @@ class FrozenPrompts:
         reads_own = site.part == "mlp" and not self.lm.is_parallel
         return range(site.layer + 1 if reads_own else site.layer)
 
-    def _check_place(self, pos: int, prompt: int) -> tuple[int, int]:
+    def check_place(self, pos: int, prompt: int) -> tuple[int, int]:
+        """The token's index from the front, and the prompt. Errors: `InputError` if there is none."""
         if not -self.n_pos <= pos < self.n_pos:
             raise InputError(
                 f"token index {pos} is outside the prompt: expected {-self.n_pos} to {self.n_pos - 1}"
@@ -291,7 +302,8 @@ def target_values(cache: ForwardCache, target: Target) -> Float[Tensor, "batch"]
     return target.constant + normalised @ target.direction
 
 
-def _by_layer(lm: LanguageModel, transcoders: Iterable[Dictionary]) -> dict[int, Dictionary]:
+def by_layer(lm: LanguageModel, transcoders: Iterable[Dictionary]) -> dict[int, Dictionary]:
+    """Transcoders by layer, where the model is. Errors: `InputError` for other kinds, or two at a layer."""
     found: dict[int, Dictionary] = {}
     for dictionary in transcoders:
         config = dictionary.config

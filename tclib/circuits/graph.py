@@ -14,22 +14,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
+from pydantic import Field
 from torch import Tensor
 
 from tclib.circuits.edges import DirectEffects, Heads, Readers
-from tclib.circuits.frozen import FrozenPrompts, ReadSite, Target, node_name
+from tclib.circuits.frozen import FrozenPrompts, ReadSite, SourceKind, Target, node_name
 from tclib.circuits.influence import EdgeMatrix, node_influence
 from tclib.circuits.roots import Roots, check_roots, equal_roots, top_logits
+from tclib.support.checked import checked
+from tclib.support.declared import Count, Positive
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
 
-INPUT_KINDS = frozenset({"feature", "error", "mlp", "embedding", "head"})  # that carry influence
-BIAS_KINDS = frozenset({"position", "attention_bias", "decoder_bias"})
+NodeKind = Literal[SourceKind, "supernode"]
+Counted = Annotated[frozenset[NodeKind], Field(min_length=1)]  # kinds that carry influence
+INPUT_KINDS: frozenset[NodeKind] = frozenset({"feature", "error", "mlp", "embedding", "head"})
+BIAS_KINDS: frozenset[NodeKind] = frozenset({"position", "attention_bias", "decoder_bias"})
 ROUND = 2048  # features that are added between two rankings by influence
 
 
@@ -98,7 +104,7 @@ class AttributionGraph:
     def is_root(self) -> Bool[np.ndarray, "node"]:
         return np.asarray(self.nodes["kind"].to_numpy() == "root")
 
-    def edge_matrix(self, counted: frozenset[str] = INPUT_KINDS) -> EdgeMatrix:
+    def edge_matrix(self, counted: Counted = INPUT_KINDS) -> EdgeMatrix:
         """The edges as `influence` takes them, with the kinds of nodes that take part."""
         rows = self.nodes.iloc[self.targets]
         is_root = rows["kind"].to_numpy() == "root"
@@ -112,14 +118,15 @@ class AttributionGraph:
         )
 
 
+@checked
 def attribution_graph(
     frozen: FrozenPrompts,
     roots: Sequence[Target] | None = None,
     prompt: int = 0,
     heads: Heads = "summed",
-    max_feature_nodes: int = 7500,
+    max_feature_nodes: Count = 7500,
     keep_bos: bool = True,
-    memory_limit_gib: float = 8.0,
+    memory_limit_gib: Positive = 8.0,
 ) -> AttributionGraph:
     """The full graph of one prompt.
 
@@ -135,8 +142,9 @@ def attribution_graph(
 
     Errors: `InputError` for roots of another prompt, no nodes asked for, or too large a graph.
     """
+    frozen.check_place(-1, prompt)
     chosen = top_logits(frozen, prompt) if roots is None else equal_roots(roots)
-    check_roots(chosen.targets, prompt, max_feature_nodes)
+    check_roots(chosen.targets, prompt)
     effects = DirectEffects(frozen, prompt, heads)
     columns = effects.table()
     in_reach = _in_reach(columns, chosen.targets, heads)
@@ -289,9 +297,7 @@ def _assemble(
     return with_influence(graph)
 
 
-def with_influence(
-    graph: AttributionGraph, counted: frozenset[str] = INPUT_KINDS
-) -> AttributionGraph:
+def with_influence(graph: AttributionGraph, counted: Counted = INPUT_KINDS) -> AttributionGraph:
     """The graph with each node's influence on the roots; a root's is its weight."""
     influence, _ = node_influence(graph.edge_matrix(counted))
     values = np.where(graph.is_root, graph.nodes["root_weight"], influence.double().numpy())

@@ -21,6 +21,8 @@ from torch import Tensor
 from tclib.circuits.frozen import FrozenPrompts, Target, target_values
 from tclib.circuits.graph import AttributionGraph, total_effects
 from tclib.models.running import ForwardCache
+from tclib.support.checked import checked
+from tclib.support.declared import Count, Natural
 from tclib.support.errors import InputError
 
 ROWS_PER_FORWARD = 32
@@ -68,8 +70,13 @@ def _minus(vectors: Tensor, _mlp_in: Tensor, mlp_out: Tensor) -> Tensor:
     return mlp_out - vectors
 
 
+@checked
 def ablation_table(
-    frozen: FrozenPrompts, graph: AttributionGraph, root: Target, n_features: int, seed: int
+    frozen: FrozenPrompts,
+    graph: AttributionGraph,
+    root: Target,
+    n_features: Count,
+    seed: Natural,
 ) -> pd.DataFrame:
     """Features of the graph, drawn by seed, with predicted and measured change of the root.
 

@@ -22,6 +22,8 @@ import pandas as pd
 
 from tclib.circuits.frozen import KINDS, FrozenPrompts, ReadSite, SourceKind, Target, node_name
 from tclib.circuits.sources import Sources, sources
+from tclib.support.checked import checked
+from tclib.support.declared import Count, Natural, Whole, declared
 from tclib.support.errors import InputError
 
 EXPANDABLE: frozenset[SourceKind] = frozenset({"feature", "head", "skip"})
@@ -53,17 +55,19 @@ class Path:
         return " <- ".join(map(str, self.nodes)) + f": {self.contribution:.2g}"
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class NodeFilter:
     """Which sources a search may take; None allows all. A negative `pos` counts from the end."""
 
-    kinds: frozenset[str] | None = None
-    layers: frozenset[int] | None = None
-    positions: frozenset[int] | None = None
-    components: frozenset[int] | None = None  # feature indices, or head indices
+    kinds: frozenset[SourceKind] | None = None
+    layers: frozenset[Natural] | None = None
+    positions: frozenset[Whole] | None = None
+    components: frozenset[Natural] | None = None  # feature indices, or head indices
 
     def mask(self, found: Sources, n_pos: int) -> np.ndarray:
-        """True for every source that passes."""
+        """True for every source that passes. Errors: `InputError` for a position outside the prompt."""
+        if beyond := [pos for pos in self.positions or () if not -n_pos <= pos < n_pos]:
+            raise InputError(f"positions {beyond}: expected {-n_pos} to {n_pos - 1}")
         positions = None if self.positions is None else {pos % n_pos for pos in self.positions}
         wanted: tuple[tuple[np.ndarray, Any], ...] = (
             (np.array(KINDS)[found.kind], self.kinds),
@@ -86,11 +90,12 @@ class _Open:
     target: Target
 
 
+@checked
 def greedy_paths(
     frozen: FrozenPrompts,
     root: Target,
-    n_iterations: int = 3,
-    n_branches: int = 15,
+    n_iterations: Count = 3,
+    n_branches: Count = 15,
     allowed: NodeFilter | None = None,
     signs: Signs = "both",
 ) -> list[list[Path]]:
@@ -102,10 +107,6 @@ def greedy_paths(
 
     Errors: `InputError` unless both numbers are at least 1.
     """
-    if n_iterations < 1 or n_branches < 1:
-        raise InputError(
-            f"n_iterations {n_iterations}, n_branches {n_branches}: expected at least 1 of each"
-        )
     allowed = allowed or NodeFilter()
     start = Path((root_node(root),), frozen.value(root))
     beam = [_Open(start, replace(root, constant=0.0))]
@@ -125,7 +126,8 @@ def greedy_paths(
     return found
 
 
-def path_table(levels: Sequence[Sequence[Path]], n_each: int = 5) -> pd.DataFrame:
+@checked
+def path_table(levels: Sequence[Sequence[Path]], n_each: Natural = 5) -> pd.DataFrame:
     """The strongest paths of each length: length (nodes), path, contribution."""
     lines = [
         (len(path.nodes), " <- ".join(map(str, path.nodes)), path.contribution)
@@ -161,11 +163,18 @@ def _children(
         yield path, partial(step_back, frozen, parent.target, node)
 
 
+@checked
 def step_back(frozen: FrozenPrompts, target: Target, node: Node) -> Target:
     """The target whose sources are what `node` contributes to `target` (module equations).
 
-    Errors: `InputError` for a node that ends every path.
+    Errors: `InputError` for a node that ends every path, or is no source of the target.
     """
+    if node.kind not in EXPANDABLE:
+        raise InputError(
+            f"{node} ends every path: only {', '.join(sorted(EXPANDABLE))} go further back"
+        )
+    if not _can_be_source(frozen, target, node):
+        raise InputError(f"{node} is no source of {target.name}: expected one that `sources` lists")
     prompt = target.prompt
     v = target.direction * frozen.scale(target.site, prompt, target.pos)
     if node.kind == "feature":
@@ -177,17 +186,24 @@ def step_back(frozen: FrozenPrompts, target: Target, node: Node) -> Target:
         W_skip = frozen.transcoders[node.layer].W_skip
         assert W_skip is not None
         direction, site = W_skip @ v, ReadSite("mlp", node.layer)
-    elif node.kind == "head":
+    else:
         weights = frozen.attention[node.layer]
         pattern = frozen.cache.pattern[node.layer][prompt, node.head, target.pos, node.pos]
         direction = pattern * (weights.W_V[node.head] @ (weights.W_O[node.head] @ v))
         site = ReadSite("attention", node.layer)
-    else:
-        raise InputError(
-            f"{node} ends every path: only {', '.join(sorted(EXPANDABLE))} go further back"
-        )
     centred = frozen.lm.final_norm.centre(direction)
     return Target(str(node), prompt, node.pos, site, centred, 0.0)
+
+
+def _can_be_source(frozen: FrozenPrompts, target: Target, node: Node) -> bool:
+    """Whether such a node writes where the target reads: below it, at its token (heads: up to it)."""
+    if node.kind == "head":
+        below, heads = frozen.attention_layers(target.site), range(frozen.lm.n_heads)
+        return node.layer in below and node.head in heads and node.pos in range(target.pos + 1)
+    if node.layer not in range(target.site.layer) or node.layer not in frozen.transcoders:
+        return False
+    has_skip = frozen.transcoders[node.layer].W_skip is not None
+    return node.pos == target.pos and (node.kind == "feature" or has_skip)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,6 +235,7 @@ def _strongest_first(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return table.sort_values(column, key=abs, ascending=False, ignore_index=True, kind="stable")
 
 
+@checked
 def paths_to_graph(paths: Sequence[Path], every_length: Sequence[Sequence[Path]] = ()) -> PathGraph:
     """Merge paths into a graph (paper Algorithm 2); a prefix that several paths share counts once.
 

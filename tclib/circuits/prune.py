@@ -7,18 +7,21 @@ targets have left out, so every target still adds up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool
+from pydantic import Field
 from torch import Tensor
 
-from tclib.circuits.graph import INPUT_KINDS, AttributionGraph, with_influence
+from tclib.circuits.graph import INPUT_KINDS, AttributionGraph, Counted, with_influence
 from tclib.circuits.influence import edge_influence, node_influence, threshold_for
+from tclib.support.checked import checked
+from tclib.support.declared import Count, Name, Share
 from tclib.support.errors import InputError
 
 ALWAYS_KEPT = ("embedding", "root")
@@ -36,7 +39,8 @@ class GraphScores(NamedTuple):
     completeness: float
 
 
-def graph_scores(graph: AttributionGraph, counted: frozenset[str] = INPUT_KINDS) -> GraphScores:
+@checked
+def graph_scores(graph: AttributionGraph, counted: Counted = INPUT_KINDS) -> GraphScores:
     """Replacement and completeness score; opaque MLPs count as errors."""
     matrix = graph.edge_matrix(counted)
     influence, passed_on = node_influence(matrix)
@@ -57,20 +61,18 @@ def graph_scores(graph: AttributionGraph, counted: frozenset[str] = INPUT_KINDS)
     )
 
 
+@checked
 def prune(
     graph: AttributionGraph,
-    node_threshold: float = 0.8,
-    edge_threshold: float = 0.98,
-    counted: frozenset[str] = INPUT_KINDS,
+    node_threshold: Share = 0.8,
+    edge_threshold: Share = 0.98,
+    counted: Counted = INPUT_KINDS,
 ) -> AttributionGraph:
     """Keep the nodes, then the edges, that carry these shares of all influence on the roots.
 
     Tokens and roots always stay; features that are left without a source or without a target go.
     Errors: `InputError` for a threshold outside 0 to 1.
     """
-    for name, threshold in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
-        if not 0 <= threshold <= 1:
-            raise InputError(f"{name} {threshold}: expected a share of influence from 0 to 1")
     matrix = graph.edge_matrix(counted)
     influence, _ = node_influence(matrix)
     always = graph.nodes["kind"].isin(ALWAYS_KEPT).to_numpy()
@@ -83,12 +85,13 @@ def prune(
     return _subgraph(kept, *_without_loose_ends(kept, edges, always[nodes]))
 
 
+@checked
 def prune_to_size(
     graph: AttributionGraph,
-    max_nodes: int,
-    node_threshold: float = 0.8,
-    edge_threshold: float = 0.98,
-    counted: frozenset[str] = INPUT_KINDS,
+    max_nodes: Count,
+    node_threshold: Share = 0.8,
+    edge_threshold: Share = 0.98,
+    counted: Counted = INPUT_KINDS,
 ) -> AttributionGraph:
     """`prune`, with the node threshold lowered in steps of 0.1 until at most `max_nodes` are left.
 
@@ -148,7 +151,10 @@ def _subgraph(
 # Several nodes as one
 
 
-def supernodes(graph: AttributionGraph, groups: Mapping[str, list[str]]) -> AttributionGraph:
+@checked
+def supernodes(
+    graph: AttributionGraph, groups: Mapping[Name, Annotated[Sequence[str], Field(min_length=1)]]
+) -> AttributionGraph:
     """The graph with each group of nodes as one, under the group's name.
 
     Values, activations and effects of members are summed. Errors: `InputError` for a name that is not
@@ -172,6 +178,7 @@ def supernodes(graph: AttributionGraph, groups: Mapping[str, list[str]]) -> Attr
     return _merged(graph, graph.nodes["name"].map(lambda name: name_of.get(name, name)))
 
 
+@checked
 def sum_over_tokens(graph: AttributionGraph) -> AttributionGraph:
     """The graph with the same feature, error, bias or head at all its tokens as one node.
 

@@ -49,7 +49,7 @@ def equal_roots(roots: Sequence[Target]) -> Roots:
     return Roots(list(roots), [1 / max(1, n_roots)] * n_roots, [-1] * n_roots)
 
 
-def check_roots(roots: Sequence[Target], prompt: int, max_feature_nodes: int) -> None:
+def check_roots(roots: Sequence[Target], prompt: int) -> None:
     """Raise `InputError` for no roots, roots of another prompt, or roots that read attention."""
     if not roots:
         raise InputError("no roots: give at least one target, or None for the most likely logits")
@@ -61,5 +61,3 @@ def check_roots(roots: Sequence[Target], prompt: int, max_feature_nodes: int) ->
     inner = [root.name for root in roots if root.site.part == "attention"]
     if inner:
         raise InputError(f"roots {inner} read attention: expected features or logits")
-    if max_feature_nodes < 1:
-        raise InputError(f"max_feature_nodes {max_feature_nodes}: expected at least 1")

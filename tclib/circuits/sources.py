@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tclib.circuits.frozen import KINDS, FrozenPrompts, SourceKind, Target
 from tclib.circuits.writers import writers
+from tclib.support.checked import checked
 from tclib.support.statistics import to_numpy
 
 
@@ -63,6 +64,7 @@ class Sources:
         return (self.total - self.value) / size if size else 0.0
 
 
+@checked
 def sources(frozen: FrozenPrompts, targets: Sequence[Target]) -> list[Sources]:
     """The complete list of sources of each target (the equation of `frozen`), for any batch of targets."""
     if not targets:

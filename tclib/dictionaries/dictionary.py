@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,40 +27,34 @@ from tclib.dictionaries.kinds import TAKES_K, TAKES_THRESHOLD, Activation, Kind
 from tclib.models.identity import names_differ
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
+from tclib.support.checked import checked
+from tclib.support.declared import Count, Natural, declared, parse, shown, whole
 from tclib.support.errors import InputError
 from tclib.support.files import load_tensors, save_tensors
+from tclib.support.torch_types import Device, FloatType
 
 Basis = Literal["processed", "raw"]
 FILE_FORMAT = "tclib-dictionary-1"
 FEW_TOKENS = 64
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class DictionaryConfig:
     """What a dictionary is: where it sits, how wide it is, how it is kept sparse."""
 
     kind: Kind
-    layer: int
-    d_in: int
-    d_out: int
-    n_features: int
+    layer: Natural
+    d_in: Count
+    d_out: Count
+    n_features: Count
     activation: Activation = "relu"
-    k: int | None = None  # active features a token: topk; on average: batch_topk
+    k: Count | None = None  # active features a token: topk; on average: batch_topk
     skip: bool = False  # linear path from input to output
     model: str = ""  # the language model that it was trained on
     basis: Basis = "processed"  # of mlp_in and mlp_out; raw: norm gain left in, output not centred
     model_hash: str = ""  # the model's `known_hash`; empty where there is none
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", Kind), ("activation", Activation), ("basis", Basis)):
-            value, allowed = getattr(self, name), get_args(known)
-            if value not in allowed:
-                raise InputError(
-                    f"{name} {value!r}: expected one of {', '.join(map(repr, allowed))}"
-                )
-        for name in ("d_in", "d_out", "n_features"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
         takes_k = self.activation in TAKES_K
         if takes_k and not 1 <= (self.k or 0) <= self.n_features:
             raise InputError(
@@ -110,6 +104,7 @@ class Dictionary:
     columns are.
     """
 
+    @checked
     def __init__(
         self,
         config: DictionaryConfig,
@@ -132,6 +127,11 @@ class Dictionary:
             raise InputError(
                 f"weights of shapes {found}, but the configuration expects {config.shapes()}"
             )
+        types = sorted({str(tensor.dtype) for tensor in self.parameters().values()})
+        if len(types) > 1:
+            raise InputError(
+                f"weights of {' and '.join(types)}: expected all of one floating-point type"
+            )
         for name, tensor in self.parameters().items():
             if not bool(tensor.isfinite().all()):
                 n_bad = int((~tensor.isfinite()).sum())
@@ -146,12 +146,8 @@ class Dictionary:
             )
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_features"]:
-        """Pre = x W_enc + b_enc. Errors: `InputError` for another width than d_in."""
-        if x.shape[-1] != self.config.d_in:
-            raise InputError(
-                f"input of width {x.shape[-1]}, but this {self.config.kind} expects "
-                f"{self.config.d_in}: wrong layer or model?"
-            )
+        """Pre = x W_enc + b_enc. Errors: `InputError` for another width than d_in, or another type."""
+        self._check_given("input", x, self.config.d_in)
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) <= FEW_TOKENS:
             # For one prompt the wide factor goes first: the product is half again as fast on a CPU.
@@ -171,6 +167,7 @@ class Dictionary:
         x: Float[Tensor, "*batch d_in"] | None = None,
     ) -> Float[Tensor, "*batch d_out"]:
         """ŷ = z W_dec + b_dec (+ x W_skip), paper Eq. 4. A skip dictionary needs `x`."""
+        self._check_given("features", feature_acts, self.config.n_features)
         reconstruction = feature_acts @ self.W_dec + self.b_dec
         if self.W_skip is None:
             return reconstruction
@@ -178,18 +175,34 @@ class Dictionary:
             raise InputError(
                 "a dictionary with a skip connection decodes z and x: pass its input x"
             )
+        self._check_given("input", x, self.config.d_in)
         return reconstruction + x @ self.W_skip
+
+    def _check_given(self, what: str, given: Tensor, width: int) -> None:
+        dtype = self.b_dec.dtype
+        if not isinstance(given, Tensor) or given.dtype != dtype:
+            raise InputError(
+                f"{what} {shown(given)}: expected a {str(dtype).removeprefix('torch.')} tensor, as the "
+                "weights are"
+            )
+        if given.shape[-1:] != (width,):
+            raise InputError(
+                f"{what} of width {given.shape[-1] if given.ndim else 'none'}, but this "
+                f"{self.config.kind} expects {width}: wrong layer or model?"
+            )
 
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> DictionaryOutput:
         feature_acts = self.encode(x)
         return DictionaryOutput(self.decode(feature_acts, x), feature_acts)
 
     def encoder_direction(self, feature_idx: int) -> Float[Tensor, "d_in"]:
-        """Column `feature_idx` of W_enc."""
+        """Column `feature_idx` of W_enc. Errors: `InputError` for a feature that does not exist."""
+        self.check_features(feature_idx)
         return self.W_enc[:, feature_idx]
 
     def decoder_direction(self, feature_idx: int) -> Float[Tensor, "d_out"]:
-        """Row `feature_idx` of W_dec."""
+        """Row `feature_idx` of W_dec. Errors: `InputError` for a feature that does not exist."""
+        self.check_features(feature_idx)
         return self.W_dec[feature_idx]
 
     def parameters(self) -> dict[str, Tensor]:
@@ -198,9 +211,8 @@ class Dictionary:
         optional = {"W_skip": self.W_skip, "threshold": self.threshold}
         return named | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Dictionary:
+    @checked
+    def to(self, device: Device | None = None, dtype: FloatType | None = None) -> Dictionary:
         """A copy on another device or of another type."""
         moved = {name: t.to(device=device, dtype=dtype) for name, t in self.parameters().items()}
         return Dictionary(self.config, **moved)
@@ -217,6 +229,15 @@ class Dictionary:
                 "(norm gain left in, output not centred): convert it to the processed basis first"
             )
 
+    def check_size(self, lm: LanguageModel) -> None:
+        """Raise `InputError` unless the model has this dictionary's layer and width."""
+        lm.check_layer(self.config.layer)
+        if self.config.d_out != lm.d_model or self.config.d_in != lm.d_model:
+            raise InputError(
+                f"dictionary of width {self.config.d_in} → {self.config.d_out} for {lm.name}, "
+                f"whose d_model is {lm.d_model}: it was trained on {self.config.model or 'another model'}"
+            )
+
     def check_origin(self, lm: LanguageModel) -> None:
         """Raise `InputError` unless this dictionary fits the model's layers, width and weights.
 
@@ -224,12 +245,7 @@ class Dictionary:
         many, so that another one is a warning. So it is for a model in half precision, whose rounded weights
         have a hash of their own.
         """
-        lm.check_layer(self.config.layer)
-        if self.config.d_out != lm.d_model or self.config.d_in != lm.d_model:
-            raise InputError(
-                f"dictionary of width {self.config.d_in} → {self.config.d_out} for {lm.name}, "
-                f"whose d_model is {lm.d_model}: it was trained on {self.config.model or 'another model'}"
-            )
+        self.check_size(lm)
         own, trained_on = self.config.model_hash, self.config.model or "a model without a name"
         what = f"the {self.config.kind} of layer {self.config.layer} was trained on {trained_on}"
         meant = "if that is meant (a fine-tuned copy, say), take dictionary.for_model(lm)"
@@ -250,13 +266,14 @@ class Dictionary:
     def check_features(self, *features: int) -> None:
         """Raise `InputError` for a feature that this dictionary does not have, or for none at all."""
         last = self.config.n_features - 1
-        unknown = [feature for feature in features if not 0 <= feature <= last]
+        unknown = [one for one in features if not 0 <= whole("feature", one) <= last]
         if unknown or not features:
             raise InputError(
                 f"feature {', '.join(map(str, unknown)) or 'none'} is out of range: "
                 f"layer {self.config.layer} has features 0 to {last}"
             )
 
+    @checked
     def save(self, path: Path, training: dict[str, Any] | None = None) -> None:
         """Write one safetensors file; `training` is kept in its header."""
         metadata = {
@@ -267,6 +284,7 @@ class Dictionary:
         save_tensors(path, self.parameters(), metadata)
 
     @classmethod
+    @checked
     def load(
         cls,
         path: Path,
@@ -280,8 +298,13 @@ class Dictionary:
         tensors, metadata = load_tensors(path, remedy, is_checked)
         if metadata.get("format") != FILE_FORMAT:
             raise InputError(f"{path} does not hold a tclib dictionary: {remedy}")
+        config = parse(DictionaryConfig, metadata.get("config"), f"{path}: config")
+        wanted = set(config.shapes())
+        missing, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+        if missing or extra:
+            raise InputError(f"{path}: tensors missing {missing}, not expected {extra}: {remedy}")
         try:
-            return cls(DictionaryConfig(**metadata["config"]), **tensors)
+            return cls(config, **tensors)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 

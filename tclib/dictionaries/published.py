@@ -17,16 +17,20 @@ from tclib.dictionaries.dictionary import Dictionary
 from tclib.dictionaries.formats.authors import read_authors, read_authors_tensor
 from tclib.models.hub import cached_snapshot, check_hub_reachable
 from tclib.models.locate import first_line
+from tclib.support.checked import checked
+from tclib.support.declared import Natural
 from tclib.support.errors import InputError
 
 REPOSITORY_ID = "pchlenski/gpt2-transcoders"
 FILE_NAME = "final_sparse_autoencoder_gpt2-small_blocks.{layer}.ln2.hook_normalized_24576.pt"
 FREQUENCIES_NAME = FILE_NAME.replace(".pt", "_log_feature_sparsity.pt")
+N_LAYERS = 12  # of GPT-2
 NEVER_FIRED = -9.5  # at or below: the files hold log10(frequency + 1e-10)
 
 
+@checked
 def load_published(
-    layers: Iterable[int] = range(12), folder: Path | None = None
+    layers: Iterable[Natural] = range(N_LAYERS), folder: Path | None = None
 ) -> dict[int, Dictionary]:
     """The released transcoders by layer, from a folder, or else from the hub or its cache.
 
@@ -42,12 +46,17 @@ def load_published(
     return found
 
 
-def locate_published(source: str, layers: Iterable[int] = range(12)) -> dict[int, Path]:
+def locate_published(source: str, layers: Iterable[int] = range(N_LAYERS)) -> dict[int, Path]:
     """The files of the released transcoders by layer; `source` is "hub" (or its cache) or a folder.
 
     Errors: `InputError` naming the file that is missing and how to get it, or the unreachable hub.
     """
-    names = {layer: FILE_NAME.format(layer=layer) for layer in layers}
+    wanted = list(layers)
+    if not wanted or max(wanted) >= N_LAYERS:
+        raise InputError(
+            f"layers {wanted}: expected at least one, of 0 to {N_LAYERS - 1}, which were released"
+        )
+    names = {layer: FILE_NAME.format(layer=layer) for layer in wanted}
     cached = cached_snapshot(REPOSITORY_ID)
     folder = cached if source == "hub" else Path(source).expanduser()
     found = {} if folder is None else {layer: folder / name for layer, name in names.items()}

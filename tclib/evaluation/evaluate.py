@@ -6,7 +6,7 @@ and the mean- and zero-ablated MLP. Differences in cross-entropy are paired by r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,8 @@ from tclib.evaluation import metrics
 from tclib.evaluation.replace import replace_site, set_mlp_out
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
+from tclib.support.checked import checked
+from tclib.support.declared import Count
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
 from tclib.support.statistics import bootstrap_means, interval, to_numpy
@@ -60,12 +62,13 @@ class Evaluation:
     baseline_ce: pd.DataFrame
 
 
+@checked
 def evaluate(
     lm: LanguageModel,
-    dictionaries: dict[str, Dictionary],
+    dictionaries: Mapping[str, Dictionary],
     rows: Int[Tensor, "row pos"],
     train_rows: Int[Tensor, "train_row train_pos"] | None = None,
-    rows_per_forward: int = 16,
+    rows_per_forward: Count = 16,
 ) -> Evaluation:
     """Evaluate named dictionaries on held-out `rows`.
 
@@ -75,10 +78,9 @@ def evaluate(
     Errors: `InputError` for a dictionary that does not fit the model, no dictionaries, no rows, or
     rows that were trained on.
     """
-    if not dictionaries or len(rows) == 0:
-        raise InputError(
-            "nothing to evaluate: expected at least one dictionary and one row of tokens"
-        )
+    if not dictionaries:
+        raise InputError("nothing to evaluate: expected at least one dictionary")
+    lm.check_text(rows)
     for dictionary in dictionaries.values():
         dictionary.check_model(lm)
     if train_rows is not None:
@@ -124,7 +126,7 @@ def mean_mlp_outs(
 
 @torch.no_grad()
 def _reconstruction_sums(
-    lm: LanguageModel, dictionaries: dict[str, Dictionary], rows: Tensor, rows_per_forward: int
+    lm: LanguageModel, dictionaries: Mapping[str, Dictionary], rows: Tensor, rows_per_forward: int
 ) -> dict[str, metrics.ReconstructionSums]:
     """l0, fvu and firing counts of every dictionary, from one pass over the rows."""
     sums = {name: metrics.ReconstructionSums() for name in dictionaries}
@@ -142,7 +144,7 @@ def _reconstruction_sums(
 
 
 def _conditions(
-    lm: LanguageModel, dictionaries: dict[str, Dictionary], rows: Tensor, rows_per_forward: int
+    lm: LanguageModel, dictionaries: Mapping[str, Dictionary], rows: Tensor, rows_per_forward: int
 ) -> dict[Key, Condition]:
     """What is done to the model under each key: the baselines, then each dictionary."""
     conditions = {ORIGINAL: Condition(0, nullcontext)}

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.models.language_model import LanguageModel
+from tclib.support.checked import checked
 from tclib.support.errors import InputError
 
 
+@checked
 def replace_mlp(
     lm: LanguageModel, dictionary: Dictionary, kept_features: Int[Tensor, "kept"] | None = None
 ) -> AbstractContextManager[None]:
@@ -25,6 +27,8 @@ def replace_mlp(
     mlp_in cannot stand in for an MLP: `InputError`.
     """
     dictionary.check_model(lm)
+    if kept_features is not None and len(kept_features):
+        dictionary.check_features(*kept_features.tolist())
     if dictionary.config.kind == "sae_mlp_in":
         raise InputError(
             "an sae_mlp_in reconstructs the MLP's input and cannot replace its output: "

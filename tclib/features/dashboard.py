@@ -14,8 +14,10 @@ from torch import Tensor
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.metrics import is_active
 from tclib.features import from_weights as weights
-from tclib.features.examples import band_shares, feature_activations, sample_in_bands
+from tclib.features.examples import band_shares, check_acts, feature_activations, sample_in_bands
 from tclib.models.language_model import LanguageModel
+from tclib.support.checked import checked
+from tclib.support.declared import Count
 from tclib.support.errors import InputError
 
 CONTEXT = 10  # tokens shown on either side
@@ -50,6 +52,7 @@ class Dashboard:
     tables: Mapping[str, pd.DataFrame]
 
 
+@checked
 def build_dashboard(
     lm: LanguageModel,
     dictionary: Dictionary,
@@ -57,7 +60,7 @@ def build_dashboard(
     rows: Int[Tensor, "row pos"],
     earlier: Mapping[int, Dictionary] | None = None,
     acts: Float[Tensor, "row pos"] | None = None,
-    n_examples: int = 50,
+    n_examples: Count = 50,
 ) -> Dashboard:
     """The dashboard of one feature on a corpus.
 
@@ -72,6 +75,7 @@ def build_dashboard(
     """
     if acts is None:
         acts = feature_activations(lm, dictionary, [feature], rows)[0]
+    check_acts(acts, rows)
     n_tokens = int((rows != lm.bos_id).sum())
     n_fired = int(is_active(acts).sum())
     if n_fired == 0:

@@ -18,6 +18,8 @@ from torch import Tensor
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.metrics import is_active
 from tclib.models.language_model import LanguageModel
+from tclib.support.checked import checked
+from tclib.support.declared import Count, Positive
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
 
@@ -26,13 +28,14 @@ N_BANDS = 5
 HISTOGRAM_EDGES = np.geomspace(1e-3, 1e3, 61)  # activations, ten bins a factor of ten
 
 
+@checked
 @torch.no_grad()
 def feature_activations(
     lm: LanguageModel,
     dictionary: Dictionary,
     features: Sequence[int],
     rows: Int[Tensor, "row pos"],
-    memory_limit_gib: float = 4.0,
+    memory_limit_gib: Positive = 4.0,
 ) -> Float[Tensor, "feature row pos"]:
     """Activations of some features at every position, from one pass over the rows.
 
@@ -50,11 +53,21 @@ def feature_activations(
     return torch.cat(found).permute(2, 0, 1).contiguous()
 
 
+def check_acts(acts: Float[Tensor, "row pos"], rows: Int[Tensor, "row pos"]) -> None:
+    """Raise `InputError` unless there is an activation a token."""
+    if acts.shape != rows.shape:
+        raise InputError(
+            f"activations of shape {tuple(acts.shape)} for rows of shape {tuple(rows.shape)}: "
+            "give one activation a token, or leave them out"
+        )
+
+
 def _encoded(
     lm: LanguageModel, dictionary: Dictionary, rows: Int[Tensor, "row pos"]
 ) -> Iterator[tuple[int, Float[Tensor, "row pos n_features"]]]:
     """(First row of a batch, its activations with BOS silenced)."""
     dictionary.check_model(lm)
+    lm.check_text(rows)
     site = dictionary.config.input_site
     batches = rows.split(ROWS_PER_FORWARD)
     bar = progress(batches, f"layer {dictionary.config.layer}", unit="batch", leave=False)
@@ -125,17 +138,16 @@ class TopExamples:
         return self.n_fired / self.n_tokens
 
 
+@checked
 @torch.no_grad()
 def top_examples(
-    lm: LanguageModel, dictionary: Dictionary, rows: Int[Tensor, "row pos"], k: int = 20
+    lm: LanguageModel, dictionary: Dictionary, rows: Int[Tensor, "row pos"], k: Count = 20
 ) -> TopExamples:
     """The k strongest examples of every feature, from one pass over the rows.
 
     Only activations above a feature's k-th strongest so far are looked at, so the pass costs little
     more than encoding. Errors: `InputError` for k below 1.
     """
-    if k < 1:
-        raise InputError(f"k {k}: expected at least 1")
     n_features, n_pos = dictionary.config.n_features, rows.shape[1]
     edges = torch.tensor(HISTOGRAM_EDGES[1:-1], dtype=torch.float32, device=lm.device)
     values = torch.zeros(n_features, k, device=lm.device)

@@ -29,6 +29,8 @@ from tclib.dictionaries.dictionary import Dictionary
 from tclib.features.examples import feature_activations
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
+from tclib.support.checked import checked
+from tclib.support.declared import Count, Whole
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
 
@@ -36,8 +38,8 @@ from tclib.support.progress import progress
 class Head(NamedTuple):
     """An attention head."""
 
-    layer: int
-    head: int
+    layer: Whole
+    head: Whole
 
 
 def reading_direction(
@@ -45,9 +47,14 @@ def reading_direction(
 ) -> Float[Tensor, "d_model"]:
     """f = P W_enc[:, i] at the stream, or W_V W_O f at the stream that `head` reads.
 
-    Errors: `InputError` for a feature or a head that does not exist, or a head that comes too late.
+    Errors: `InputError` for a dictionary of another model, or one that does not read the stream, a feature
+    or a head that does not exist, or a head that comes too late.
     """
     dictionary.check_model(lm)
+    if dictionary.config.kind == "sae_mlp_out":
+        raise InputError(
+            "an sae_mlp_out reads the MLP's output, not the stream: expected a transcoder"
+        )
     dictionary.check_features(feature)
     direction = lm.final_norm.centre(dictionary.encoder_direction(feature))
     if head is None:
@@ -62,6 +69,7 @@ def reading_direction(
     return weights.W_V[head.head] @ (weights.W_O[head.head] @ direction)
 
 
+@checked
 def de_embedding(
     lm: LanguageModel, dictionary: Dictionary, feature: int, head: Head | None = None
 ) -> Float[Tensor, "d_vocab"]:
@@ -69,6 +77,7 @@ def de_embedding(
     return lm.W_E @ reading_direction(lm, dictionary, feature, head)
 
 
+@checked
 def extended_de_embedding(
     lm: LanguageModel, dictionary: Dictionary, feature: int, head: Head | None = None
 ) -> Float[Tensor, "d_vocab"]:
@@ -118,6 +127,7 @@ class LoneTokens:
         self._inputs |= found
 
 
+@checked
 def pullback(
     lm: LanguageModel,
     later: Dictionary,
@@ -130,6 +140,8 @@ def pullback(
     Errors: `InputError` unless `earlier` writes before the feature, or before the head, reads.
     """
     earlier.check_model(lm)
+    if earlier.config.kind == "sae_mlp_in":
+        raise InputError("an sae_mlp_in writes nothing to the stream: expected a transcoder")
     reader = later.config.layer if head is None else head.layer
     if earlier.config.layer >= reader:
         raise InputError(
@@ -198,6 +210,7 @@ def _quantile(positive: Float[Tensor, "token"], quantile: float) -> float:
     return found if float(positive.max()) > found * (1 + 1e-4) else 0.0
 
 
+@checked
 def direct_logit_attribution(
     lm: LanguageModel, dictionary: Dictionary, feature: int
 ) -> Float[Tensor, "d_vocab"]:
@@ -206,10 +219,10 @@ def direct_logit_attribution(
     Relative to their mean over the vocabulary, and before division by the final norm's scale.
     """
     dictionary.check_model(lm)
-    dictionary.check_features(feature)
     return dictionary.decoder_direction(feature) @ lm.W_U
 
 
+@checked
 def ov_norms(
     lm: LanguageModel, dictionary: Dictionary, feature: int
 ) -> Float[Tensor, "layer head"]:
@@ -227,11 +240,19 @@ def ov_norms(
 # Tables
 
 
-def token_table(lm: LanguageModel, scores: Float[Tensor, "d_vocab"], k: int = 7) -> pd.DataFrame:
+@checked
+def token_table(lm: LanguageModel, scores: Float[Tensor, "d_vocab"], k: Count = 7) -> pd.DataFrame:
     """The k highest and the k lowest tokens: rank, id, token, score, z (rank −1 is the lowest).
 
-    z is the score in standard deviations above its mean over the vocabulary.
+    z is the score in standard deviations above its mean over the vocabulary. Errors: `InputError` for
+    scores of anything but the vocabulary, or a k beyond it.
     """
+    if len(scores) != lm.d_vocab or not bool(scores.isfinite().all()):
+        raise InputError(
+            f"{len(scores)} scores: expected a finite one for each of the {lm.d_vocab} tokens"
+        )
+    if k > lm.d_vocab:
+        raise InputError(f"k {k}: expected at most {lm.d_vocab}, the tokens of {lm.name}")
     order = scores.argsort(descending=True)
     chosen = torch.cat([order[:k], order[-k:]])
     ranks = [*range(1, k + 1), *range(-k, 0)]

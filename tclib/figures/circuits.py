@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tclib.figures.style import BLUE, VERMILION, styled, write_cells
+from tclib.figures.style import BLUE, VERMILION, plain, styled, write_cells
 
 
 @styled
@@ -31,10 +31,10 @@ def score_bars(tables: Mapping[str, pd.DataFrame], unit: str = "score") -> Figur
         places = np.arange(len(ranked))
         colours = np.where(ranked["score"] >= 0, BLUE, VERMILION)
         axis.barh(places, ranked["score"], color=colours, height=0.75)
-        axis.set_yticks(places, [name.replace("$", r"\$") for name in names], fontsize=7)
+        axis.set_yticks(places, list(map(plain, names)), fontsize=7)
         axis.axvline(0, color="black", linewidth=0.6)
-        axis.set_xlabel(unit, fontsize=8)
-        axis.set_title(title)
+        axis.set_xlabel(plain(unit), fontsize=8)
+        axis.set_title(plain(title))
         axis.margins(y=0.01)
     return figure
 
@@ -47,8 +47,8 @@ def head_heatmap(norms: np.ndarray, title: str, unit: str = "‖W_V W_O f‖") -
     middle = (norms.min() + norms.max()) / 2 if norms.size else 0.0
     write_cells(axis, norms, ".2g", norms < middle)
     axis.set(xticks=range(norms.shape[1]), yticks=range(norms.shape[0]))
-    axis.set(xlabel="Head", ylabel="Layer", title=title)
-    figure.colorbar(image, ax=axis, label=unit)
+    axis.set(xlabel="Head", ylabel="Layer", title=plain(title))
+    figure.colorbar(image, ax=axis, label=plain(unit))
     return figure
 
 
@@ -75,7 +75,7 @@ def predicted_against_actual(table: pd.DataFrame, unit: str) -> Figure:
         axis.set_title(f"{title}: r = {r:.3f}, {len(table)} features")
         axis.set_xlabel("Predicted change, all paths (logits)")
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"Change of {unit}")
+    axes[0].set_ylabel(f"Change of {plain(unit)}")
     axes[0].legend()
     return figure
 

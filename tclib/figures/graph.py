@@ -19,7 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
 from tclib.circuits.graph import AttributionGraph, edges_between
-from tclib.figures.style import BLUE, VERMILION, styled
+from tclib.figures.style import BLUE, VERMILION, plain, styled
+from tclib.support.checked import checked
+from tclib.support.declared import Natural
 from tclib.support.errors import InputError
 
 SLOT_INCHES, ROW_INCHES = 0.46, 0.42
@@ -51,8 +53,9 @@ class _Layout:
     height: float
 
 
+@checked
 @styled
-def layered_graph(graph: AttributionGraph, title: str = "", max_edges: int = 150) -> Figure:
+def layered_graph(graph: AttributionGraph, title: str = "", max_edges: Natural = 150) -> Figure:
     """Draw a (pruned) graph; nodes that no shown edge touches are left out, roots are not.
 
     Args:
@@ -77,7 +80,7 @@ def layered_graph(graph: AttributionGraph, title: str = "", max_edges: int = 150
     _draw_edges(axis, shown, places)
     _draw_nodes(axis, nodes, layout)
     note = f"the {len(shown)} strongest of {len(edges)} edges" if len(edges) > len(shown) else ""
-    axis.set_title("; ".join(part for part in (title, note) if part))
+    axis.set_title(plain("; ".join(part for part in (title, note) if part)))
     _draw_legend(figure, nodes)
     return figure
 
@@ -111,7 +114,7 @@ def _lay_out(nodes: pd.DataFrame, tokens: tuple[str, ...]) -> _Layout:
 def _token_label(tokens: tuple[str, ...], pos: int) -> str:
     if pos < 0:
         return "all tokens"
-    text = tokens[pos].replace("\n", "⏎").replace("$", r"\$")
+    text = tokens[pos].replace("\n", "⏎")
     return f"{text}\n{pos}"
 
 
@@ -123,7 +126,7 @@ def _draw_frame(axis: Axes, layout: _Layout) -> None:
         shown = "\n".join(
             line if len(line) <= wide else line[: wide - 1] + "…" for line in label.split("\n")
         )
-        axis.text((left + right) / 2, -0.08, shown, ha="center", va="top", fontsize=7.5)
+        axis.text((left + right) / 2, -0.08, plain(shown), ha="center", va="top", fontsize=7.5)
     for bottom, name in layout.bands:
         axis.axhline(bottom, color="#DDDDDD", linewidth=0.6, zorder=0)
         axis.text(-0.08, bottom + 0.3 * ROW_INCHES, name, ha="right", va="bottom", fontsize=7.5)
@@ -168,7 +171,7 @@ def _draw_nodes(axis: Axes, nodes: pd.DataFrame, layout: _Layout) -> None:
     box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.4}
     small: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 6, "zorder": 4, "bbox": box}
     for x, y, (_, line) in zip(layout.x, layout.y, nodes.iterrows(), strict=True):
-        axis.text(x, y - 0.09, _node_label(line, root_room), **small)
+        axis.text(x, y - 0.09, plain(_node_label(line, root_room)), **small)
 
 
 def _node_label(line: pd.Series, root_room: int) -> str:

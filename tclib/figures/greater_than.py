@@ -12,7 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from tclib.figures.style import BLUE, GREEN, PINK, VERMILION, legend_below, styled, write_cells
+from tclib.figures.style import (
+    BLUE,
+    GREEN,
+    PINK,
+    VERMILION,
+    legend_below,
+    plain,
+    styled,
+    write_cells,
+)
 
 STYLE: dict[str, dict[str, Any]] = {
     "transcoder features": {"color": BLUE, "linestyle": "-"},
@@ -201,7 +210,7 @@ def probability_heatmap(
     predicted = "tens digit of the second year" if is_digits else "second year YY"
     axis.set_xlabel(f"Predicted {predicted}")
     axis.set_ylabel("First year YY in the prompt")
-    axis.set_title(title, fontsize=12)
+    axis.set_title(plain(title), fontsize=12)
     kind = "10 digits" if is_digits else f"{len(answers)} YY tokens"
     figure.colorbar(image, ax=axis, label=f"Probability among the {kind}")
     return figure

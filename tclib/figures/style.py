@@ -39,6 +39,11 @@ SAVED_DPI = 150
 styled = plt.style.context(Path(__file__).with_name("tclib.mplstyle"))
 
 
+def plain(text: str) -> str:
+    """`text` as matplotlib is to show it: a $ in a token, a name or a title begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def legend_below(figure: Figure, axis: Axes, ncols: int, **options: Any) -> None:
     """One legend for all panels, of the lines of one of them."""
     handles, labels = axis.get_legend_handles_labels()

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tclib.figures.style import BLUE, FAMILY_STYLE, OTHER_STYLE, legend_below, styled
+from tclib.figures.style import BLUE, FAMILY_STYLE, OTHER_STYLE, legend_below, plain, styled
 
 
 @styled
@@ -29,7 +29,7 @@ def sparsity_faithfulness(
     figure, axes = plt.subplots(1, n_panels, figsize=(5.2 * n_panels, 4.6), squeeze=False)
     for axis, (title, table) in zip(axes[0], tables.items(), strict=False):
         _pareto_panel(axis, table)
-        axis.set_title(title, fontsize=12)
+        axis.set_title(plain(title), fontsize=12)
         _draw_baselines(axis, table)
     if paper is not None:
         _pareto_panel(axes[0][-1], paper)

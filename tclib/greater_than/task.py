@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tclib.models.language_model import LanguageModel
+from tclib.support.checked import checked
 from tclib.support.errors import InputError
 
 PAPER_TEMPLATE = "The war lasted from 17{yy:02d} to 17"
@@ -53,6 +54,7 @@ class GreaterThan:
     misfits: tuple[Int[Tensor, "1 _"], ...] = ()
 
     @classmethod
+    @checked
     def of(
         cls,
         lm: LanguageModel,
@@ -66,6 +68,7 @@ class GreaterThan:
         no year can be used, or whose prompts differ in length.
         """
         templates = [template] if isinstance(template, str) else list(template)
+        check_templates(templates)
         context = templates[0].format(yy=YEARS[len(YEARS) // 2])
         chosen = form or _form_of(lm, context)
         answers, left_out = _answers(lm, chosen, context)
@@ -148,6 +151,22 @@ class GreaterThan:
         """Σ greater − Σ not greater, for every prompt (any leading batch of such tables)."""
         sign = self.is_greater.to(probabilities) * 2 - 1
         return (probabilities * sign).sum(-1)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise `InputError` for no template, or one that is the same sentence in every year."""
+    for template in templates or ("",):
+        if not _has_year(template):
+            raise InputError(
+                f"templates {template!r}: expected a sentence with {{yy:02d}} for the year"
+            )
+
+
+def _has_year(template: str) -> bool:
+    try:
+        return template.format(yy=17) != template.format(yy=35)
+    except (LookupError, ValueError, TypeError, AttributeError):  # what str.format may raise
+        return False
 
 
 class _Prompt(NamedTuple):

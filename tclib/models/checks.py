@@ -84,8 +84,8 @@ def check_tokenizer(tokenizer: Any, n_embeddings: int, name: str) -> None:
     Errors: `InputError` for one without words (its files are missing), without BOS and EOS, or with
     ids beyond the embedding.
     """
-    vocabulary = tokenizer.get_vocab()
-    if not set(vocabulary) - set(tokenizer.all_special_tokens):
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    if not vocabulary or not set(vocabulary) - set(tokenizer.all_special_tokens):
         raise InputError(
             f"model {name!r} has no tokenizer: expected tokenizer.json (or vocab.json and merges.txt) beside "
             "its weights"

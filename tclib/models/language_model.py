@@ -19,7 +19,10 @@ from tclib.models.checks import check_module, check_report, check_tokenizer
 from tclib.models.identity import keep_hash, kept_hash, model_hash
 from tclib.models.locate import first_line, locate, quiet_transformers
 from tclib.models.running import Running
+from tclib.support.checked import checked
+from tclib.support.declared import whole
 from tclib.support.errors import InputError
+from tclib.support.torch_types import Device, FloatType
 
 METASPACE = "▁"
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -65,8 +68,9 @@ class LanguageModel(Running):
         return self.name if is_found else ""
 
     @classmethod
+    @checked
     def load(
-        cls, name: str, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+        cls, name: str | Path, device: Device | None = None, dtype: FloatType = torch.float32
     ) -> LanguageModel:
         """Load `demo`, `demo-neox`, `smollm2`, a local Hugging Face folder or a hub id.
 
@@ -77,6 +81,7 @@ class LanguageModel(Running):
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        name = str(name)
         location = locate(name)
         quiet_transformers()
         try:
@@ -123,12 +128,21 @@ class LanguageModel(Running):
 
     def check_context(self, n_ctx: int) -> int:
         """`n_ctx`, if the model's context is that long; else `InputError`."""
-        if not 2 <= n_ctx <= self.n_ctx:
+        if not 2 <= whole("n_ctx", n_ctx) <= self.n_ctx:
             raise InputError(
                 f"context of {n_ctx} tokens: {self.name} takes 2 to {self.n_ctx}; set n_ctx accordingly"
             )
         return n_ctx
 
+    def check_text(self, rows: Int[Tensor, "row pos"]) -> None:
+        """Raise `InputError` unless `rows` are tokens, and some of them are predicted and no BOS."""
+        self.check_tokens(rows)
+        if rows.shape[1] < 2:
+            raise InputError(f"rows of 1 token: expected 2 to {self.n_ctx}, the first of them BOS")
+        if not bool((rows != self.bos_id).any()):
+            raise InputError("rows hold nothing but BOS: expected text")
+
+    @checked
     def tokenize(self, text: str) -> Int[Tensor, "1 pos"]:
         """Token ids of `text` with BOS in front.
 
@@ -150,7 +164,12 @@ class LanguageModel(Running):
 
     def token_strings(self, ids: Iterable[int] | Int[Tensor, "token"]) -> list[str]:
         """The text of each token by itself, with the space in front of it where it has one."""
-        return [self._token_string(int(i)) for i in ids]
+        listed = [whole("token id", i) for i in ids]
+        if listed and not 0 <= min(listed) <= max(listed) < self.d_vocab:
+            raise InputError(
+                f"token ids {listed}: {self.name} has ids from 0 to {self.d_vocab - 1}"
+            )
+        return [self._token_string(i) for i in listed]
 
     def _token_string(self, token_id: int) -> str:
         text = str(self.tokenizer.decode([token_id]))

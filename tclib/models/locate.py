@@ -33,7 +33,13 @@ def locate(name: str) -> str:
         return str(BUNDLED[name])
     if name == "smollm2":
         return str(_smollm2_folder())
+    if not name:
+        raise InputError(
+            f"model {name!r}: expected {', '.join(NAMED_MODELS)}, a folder or a hub id"
+        )
     folder = Path(name).expanduser()
+    if folder.is_file():
+        raise InputError(f"model folder {name} is a file: expected a folder")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(
@@ -44,12 +50,12 @@ def locate(name: str) -> str:
     return _locate_on_hub(name)
 
 
-def layers_and_heads(location: str) -> tuple[int, int]:
-    """How many layers, and heads a layer, the model has that `locate` found."""
+def geometry(location: str) -> tuple[int, int, int]:
+    """How many layers, heads a layer, and tokens of context the model has that `locate` found."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(location)
-    return config.num_hidden_layers, config.num_attention_heads
+    return config.num_hidden_layers, config.num_attention_heads, config.max_position_embeddings
 
 
 def _locate_on_hub(name: str) -> str:

@@ -6,29 +6,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tclib.models.weights import ProcessedWeights
+from tclib.support.checked import checked
+from tclib.support.declared import Natural, declared, shown
 from tclib.support.errors import InputError
 
+ID_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 SiteName = Literal["mlp_in", "mlp_out"]
 MlpOverride = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@declared(frozen=True)
 class Site:
     """A place where activations are read: the input or the output of one layer's MLP."""
 
     name: SiteName
-    layer: int
-
-    def __post_init__(self) -> None:
-        if self.name not in get_args(SiteName):
-            raise InputError(f"site {self.name!r}: expected one of {', '.join(get_args(SiteName))}")
+    layer: Natural
 
 
 @dataclass(frozen=True)
@@ -128,11 +127,11 @@ class Running(ProcessedWeights):
         Errors: `InputError` unless they are whole numbers of the vocabulary, [row, pos], not empty and
         not longer than the context.
         """
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.numel() == 0:
-            given = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise InputError(f"tokens {given}: expected a tensor [row, pos] of ids, not empty")
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise InputError(f"tokens of {tokens.dtype}: expected whole numbers, the ids of tokens")
+        are_rows = isinstance(tokens, Tensor) and tokens.ndim == 2 and tokens.numel() > 0
+        if not are_rows or tokens.dtype not in ID_TYPES:
+            raise InputError(
+                f"tokens {shown(tokens)}: expected a tensor of whole numbers [row, pos], not empty"
+            )
         if tokens.shape[1] > self.n_ctx:
             raise InputError(
                 f"rows of {tokens.shape[1]} tokens: {self.name} takes at most {self.n_ctx}; shorten them"
@@ -145,7 +144,7 @@ class Running(ProcessedWeights):
         return tokens
 
     def _ids(self, tokens: Tensor) -> Tensor:
-        return self.check_tokens(tokens).to(self.device)
+        return self.check_tokens(tokens).to(self.device).long()
 
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -159,6 +158,7 @@ class Running(ProcessedWeights):
         logits: Tensor = read.logits
         return logits[:, -1]
 
+    @checked
     @torch.no_grad()
     def read(
         self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site]
@@ -186,6 +186,8 @@ class Running(ProcessedWeights):
         blocks = {site: self._block(self.check_layer(site.layer)) for site in wanted}
         inputs = {site: block.mlp_norm for site, block in blocks.items() if site.name == "mlp_in"}
         outputs = {site: block.mlp for site, block in blocks.items() if site.name == "mlp_out"}
+        if not wanted:
+            raise InputError("no sites: expected at least one Site to read")
         return self._run_until(wanted[-1], tokens, inputs, outputs)
 
     def _processed(self, site: Site, value: Tensor) -> Tensor:
@@ -210,6 +212,8 @@ class Running(ProcessedWeights):
     ) -> Float[Tensor, "*batch d_model"]:
         """mlp_out of `layer` for a given mlp_in."""
         norm = self.mlp_norm(self.check_layer(layer))
+        if mlp_in.shape[-1:] != (self.d_model,):
+            raise InputError(f"mlp_in {shown(mlp_in)}: expected rows of {self.d_model} numbers")
         return norm.centre(self._block(layer).mlp(norm.affine(mlp_in)))
 
     @torch.no_grad()

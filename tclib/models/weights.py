@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tclib.models.architectures import AttentionWeights, Block, NeuronWeights, Norm, architecture_of
+from tclib.support.declared import whole
 from tclib.support.errors import InputError
 
 
@@ -54,7 +55,7 @@ class ProcessedWeights:
 
     def check_layer(self, layer: int) -> int:
         """`layer`, if the model has it; else `InputError`."""
-        if not 0 <= layer < self.n_layers:
+        if not 0 <= whole("layer", layer) < self.n_layers:
             raise InputError(
                 f"layer {layer} is out of range: {self.name} has layers 0 to {self.n_layers - 1}"
             )

@@ -19,6 +19,7 @@ import tclib
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
 from tclib.support.files import new_file, temporary_path, unwritten
+from tclib.support.paths import read_json
 from tclib.support.progress import is_quiet
 from tclib.support.steps import MANIFEST, is_whole, package_versions
 
@@ -49,10 +50,10 @@ def is_current(output: Path, expected: str) -> bool:
     if not output.is_file():
         return False
     try:
-        metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"]
-    except (ValueError, LookupError, TypeError):  # damaged: it will be executed again
+        held = read_json(output, "")
+    except InputError:
         return False
-    return bool(metadata.get(FINGERPRINT) == expected)
+    return isinstance(held, dict) and held.get("metadata", {}).get(FINGERPRINT) == expected
 
 
 def are_intact(run: Run) -> bool:

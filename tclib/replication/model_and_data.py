@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,14 @@ from tclib.figures.greater_than import probability_heatmap
 from tclib.figures.style import save_figure
 from tclib.greater_than.task import GreaterThan, mean_probability_difference
 from tclib.models.language_model import LanguageModel
-from tclib.models.locate import BUNDLED, layers_and_heads, locate
+from tclib.models.locate import BUNDLED, geometry, locate
 from tclib.replication.presets import Preset
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
 from tclib.support.steps import MANIFEST, Step, ensure, save_table
 from tclib.text.corpus import Corpus, build_corpus, check_disjoint
-from tclib.text.documents import bundled_dump
+from tclib.text.documents import bundled_dump, text_documents
 from tclib.text.hub_datasets import locate_dataset
 
 STEP = "00_model_and_data"
@@ -43,13 +44,19 @@ def check_ready(preset: Preset) -> None:
         return
     if corpus.kind == "wikipedia" and not corpus.source:
         bundled_dump()
+    if corpus.kind == "text":
+        text_documents(Path(corpus.source).expanduser())
     if corpus.kind == "huggingface":
         locate_dataset(corpus.source, corpus.revision, corpus.data_files)
 
 
 def check_model(preset: Preset) -> None:
-    """Raise `InputError` if the model cannot be had, or lacks a layer or head of the preset."""
-    n_layers, n_heads = layers_and_heads(locate(preset.model))
+    """Raise `InputError` if the model cannot be had, or lacks a layer, head or context of the preset."""
+    n_layers, n_heads, n_ctx = geometry(locate(preset.model))
+    if preset.corpus.n_ctx > n_ctx:
+        raise InputError(
+            f"corpus.n_ctx {preset.corpus.n_ctx}: expected 2 to {n_ctx} for {preset.model}"
+        )
     keys = [("transcoders.layers", layer, n_layers) for layer in preset.transcoders.layers or ()]
     for section in ("sweep", "case_studies", "greater_than"):
         keys.append((f"{section}.layer", getattr(preset, section).layer, n_layers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -14,11 +14,14 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, field_validator
 
 from tclib.dictionaries.kinds import Kind
-from tclib.greater_than.task import PAPER_TEMPLATE, YEARS
+from tclib.greater_than.task import PAPER_TEMPLATE, YEARS, check_templates
 from tclib.models.language_model import LanguageModel
 from tclib.models.locate import NAMED_MODELS
+from tclib.support.checked import checked
 from tclib.support.declared import (
+    WHOLE,
     Count,
+    Name,
     Natural,
     NonPositive,
     Positive,
@@ -26,10 +29,12 @@ from tclib.support.declared import (
     Share,
     declared,
     parse,
+    shown,
 )
 from tclib.support.errors import InputError
 from tclib.support.files import check_name
 from tclib.support.foreign import read_yaml
+from tclib.support.paths import check_folder
 from tclib.support.places import NOTEBOOKS, PRESETS, default_runs
 from tclib.support.steps import Step
 from tclib.text.corpus import CorpusConfig
@@ -95,7 +100,9 @@ class DictionaryFamily(PresetRecipe):
     def specs(self, layer: int) -> list[DictionarySpec]:
         """One dictionary a sparsity."""
         name = {"relu": "l1_coefficient", "jumprelu": "l0_coefficient"}.get(self.activation, "k")
-        return [self.at(self.kind, layer, **{name: value}) for value in self.sparsities]
+        whole = name == "k" and all(value.is_integer() for value in self.sparsities)
+        values = map(int, self.sparsities) if whole else self.sparsities
+        return [self.at(self.kind, layer, **{name: value}) for value in values]
 
 
 @declared(frozen=True, kw_only=True)
@@ -121,6 +128,8 @@ class SweepConfig(PresetRecipe):
     @classmethod
     def _shared(cls, families: Any, checked: Any) -> Any:
         own = {f.name: checked.data[f.name] for f in fields(Recipe) if f.name in checked.data}
+        if not isinstance(families, Sequence):
+            return families
         return [{**own, **one} if isinstance(one, Mapping) else one for one in families]
 
     def __post_init__(self) -> None:
@@ -146,7 +155,7 @@ class SweepConfig(PresetRecipe):
 class CircuitsConfig:
     """Notebook 03: which prompt, and how many features the comparisons draw."""
 
-    year: Annotated[int, Field(ge=YEARS[0], le=YEARS[-1])] = 35
+    year: Annotated[int, Field(ge=YEARS[0], le=YEARS[-1]), WHOLE] = 35
     """Of the prompt; the root is the mean later answer minus the mean earlier."""
     n_connection_features: Count = 12
     """Features drawn for each pair of layers."""
@@ -184,11 +193,7 @@ class GreaterThanConfig:
     """Components are ablated on every how manieth prompt; 1: on all."""
 
     def __post_init__(self) -> None:
-        for template in self.templates or ("",):
-            if not _has_year(template):
-                raise InputError(
-                    f"templates {template!r}: expected a sentence with {{yy:02d}} for the year"
-                )
+        check_templates(self.templates)
 
     def sae_specs(self, layer: int, transcoders: TranscodersConfig) -> list[DictionarySpec]:
         """SAEs as wide as the transcoders, with their loss."""
@@ -198,13 +203,6 @@ class GreaterThanConfig:
             *(recipe.at("sae_mlp_out", layer, l1_coefficient=value) for value in self.sae_l1),
             *(topk.at("sae_mlp_out", layer, k=value) for value in self.sae_k),
         ]
-
-
-def _has_year(template: str) -> bool:
-    try:
-        return template.format(yy=17) != template.format(yy=35)
-    except (LookupError, ValueError, TypeError, AttributeError):  # what str.format may raise
-        return False
 
 
 @declared(frozen=True)
@@ -255,7 +253,7 @@ class Preset:
     """Of the run and of its folder: that of the preset's file."""
     description: str
     """One line for `tclib presets`."""
-    model: str
+    model: Name
     """`demo`, `demo-neox`, `smollm2`, a local folder of Hugging Face's layout, or a hub id."""
     corpus: CorpusConfig
     """The text."""
@@ -290,6 +288,8 @@ class Preset:
         _check_known("skipped", self.skipped, numbers)
         others = [name for name in preset_names() if name != self.name]
         _check_known("companions", self.companions, others)
+        if len(set(self.companions)) < len(self.companions):
+            raise InputError(f"companions {list(self.companions)}: expected each of them once")
         self._check_sweep()
         self._check_layers()
 
@@ -352,7 +352,10 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load_preset(name: str, seed: int | None = None, runs_dir: str | Path | None = None) -> Preset:
+@checked
+def load_preset(
+    name: str, seed: Natural | None = None, runs_dir: str | Path | None = None
+) -> Preset:
     """Read and check a preset; `seed`, where given, acts on the corpus and on all training.
 
     `name` is a file of notebooks/presets without .yaml, or the path of a YAML file anywhere. A run
@@ -373,8 +376,7 @@ def load_preset(name: str, seed: int | None = None, runs_dir: str | Path | None 
         asked["--seed"] = str(seed)
     usual = preset.runs_dir.expanduser().resolve()
     found = Path(runs_dir or usual).expanduser().resolve()
-    if found.is_file():
-        raise InputError(f"runs_dir {found} is a file: expected a folder")
+    check_folder(found)
     if found != usual:
         asked["--runs-dir"] = str(found)
     return _seeded(replace(preset, runs_dir=found, asked=asked))
@@ -424,7 +426,8 @@ def _beside(preset: Preset, folder: Path) -> Preset:
 def _mapping(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected the keys of a preset, found {values!r}")
+        found = "nothing" if values is None else shown(values)
+        raise InputError(f"{path}: expected names and values, found {found}")
     if set(NOT_IN_FILES) & values.keys():
         raise InputError(
             f"preset {path}: a run is called as the preset's file: leave out the keys "

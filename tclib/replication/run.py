@@ -21,12 +21,15 @@ from tclib.replication.artifacts import (
     Trained,
 )
 from tclib.replication.presets import Preset, load_preset
+from tclib.support.checked import checked
+from tclib.support.declared import Natural
 from tclib.support.steps import Step
 from tclib.text.corpus import Corpus
 
 
+@checked
 def open_run(
-    preset: str = "demo", seed: int | None = None, runs_dir: str | Path | None = None
+    preset: str = "demo", seed: Natural | None = None, runs_dir: str | Path | None = None
 ) -> Run:
     """The run of a preset; nothing is made or loaded before it is asked for.
 
@@ -59,6 +62,7 @@ class Run:
         preset: what it depends on, and where its folders are.
     """
 
+    @checked
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
 

@@ -1,50 +1,97 @@
 """Parameters are declared once: a field of a frozen dataclass, its range, its docstring.
 
-The same checks and the same sentence hold for a value from Python, from a preset or from the shell.
+The same checks and the same sentence hold for a value from Python, from a preset or from the shell, and for
+the arguments of a function that is `checked`.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from operator import index
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import PydanticCustomError
 
 from tclib.support.errors import InputError
 
 __all__ = [
+    "NUMBER",
+    "WHOLE",
     "Count",
+    "Name",
     "Natural",
     "NonNegative",
     "NonPositive",
     "Positive",
     "Seed",
     "Share",
+    "Whole",
     "declared",
     "descriptions",
+    "in_words",
     "parse",
+    "shown",
+    "whole",
 ]
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-NonPositive = Annotated[float, Field(le=0)]
-Positive = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch's generators take
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _whole(value: Any) -> int:
+    """An int of Python, numpy or torch: nothing that would have to be cut, guessed or read."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return index(value)
+    except TypeError:
+        raise PydanticCustomError("whole", "expected a whole number") from None
+
+
+def whole(name: str, value: Any) -> int:
+    """`value`, if it is a whole number. Errors: `InputError` that calls it `name`."""
+    try:
+        return _whole(value)
+    except PydanticCustomError as error:
+        raise InputError(f"{name} {shown(value)}: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """Anything but true and false: 1e-3 is a string to YAML."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "expected a valid number")
+    return value
+
+
+WHOLE, NUMBER = BeforeValidator(_whole), BeforeValidator(_number)
+Whole = Annotated[int, WHOLE]
+Count = Annotated[int, Field(ge=1), WHOLE]
+Natural = Annotated[int, Field(ge=0), WHOLE]
+NonNegative = Annotated[float, Field(ge=0), NUMBER]
+NonPositive = Annotated[float, Field(le=0), NUMBER]
+Positive = Annotated[float, Field(gt=0), NUMBER]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1), WHOLE]  # what torch's generators take
+Share = Annotated[float, Field(ge=0, le=1), NUMBER]
+Name = Annotated[str, Field(min_length=1)]
 
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 _UNKNOWN = "unexpected_keyword_argument"
+_SHORT = 60  # characters of a value that a sentence repeats
 _WORDS = {
     "Input should be ": "expected ",
-    "a valid tuple": "a list",
-    "a valid dictionary": "names and values",
-    "a valid mapping": "names and values",
+    "Input is not a valid path for .*": "expected a path",
+    "String should have at least 1 character": "expected a name",
+    r"\w+ should have at least 1 item .*": "expected at least one",
+    r"\w+ should have at most (\d+) items? .*": r"expected at most \1",
+    "Field required": "expected a value",
+    "a valid (tuple|list|frozenset)|an instance of Sequence": "a list",
+    "'str' instances are not allowed .*": "expected a list",
+    "(a valid dictionary|a valid mapping|a dictionary or an instance of .*)": "names and values",
     "greater than or equal to ": "at least ",
     "less than or equal to ": "at most ",
     "greater than ": "more than ",
@@ -78,7 +125,7 @@ else:
     declared = _declared
 
 
-def parse(cls: type[T], values: Mapping[str, Any], what: str) -> T:
+def parse(cls: type[T], values: Any, what: str) -> T:
     """A declared class from the nested mappings of a file. Errors: `InputError` that names `what`."""
     try:
         return TypeAdapter(cls).validate_python(values)
@@ -94,7 +141,7 @@ def descriptions(cls: Any) -> dict[str, str]:
 def _sentence(error: ValidationError, cls: Any) -> str:
     """The field, its value and what was expected, of the first mistake; misspelt names go first."""
     first = min(error.errors(), key=lambda one: one["type"] != _UNKNOWN)
-    place, value = list(first["loc"]), first["input"]
+    place = list(first["loc"])
     names = [field.name for field in fields(cls)]
     if place and isinstance(place[0], int) and place[0] < len(names):
         place[0] = names[place[0]]  # given by position
@@ -108,11 +155,29 @@ def _sentence(error: ValidationError, cls: Any) -> str:
         return ": ".join(part for part in (where, str(first["ctx"]["error"])) if part)
     if first["type"] == "missing":
         return f"{where}: expected a value, found none"
-    message = first["msg"]
+    return in_words(where, first)
+
+
+def in_words(where: str, mistake: Mapping[str, Any]) -> str:
+    """One of pydantic's errors: the place, its value and what was expected."""
+    message = mistake["msg"]
     for theirs, ours in _WORDS.items():
-        message = message.replace(theirs, ours)
-    shown = value if isinstance(value, int | float) else repr(value)
-    return f"{where} {shown}: {message}"
+        message = re.sub(theirs, ours, message)
+    return f"{where} {shown(mistake['input'])}: {message}".lstrip()
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence names it: itself if it is short, an array's type and shape, or its class."""
+    if isinstance(value, bool | int | float) or value is None:
+        return str(value)
+    if getattr(value, "shape", ()) and hasattr(value, "dtype"):
+        kind = "" if type(value).__name__ == "Tensor" else f" {type(value).__name__}"
+        shape = ", ".join(map(str, value.shape))
+        return f"{str(value.dtype).removeprefix('torch.')}{kind} ({shape})"
+    if isinstance(value, PurePath):
+        return repr(str(value))
+    is_plain = type(value).__module__ in ("builtins", "torch")  # a dtype, a device, a container
+    return text if is_plain and len(text := repr(value)) <= _SHORT else type(value).__name__
 
 
 def _names(cls: Any, place: Sequence[int | str]) -> list[str]:

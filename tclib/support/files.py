@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tclib.support.errors import InputError
 from tclib.support.foreign import check_header, parse_json
+from tclib.support.paths import check_file, check_folder
 
 HEADER_KEY = "tclib"
 MAX_NAME = 100  # characters: a file's name, with what we add to it, may have 255 bytes
@@ -43,6 +44,9 @@ def new_file(path: Path) -> Iterator[Path]:
     Errors: `InputError` when the disk is full or the folder cannot be written; what `path` held
     before is left as it was.
     """
+    check_folder(path.parent)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: expected a file")
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +65,7 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it replaces `path` on success, vanishes on failure."""
+    check_folder(path)
     temporary = temporary_path(path)
     replaced = temporary.with_name(f".{path.name}.old.{os.getpid()}.tmp")
     try:
@@ -145,8 +150,7 @@ def exclusive(folder: Path, is_patient: bool = False) -> Iterator[None]:
     be at work, and a finished one can be read: there is no lock then. Errors: `InputError` for a file in
     the folder's place.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: expected a folder")
+    check_folder(folder)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -172,8 +176,7 @@ def copy_folder(source: Path, target: Path) -> tuple[list[Path], list[Path]]:
 
     Errors: `InputError` naming the files of `target` that differ; nothing is written then.
     """
-    if target.is_file():
-        raise InputError(f"{target} is a file: expected a folder")
+    check_folder(target)
     wanted = {
         path: target / path.relative_to(source)
         for path in sorted(source.rglob("*"))
@@ -210,10 +213,15 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file whose header holds `metadata` (as JSON) and a checksum."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"metadata": dict(metadata), "sha256": tensors_hash(whole)}
+    try:
+        header = json.dumps(
+            {"metadata": dict(metadata), "sha256": tensors_hash(whole)}, sort_keys=True
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected metadata that JSON can hold ({error})") from error
     with new_file(path) as temporary:
         # One key: safetensors writes several in no fixed order, and equal runs must give equal bytes.
-        save_file(whole, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+        save_file(whole, temporary, metadata={HEADER_KEY: header})
 
 
 def load_tensors(
@@ -224,8 +232,7 @@ def load_tensors(
     A file whose bytes have just been held against a manifest `is_checked`: it is not hashed again.
     Errors: `InputError` naming the file and `remedy` if it is missing, truncated or altered.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: {remedy}")
+    check_file(path, remedy)
     try:
         check_header(path)
         with safe_open(path, framework="pt") as file:
@@ -233,11 +240,14 @@ def load_tensors(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or corrupted ({error}): {remedy}") from error
-    if "sha256" not in header:
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: its header is not JSON ({error}): {remedy}") from error
+    metadata = header.get("metadata") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or "sha256" not in header:
         raise InputError(f"{path} was not written by tclib (no checksum in its header): {remedy}")
     if not is_checked and tensors_hash(tensors) != header["sha256"]:
         raise InputError(f"{path} is corrupted (its checksum does not match): {remedy}")
-    return tensors, header["metadata"]
+    return tensors, metadata
 
 
 def file_hash(path: Path) -> str:

@@ -56,16 +56,31 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds, in plain values.
 
     Errors: `InputError` if it cannot be read, is larger than 100 kB or nested deeper than 50, if one value
-    has more than 3,000 characters, or if all come to more than a million with aliases written out.
+    has more than 3,000 characters, or if all come to more than a million with aliases written out; if a key
+    stands twice, or is no name.
     """
     text = _text(path, "YAML")
     try:
         _check_aliases(text, path)
-        return yaml.safe_load(text)
+        return yaml.load(text, _Strict)
     except InputError:
         raise
     except Exception as error:  # values that look like a date or a number raise all kinds
         raise InputError(f"{path} is not YAML: {_line(error)}") from error
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML as people mean it: the language lets the last of two equal keys win, in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise yaml.YAMLError(f"key {key.value}: expected a name{key.start_mark}")
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value} stands there twice{key.start_mark}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _text(path: Path, language: str) -> str:

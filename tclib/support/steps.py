@@ -18,6 +18,7 @@ import pandas as pd
 
 from tclib.support.errors import InputError
 from tclib.support.files import file_hash, json_ready, new_file
+from tclib.support.paths import read_json
 from tclib.support.places import CHECKOUT
 
 MANIFEST = "manifest.json"
@@ -119,14 +120,17 @@ def read_manifest(step: Step) -> dict[str, Any]:
     path = step.folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{step.folder} has not been made yet: run `{step.command}`")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        *_, outputs = (manifest[key] for key in ("parameters", "inputs", "outputs"))
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} is truncated or corrupted: {step.remedy}") from error
-    for output in _altered(step.folder, outputs):
+    manifest = _manifest(path, step.remedy)
+    for output in _altered(step.folder, manifest["outputs"]):
         raise InputError(f"{output} is missing or was altered: {step.remedy}")
     return manifest
+
+
+def _manifest(path: Path, remedy: str) -> dict[str, Any]:
+    held = read_json(path, remedy)
+    if not isinstance(held, dict) or not {"parameters", "inputs", "outputs"} <= held.keys():
+        raise InputError(f"{path} is truncated or corrupted: {remedy}")
+    return held
 
 
 def _altered(folder: Path, named: Mapping[str, str]) -> Iterator[Path]:
@@ -140,10 +144,10 @@ def _altered(folder: Path, named: Mapping[str, str]) -> Iterator[Path]:
 def is_whole(folder: Path) -> bool:
     """Whether every file that the manifest in `folder` names, figures too, is there as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        named = {**manifest["outputs"], **manifest.get("extras", {})}
-    except (ValueError, LookupError, TypeError):
+        manifest = _manifest(folder / MANIFEST, "")
+    except InputError:
         return False
+    named = {**manifest["outputs"], **manifest.get("extras", {})}
     return not any(_altered(folder, named))
 
 
@@ -157,7 +161,7 @@ def save_extra(step: Step, name: str, write: Callable[[Path], object]) -> None:
     with new_file(step.folder / name) as temporary:
         write(temporary)
     manifest_path = step.folder / MANIFEST
-    manifest = json.loads(manifest_path.read_text())
+    manifest = _manifest(manifest_path, step.remedy)
     manifest.setdefault("extras", {})[name] = file_hash(step.folder / name)
     with new_file(manifest_path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")

@@ -23,7 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tclib.models.language_model import LanguageModel
-from tclib.support.declared import Seed, declared
+from tclib.support.checked import checked
+from tclib.support.declared import NUMBER, WHOLE, Count, Seed, declared
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
 from tclib.text import world
@@ -58,13 +59,13 @@ class CorpusConfig:
     data_files: tuple[str, ...] = ()
     """huggingface: names or patterns, relative to the source, of the files to read; empty: all of the
     training split."""
-    n_ctx: Annotated[int, Field(ge=2)] = 128
+    n_ctx: Annotated[int, Field(ge=2), WHOLE] = 128
     """Tokens a row. Paper: 128."""
-    n_train_tokens: int = 1_000_000
+    n_train_tokens: Count = 1_000_000
     """Tokens of the training split, at most. Paper: 60 million."""
-    n_eval_tokens: int = 100_000
+    n_eval_tokens: Count = 100_000
     """Tokens of the evaluation split, at most. Paper: 3.2 million."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    eval_fraction: Annotated[float, Field(gt=0, lt=1), NUMBER] = 0.1
     """Share of the documents that is kept for evaluation."""
     seed: Seed = 0
     """Decides the order of rows and, where text is drawn, which. A preset's own seed replaces it."""
@@ -86,6 +87,7 @@ class CorpusConfig:
                 )
 
 
+@checked
 @dataclass(frozen=True)
 class Corpus:
     """Rows for training and for evaluation, and the hash that names them."""
@@ -113,6 +115,7 @@ class Corpus:
         }
 
 
+@checked
 def build_corpus(config: CorpusConfig, lm: LanguageModel) -> Corpus:
     """Tokenise, split, pack and shuffle.
 
@@ -143,7 +146,8 @@ def check_disjoint(
     if train.shape[1] != evaluation.shape[1]:
         return
     seen = {row.tobytes() for row in train.numpy()}
-    n_shared = sum(row.tobytes() in seen for row in evaluation.numpy())
+    # In one type: bytes of other widths would never be equal.
+    n_shared = sum(row.tobytes() in seen for row in evaluation.to(train).numpy())
     if n_shared:
         raise InputError(
             f"{n_shared} of {len(evaluation)} evaluation rows are training rows too: "

@@ -47,6 +47,8 @@ def _paragraph_runs(file: Path) -> Iterator[str]:
 
 def docstring_documents(root: Path) -> Iterator[str]:
     """Docstrings of 200 characters or more of every Python file below `root`, in path order."""
+    if not root.exists():
+        raise InputError(f"docstrings of {root}: no such folder")
     files = sorted(root.rglob("*.py"))
     if not files:
         raise InputError(f"docstrings of {root}: no Python files there")

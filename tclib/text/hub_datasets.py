@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tclib.models.hub import cached_snapshot, check_hub_reachable, check_repository_id
 from tclib.models.locate import first_line
+from tclib.support.declared import shown
 from tclib.support.errors import InputError
 
 STREAM_SHUFFLE_BUFFER = 10_000
@@ -38,7 +39,15 @@ def dataset_documents(
             f"dataset {source!r} has columns {sorted(columns)}: expected one named text"
         )
     shuffled = stream.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE_BUFFER)
-    return (example["text"] for example in shuffled)
+    return _texts(source, shuffled)
+
+
+def _texts(source: str, examples: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for text in (example["text"] for example in examples):
+        if isinstance(text, str):
+            yield text
+        elif text is not None:
+            raise InputError(f"dataset {source!r}: text {shown(text)}: expected strings")
 
 
 def locate_dataset(

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary, new_dictionary
 from tclib.models.language_model import LanguageModel
+from tclib.support.checked import checked
 from tclib.support.errors import InputError
 from tclib.support.files import exclusive, load_tensors, save_tensors
+from tclib.support.paths import check_folder
 from tclib.support.progress import progress
 from tclib.training.activations import ActivationCache, Block, Harvest, needed_sites
 from tclib.training.gradients import StepResult
@@ -38,6 +40,7 @@ CACHE = "activations"
 UNCOUNTED = ("track", "log_every_steps", "checkpoint_every_steps")  # no weight depends on them
 
 
+@checked
 def train(
     lm: LanguageModel,
     rows: Int[Tensor, "row pos"],
@@ -56,7 +59,10 @@ def train(
     specs, a folder in use or made with other parameters, a non-finite loss.
     """
     folder = Path(folder)
-    run = _Run(lm, rows, tuple(specs), config, folder, Path(cache_folder or folder / CACHE))
+    cache_folder = Path(cache_folder or folder / CACHE)
+    for place in (folder, cache_folder):
+        check_folder(place)
+    run = _Run(lm, rows, tuple(specs), config, folder, cache_folder)
     with exclusive(folder):
         finished = run.load_finished()
         return finished if finished is not None else run.carry_out()
@@ -76,6 +82,7 @@ class _Run:
         names = [spec.name for spec in self.specs]
         if not names or len(set(names)) < len(names):
             raise InputError(f"dictionaries {names}: expected at least one, and no two the same")
+        self.lm.check_text(self.rows)
         self._configs = [spec.dictionary_config(self.lm) for spec in self.specs]
         sites = needed_sites((c.input_site, c.output_site) for c in self._configs)
         # No block larger than the run needs, and none smaller than a batch.

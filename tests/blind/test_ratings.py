@@ -46,7 +46,7 @@ def test_files_of_others_and_bad_ratings_are_refused(tmp_path: Path) -> None:
         store.rate(1, "good")  # type: ignore[arg-type]
     assert json.loads(path.read_text())["answers"].keys() == {"0"}
     path.write_text("{")
-    with pytest.raises(InputError, match="no ratings file"):
+    with pytest.raises(InputError, match="truncated or corrupted"):
         RatingStore(path, 3, "anna")
 
 

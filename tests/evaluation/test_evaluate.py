@@ -109,7 +109,7 @@ def test_bad_input_is_named() -> None:
     lm = tiny_lm()
     with pytest.raises(InputError, match="nothing to evaluate"):
         evaluate(lm, {}, ROWS)
-    with pytest.raises(InputError, match="nothing to evaluate"):
+    with pytest.raises(InputError, match="not empty"):
         evaluate(lm, dictionaries(), ROWS[:0])
     with pytest.raises(InputError, match="10 of 10 evaluation rows are training rows"):
         evaluate(lm, dictionaries(), ROWS, train_rows=ROWS)

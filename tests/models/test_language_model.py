@@ -226,6 +226,6 @@ def test_a_failed_conversion_leaves_nothing_behind(
 def test_a_site_that_does_not_exist_is_named() -> None:
     with (
         unchecked_types(),
-        pytest.raises(InputError, match="site 'mlp_inn': expected one of mlp_in"),
+        pytest.raises(InputError, match="name 'mlp_inn': expected 'mlp_in'"),
     ):
         Site("mlp_inn", 2)  # type: ignore[arg-type]

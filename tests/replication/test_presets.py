@@ -88,7 +88,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "transcoders.training.batch_size 0: expected at least 1",
         transcoders={**values["transcoders"], "training": training},
     )
-    refused("sweep.layer 'two': expected a valid integer", sweep={"layer": "two"})
+    refused("sweep.layer 'two': expected a whole number", sweep={"layer": "two"})
     refused("sweep.layer: expected a value, found none", sweep={})
     refused(
         "sweep.transcoder_l1.0 -1.0: expected more", sweep={"layer": 1, "transcoder_l1": [-1.0]}

@@ -12,6 +12,8 @@ from tclib.dictionaries.formats.authors import read_authors
 from tclib.dictionaries.formats.circuit_tracer import read_circuit_tracer, write_circuit_tracer
 from tclib.dictionaries.formats.saelens import read_saelens, write_saelens
 from tclib.dictionaries.formats.sparsify import read_sparsify, write_sparsify
+from tclib.support.checked import checked
+from tclib.support.declared import Natural
 from tclib.support.errors import InputError
 
 Format = Literal["tclib", "saelens", "circuit-tracer", "sparsify", "authors"]
@@ -64,7 +66,8 @@ def read_any(path: Path) -> Found:
     return Found(kind, {one.config.layer: one})
 
 
-def load_dictionary(path: str | Path, layer: int | None = None) -> Dictionary:
+@checked
+def load_dictionary(path: str | Path, layer: Natural | None = None) -> Dictionary:
     """The dictionary at a path, of any known format; of several the one of `layer`.
 
     Errors: `InputError` if no format is recognised, or which one is meant cannot be told.

@@ -1,0 +1,33 @@
+"""What is said of a path before anything is read from it or written to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tclib.support.errors import InputError
+
+
+def check_file(path: Path, remedy: str) -> None:
+    """Raise `InputError` unless `path` is a file."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: expected a file; {remedy}")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: {remedy}")
+
+
+def check_folder(path: Path) -> None:
+    """Raise `InputError` unless `path` is a folder or can become one: neither it nor what is above it is a file."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file: expected a folder; choose another place, or move it")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """What a JSON file holds. Errors: `InputError` naming the file, what is wrong with it, and `remedy`."""
+    check_file(path, remedy)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is truncated or corrupted ({error}): {remedy}") from error
