@@ -80,7 +80,7 @@ def demo() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     PRESET_KEYS,
-    ids=[f"{key} {value!r}" for key, value, _ in PRESET_KEYS],
+    ids=[f"{key} {'gone' if value is GONE else repr(value)}" for key, value, _ in PRESET_KEYS],
 )
 def test_a_presets_key(
     key: str, value: Any, words: str, demo: dict[str, Any], tmp_path: Path

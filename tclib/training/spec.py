@@ -128,7 +128,7 @@ class DictionarySpec(Recipe, Place):
 
 @declared(frozen=True)
 class TrainingConfig:
-    """How all dictionaries of a run are trained. Defaults are the paper's (Appendix E)."""
+    """How all dictionaries of a run are trained. Defaults are the paper's (Appendix E), or say what theirs was."""
 
     n_tokens: Count = 60_000_000
     """Tokens to train on; passes over the corpus are repeated as needed. Paper: 60 million."""
