@@ -161,7 +161,11 @@ def presets() -> None:
     from tclib.replication.presets import load_preset, preset_names
 
     for name in preset_names():
-        typer.echo(f"{name:16} {load_preset(name).description}")
+        try:
+            said = load_preset(name).description
+        except InputError as error:  # of one file: the others can be used
+            said = f"cannot be used: {error}"
+        typer.echo(f"{name:16} {said}")
 
 
 @preset_app.command("schema")

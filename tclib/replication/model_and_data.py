@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,12 @@ def check_ready(preset: Preset) -> None:
     corpus = preset.corpus
     if (preset.step(STEP).folder / MANIFEST).is_file():
         return
-    if corpus.kind == "wikipedia" and not corpus.source:
-        bundled_dump()
     if corpus.kind == "huggingface":
         locate_dataset(corpus.source, corpus.revision, corpus.data_files)
+    elif corpus.source and not Path(corpus.source).expanduser().exists():
+        raise InputError(f"corpus.source {corpus.source}: no such file or folder")
+    elif corpus.kind == "wikipedia" and not corpus.source:
+        bundled_dump()
 
 
 def check_model(preset: Preset) -> None:

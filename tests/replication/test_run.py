@@ -146,6 +146,15 @@ def test_what_the_model_lacks_is_refused_before_anything_is_made(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("kind", ["text", "docstrings", "wikipedia"])
+def test_text_that_is_not_there_is_said_before_anything_is_made(kind: Any, tmp_path: Path) -> None:
+    preset = load_preset("demo", runs_dir=tmp_path / "runs")
+    bad = replace(preset, corpus=replace(preset.corpus, kind=kind, source=str(tmp_path / "none")))
+    with pytest.raises(InputError, match="corpus.source .*none: no such file or folder"):
+        model_and_data.check_ready(bad)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_year_after_which_nothing_comes_is_refused_unless_no_circuit_is_asked_for(
     tmp_path: Path,
 ) -> None:
