@@ -382,6 +382,8 @@ def demo_model(
 
     if architecture not in ("gpt2", "neox"):
         raise InputError(f"architecture {architecture!r}: expected gpt2 or neox")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"{out} is there already: choose another place, or remove it")
     torch.set_num_threads(1)  # sums in another order would give other bits
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(json.dumps(train_model(ModelTraining(architecture), out), indent=2))

@@ -319,6 +319,13 @@ def test_two_files_of_one_name_are_not_evaluated_as_one(tmp_path: Path) -> None:
         invoke("evaluate", *map(str, files))
 
 
+def test_a_model_is_not_trained_over_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    for out in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(InputError, match="is there already: choose another place"):
+            invoke("demo-model", "gpt2", str(out))
+
+
 def test_train_has_an_option_for_every_hyperparameter_with_its_description() -> None:
     text = " ".join(invoke("train", "--help").split())
     for cls in (DictionarySpec, TrainingConfig):
