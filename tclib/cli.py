@@ -170,7 +170,11 @@ def presets() -> None:
     from tclib.replication.presets import load_preset, preset_names
 
     for name in preset_names():
-        typer.echo(f"{name:16} {load_preset(name).description}")
+        try:
+            said = load_preset(name).description
+        except InputError as error:  # of one file: the others can be used
+            said = f"cannot be used: {error}"
+        typer.echo(f"{name:16} {said}")
 
 
 @preset_app.command("schema")
@@ -389,6 +393,8 @@ def demo_model(
     from tclib.training.world_models import ModelTraining, train_model
 
     check_folder(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is there already: choose another place, or remove it")
     torch.set_num_threads(1)  # sums in another order would give other bits
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(json.dumps(train_model(ModelTraining(architecture), out), indent=2))

@@ -200,6 +200,18 @@ def test_presets_lists_every_preset() -> None:
     assert all(path.stem in output for path in PRESETS.glob("*.yaml"))
 
 
+def test_presets_lists_the_others_where_one_file_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("demo", "demo-neox"):
+        (tmp_path / f"{name}.yaml").write_text((PRESETS / f"{name}.yaml").read_text())
+    (tmp_path / "a.yaml").touch()
+    monkeypatch.setattr("tclib.replication.presets.PRESETS", tmp_path)
+    first, *others = invoke("presets").splitlines()
+    assert first.startswith("a ") and "cannot be used: " in first and "a.yaml" in first
+    assert [line.split()[0] for line in others] == ["demo", "demo-neox"]
+
+
 def advice(preset: Preset, options: list[str]) -> dict[str, str]:
     """What is said at each place that advises a command, for a run without and with files."""
     step = preset.step("03_circuit_tools")
@@ -305,6 +317,13 @@ def test_two_files_of_one_name_are_not_evaluated_as_one(tmp_path: Path) -> None:
         random_transcoder(0, "relu").save(file)
     with pytest.raises(InputError, match="^x: more than one file of this name"):
         invoke("evaluate", *map(str, files))
+
+
+def test_a_model_is_not_trained_over_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    for out in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(InputError, match="is there already: choose another place"):
+            invoke("demo-model", "gpt2", str(out))
 
 
 def test_train_has_an_option_for_every_hyperparameter_with_its_description() -> None:

@@ -45,9 +45,10 @@ def _plain(name: str) -> str:
 
 
 def model_hash(model: Any) -> str:
-    """sha256 of a model's weights as they are now, in float32, and of how they act."""
+    """sha256 of a model's weights as they are now, and of how they act: in which precision, say."""
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
     acts = {name: getattr(model.config, name, None) for name in ACTS_BY.split()}
+    acts["dtype"] = str(model.dtype)
     text = json.dumps(acts, sort_keys=True, default=str) + tensors_hash(weights)
     return hashlib.sha256(text.encode()).hexdigest()
 

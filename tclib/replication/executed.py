@@ -1,7 +1,7 @@
 """Notebooks of a run, executed: a copy is current as long as all that it came from is what it was.
 
-That is its cells and parameters, the preset, the model's weights, tclib's own files, the packages that decide the numbers, and
-every file that the run's manifests name.
+That is its cells and parameters, the preset, the model's weights (and the companions'), tclib's own files, the
+packages that decide the numbers, and every file that the run's manifests name.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tclib.support.paths import read_json
 from tclib.support.progress import is_quiet
 from tclib.support.steps import MANIFEST, is_whole, package_versions
 
+FIRST_WITH_COMPANIONS = "02"  # a notebook's number
 FINGERPRINT = "tclib_fingerprint"  # in the executed copy's metadata
 
 
@@ -30,7 +31,9 @@ def fingerprint(run: Run, notebook: Path, parameters: Mapping[str, Any]) -> str:
     """Names what an executed copy comes from, but for the run's artifacts."""
     digest = hashlib.sha256(_own_files())
     cells = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
-    held = [cells, dict(parameters), asdict(run.preset), run.model_hash, package_versions()]
+    runs = [run, *(run.companions if notebook.name >= FIRST_WITH_COMPANIONS else ())]
+    identities = [(asdict(one.preset), one.model_hash) for one in runs]
+    held = [cells, dict(parameters), identities, package_versions()]
     digest.update(json.dumps(held, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

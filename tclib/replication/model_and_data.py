@@ -42,12 +42,14 @@ def check_ready(preset: Preset) -> None:
     corpus = preset.corpus
     if (preset.step(STEP).folder / MANIFEST).is_file():
         return
-    if corpus.kind == "wikipedia" and not corpus.source:
-        bundled_dump()
-    if corpus.kind == "text":
-        text_documents(Path(corpus.source).expanduser())
     if corpus.kind == "huggingface":
         locate_dataset(corpus.source, corpus.revision, corpus.data_files)
+    elif corpus.source and not Path(corpus.source).expanduser().exists():
+        raise InputError(f"corpus.source {corpus.source}: no such file or folder")
+    elif corpus.kind == "wikipedia" and not corpus.source:
+        bundled_dump()
+    elif corpus.kind == "text":
+        text_documents(Path(corpus.source).expanduser())
 
 
 def check_model(preset: Preset) -> None:

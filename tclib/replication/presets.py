@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from tclib.dictionaries.kinds import Kind
 from tclib.greater_than.task import PAPER_TEMPLATE, YEARS, check_templates
 from tclib.models.language_model import LanguageModel
 from tclib.models.locate import NAMED_MODELS
+from tclib.replication.preset_checks import check_preset
 from tclib.support.checked import checked
 from tclib.support.declared import (
     WHOLE,
@@ -35,7 +36,7 @@ from tclib.support.errors import InputError
 from tclib.support.files import check_name
 from tclib.support.foreign import read_yaml
 from tclib.support.paths import check_folder
-from tclib.support.places import NOTEBOOKS, PRESETS, default_runs
+from tclib.support.places import PRESETS, default_runs
 from tclib.support.steps import Step
 from tclib.text.corpus import CorpusConfig
 from tclib.training.spec import DictionarySpec, Loss, Recipe, TrainingConfig
@@ -284,48 +285,7 @@ class Preset:
 
     def __post_init__(self) -> None:
         check_name("name", self.name, "-_.")
-        numbers = [path.name[:2] for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
-        _check_known("skipped", self.skipped, numbers)
-        others = [name for name in preset_names() if name != self.name]
-        _check_known("companions", self.companions, others)
-        if len(set(self.companions)) < len(self.companions):
-            raise InputError(f"companions {list(self.companions)}: expected each of them once")
-        self._check_sweep()
-        self._check_layers()
-
-    def _check_sweep(self) -> None:
-        """Raise `InputError` if notebooks 02 and 05 would miss what they compare."""
-        kinds = {spec.kind for spec in self.sweep.specs()}
-        compared = {
-            "02": {"transcoder", "sae_mlp_out"} <= kinds,
-            "05": "transcoder" in kinds and len(kinds) > 1,
-        }
-        for number, is_there in compared.items():
-            if number not in self.skipped and not is_there:
-                raise InputError(
-                    "sweep: expected transcoder_l1, sae_mlp_out_l1 or families, transcoders and SAEs "
-                    f"among them, or skip notebook {number}"
-                )
-
-    def _check_layers(self) -> None:
-        """Raise `InputError` if notebooks 03, 04 or 06 would miss a transcoder."""
-        layers, studied = self.transcoders.layers, self.case_studies.layer
-        if layers is None:
-            return
-        needed = {
-            "case_studies.layer": ("04", self.sweep.layer if studied is None else studied),
-            "greater_than.layer": ("06", self.greater_than.layer),
-        }
-        for key, (number, layer) in needed.items():
-            if number not in self.skipped and layer not in (None, *layers):
-                raise InputError(
-                    f"{key} {layer}: expected one of transcoders.layers, {list(layers)}, or skip "
-                    f"notebook {number}"
-                )
-        if "03" not in self.skipped and len(layers) < 2:
-            raise InputError(
-                f"transcoders.layers {list(layers)}: expected two or more, or skip notebook 03"
-            )
+        check_preset(self, [name for name in preset_names() if name != self.name])
 
     @property
     def folder(self) -> Path:
@@ -339,12 +299,6 @@ class Preset:
     def step(self, name: str) -> Step:
         """Where step `name` of this run lives."""
         return Step(self.name, name, self.folder / name, self.command)
-
-
-def _check_known(key: str, given: Iterable[str], known: list[str]) -> None:
-    for value in given:
-        if value not in known:
-            raise InputError(f"{key} {value!r}: expected one of {', '.join(known)}")
 
 
 def preset_names() -> list[str]:

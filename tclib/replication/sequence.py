@@ -11,7 +11,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tclib.replication.executed import are_intact, execute, fingerprint, is_current
+from tclib.replication.executed import (
+    FIRST_WITH_COMPANIONS,
+    are_intact,
+    execute,
+    fingerprint,
+    is_current,
+)
 from tclib.replication.model_and_data import check_ready
 from tclib.replication.presets import Preset
 from tclib.replication.run import Run
@@ -31,7 +37,8 @@ _MADE = re.compile(
 def check_all_ready(preset: Preset, notebooks: Sequence[Path]) -> None:
     """Raise `InputError`, before anything is written, if a model or corpus of the run cannot be had."""
     check_ready(preset)
-    if "02" not in preset.skipped and notebooks[-1].name >= "02":
+    first = FIRST_WITH_COMPANIONS
+    if first not in preset.skipped and notebooks[-1].name >= first:
         for companion in Run(preset).companions:
             check_ready(companion.preset)
 

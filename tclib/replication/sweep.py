@@ -17,6 +17,7 @@ from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.replication.transcoders import evaluate_once, train_once
 from tclib.replication.verdicts import Line, claim_line
+from tclib.support.errors import InputError
 from tclib.support.statistics import bootstrap_means, interval
 from tclib.support.steps import save_table
 
@@ -27,8 +28,16 @@ _CLAUSES = {"transcoder": "transcoders better", "SAE": "SAEs better", "tie": "no
 
 
 def make_sweep(run: Run) -> Trained:
-    """Transcoders and SAEs of one layer over several sparsities, from one harvest."""
+    """Transcoders and SAEs of one layer over several sparsities, from one harvest.
+
+    Errors: `InputError` for a preset without a sweep.
+    """
     config = run.preset.sweep
+    if not config.specs():
+        raise InputError(
+            f"preset {run.preset.name} has no sweep: give it sweep.transcoder_l1, sweep.sae_mlp_out_l1 or "
+            "sweep.families"
+        )
     return train_once(run, STEP, config.specs(), config.training)
 
 

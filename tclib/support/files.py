@@ -22,6 +22,7 @@ from torch import Tensor
 from tclib.support.errors import InputError
 from tclib.support.foreign import check_header, parse_json
 from tclib.support.paths import check_file, check_folder
+from tclib.support.progress import progress
 
 HEADER_KEY = "tclib"
 MAX_NAME = 100  # characters: a file's name, with what we add to it, may have 255 bytes
@@ -154,11 +155,7 @@ def exclusive(folder: Path, is_patient: bool = False) -> Iterator[None]:
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=-1 if is_patient else 0)
-    except Timeout as error:
-        raise InputError(
-            f"another run is working in {folder}: wait for it to end, or choose another runs_dir"
-        ) from error
+        _acquire(lock, folder, is_patient)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(unwritten(folder, error)) from error
@@ -169,6 +166,19 @@ def exclusive(folder: Path, is_patient: bool = False) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path, is_patient: bool) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        if not is_patient:
+            raise InputError(
+                f"another run is working in {folder}: wait for it to end, or choose another runs_dir"
+            ) from error
+        waiting = f"waiting for another run in {folder}"
+        with progress(None, waiting, bar_format="{desc} {elapsed}", leave=False):
+            lock.acquire()
 
 
 def copy_folder(source: Path, target: Path) -> tuple[list[Path], list[Path]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tclib.support.errors import InputError
-from tclib.support.files import new_file
+from tclib.support.files import new_file, unwritten
 from tclib.training.trainer import Measurement
 
 LOG = "training_log.csv"
@@ -72,17 +72,23 @@ class Meter:
 def append_log(
     path: Path, step: int, n_tokens: int, measured: dict[str, Measurement], speed: float
 ) -> None:
-    """Add a line a dictionary to the log, and the header if it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(LOG_COLUMNS)
-        for name, line in measured.items():
-            writer.writerow([step, n_tokens, name, *asdict(line).values(), round(speed, 1)])
-        file.flush()
-        os.fsync(file.fileno())  # before the checkpoint that stands for these lines
+    """Add a line a dictionary to the log, and the header if it is new.
+
+    Errors: `InputError` if the disk does not take it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(LOG_COLUMNS)
+            for name, line in measured.items():
+                writer.writerow([step, n_tokens, name, *asdict(line).values(), round(speed, 1)])
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that stands for these lines
+    except OSError as error:
+        raise InputError(unwritten(path, error)) from error
 
 
 def truncate_log(path: Path, step: int, names: Collection[str]) -> None:

@@ -358,6 +358,10 @@ def test_a_model_is_its_weights_and_how_they_act_not_its_name(tmp_path: Path) ->
     wider = tiny_lm("llama")
     wider.model.config.rms_norm_eps = 1e-3
     assert wider.content_hash != one.content_hash
+    half, rounded = tiny_lm("llama"), tiny_lm("llama")
+    half.model.half()
+    rounded.model.half().float()
+    assert half.content_hash != rounded.content_hash  # of the same weights
     folder = saved("llama", tmp_path / "model")
     assert LanguageModel.load(str(folder)).content_hash == one.content_hash
 

@@ -14,6 +14,7 @@ import yaml
 from tclib.models.language_model import LanguageModel
 from tclib.replication import presets
 from tclib.replication.presets import PRESETS, load_preset, preset_names
+from tclib.replication.run import Run
 from tclib.replication.sweep import paper_sweep
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
@@ -144,6 +145,10 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             {"transcoders": {"layers": [2], "l1_coefficient": 1}},
         ),
         (
+            r"transcoders.layers \[2\]: expected two or more, or skip notebook 06",
+            {"transcoders": {"layers": [2], "l1_coefficient": 1}, "skipped": {"03": "why"}},
+        ),
+        (
             "sweep: expected transcoder_l1, sae_mlp_out_l1 or families, .* skip notebook 02",
             {"sweep": {"layer": 2}},
         ),
@@ -159,6 +164,14 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (
             "sweep: transcoder-L2-x32-l1-1: expected each sparsity of a family once",
             {"sweep": {"layer": 2, "transcoder_l1": [1, 1]}},
+        ),
+        (
+            r"case_studies.layer 0 \(null: the sweep's\): restricted studies ask nothing of layer 0",
+            {"case_studies": {"layer": 0}},
+        ),
+        (
+            "case_studies.layer 0 .* n_restricted 0, or skip notebook 04",
+            {"case_studies": {"layer": 0, "features": [3, 4, 5], "n_full": 2}},
         ),
         ("corpus.seed 7: seed belongs at the top level", {"corpus": {"seed": 7}}),
         (
@@ -179,10 +192,23 @@ def test_what_a_run_would_stumble_over_is_refused_when_the_preset_is_read(
 def test_a_preset_that_trains_nothing_needs_neither_sparsity_nor_sweep(tmp_path: Path) -> None:
     values = yaml.safe_load((PRESETS / "demo.yaml").read_text())
     path = tmp_path / "mine.yaml"
-    changes = {"sweep": {"layer": 2}, "transcoders": {"published": "hub"}}
+    changes: dict[str, Any] = {"sweep": {"layer": 2}, "transcoders": {"published": "hub"}}
     skipped = {"02": "no sweep", "05": "no sweep"}
     path.write_text(yaml.safe_dump({**values, **changes, "skipped": skipped}))
     assert load_preset(str(path)).sweep.specs() == []
+    with pytest.raises(InputError, match=r"case_studies.layer 0 \(null: the sweep's\)"):
+        path.write_text(yaml.safe_dump({**values, "skipped": skipped, "sweep": {"layer": 0}}))
+        load_preset(str(path))
+    for studies in ({"n_restricted": 0}, {"features": [3], "n_full": 1}, {"layer": 1}):
+        changes = {"sweep": {"layer": 0}, "case_studies": studies, "skipped": skipped}
+        path.write_text(yaml.safe_dump({**values, **changes}))
+        preset = load_preset(str(path), runs_dir=tmp_path / "runs")
+        assert preset.sweep.specs() == []
+        with pytest.raises(
+            InputError, match="preset mine has no sweep: give it sweep.transcoder_l1"
+        ):
+            _ = Run(preset).sweep
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_preset_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from tclib.circuits.files import load_json
 from tclib.models.locate import BUNDLED
 from tclib.replication import circuits, executed, model_and_data, sweep, transcoders
 from tclib.replication import run as run_module
-from tclib.replication.presets import Preset, load_preset
+from tclib.replication.presets import PRESETS, Preset, load_preset
 from tclib.replication.results import markdown
 from tclib.replication.run import Run, open_run
 from tclib.support import files, steps
@@ -78,6 +78,13 @@ def test_the_circuit_step_holds_a_graph_that_adds_up(small: Preset, results: pd.
     assert (folder / "viewer" / "greater-than.json").is_file()
 
 
+def change(folder: Path) -> None:
+    """Other weights in a model's folder."""
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.h.2.mlp.c_proj.bias"][0] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def test_a_model_folder_whose_weights_changed_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(BUNDLED["demo"], folder)
@@ -85,12 +92,32 @@ def test_a_model_folder_whose_weights_changed_is_not_taken_for_the_old_one(tmp_p
     before = Run(preset)
     made_from = executed.fingerprint(before, next(NOTEBOOKS.glob("00*")), {})
     assert len(before.corpus.train)
-    weights = load_file(folder / "model.safetensors")
-    weights["transformer.h.2.mlp.c_proj.bias"][0] += 1e-3
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change(folder)
     with pytest.raises(InputError, match="made with other parameters or inputs"):
         _ = Run(preset).corpus
     assert executed.fingerprint(Run(preset), next(NOTEBOOKS.glob("00*")), {}) != made_from
+
+
+def test_notebooks_that_draw_a_companion_are_not_current_once_its_model_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (PRESETS / "demo.yaml").read_text()
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "demo.yaml").write_text(text)
+    shutil.copytree(BUNDLED["demo"], tmp_path / "model")
+    other = text.replace("model: demo", f"model: {tmp_path}/model").replace("[demo-neox]", "[]")
+    (tmp_path / "presets" / "demo-neox.yaml").write_text(other)
+    monkeypatch.setattr("tclib.replication.presets.PRESETS", tmp_path / "presets")
+
+    def made_from() -> list[str]:
+        run = Run(load_preset("demo", runs_dir=tmp_path))
+        return [executed.fingerprint(run, next(NOTEBOOKS.glob(f"0{i}*")), {}) for i in range(8)]
+
+    before = made_from()
+    change(tmp_path / "model")
+    assert [one == other for one, other in zip(before, made_from(), strict=True)] == (
+        [True] * 2 + [False] * 6
+    )
 
 
 def test_other_parameters_are_refused_and_overwrite_nothing(
@@ -143,6 +170,15 @@ def test_what_the_model_lacks_is_refused_before_anything_is_made(
         model_and_data.check_ready(bad)
     with pytest.raises(InputError, match=message):
         _ = Run(bad).corpus
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "docstrings", "wikipedia"])
+def test_text_that_is_not_there_is_said_before_anything_is_made(kind: Any, tmp_path: Path) -> None:
+    preset = load_preset("demo", runs_dir=tmp_path / "runs")
+    bad = replace(preset, corpus=replace(preset.corpus, kind=kind, source=str(tmp_path / "none")))
+    with pytest.raises(InputError, match="corpus.source .*none: no such file or folder"):
+        model_and_data.check_ready(bad)
     assert not (tmp_path / "runs").exists()
 
 

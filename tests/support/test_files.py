@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -282,6 +284,25 @@ def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
         raise KeyError
     with exclusive(tmp_path / "run"):
         pass
+
+
+def test_who_waits_for_another_run_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TCLIB_QUIET", "0")
+    is_held = Event()
+
+    def hold() -> None:
+        with exclusive(tmp_path / "run"):
+            is_held.set()
+            time.sleep(0.2)
+
+    other = Thread(target=hold)
+    other.start()
+    is_held.wait()
+    with exclusive(tmp_path / "run", is_patient=True):
+        assert f"waiting for another run in {tmp_path}/run" in capsys.readouterr().err
+    other.join()
 
 
 def test_a_folder_is_copied_and_no_changed_file_overwritten(tmp_path: Path) -> None:

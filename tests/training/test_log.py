@@ -57,3 +57,10 @@ def test_a_file_that_is_no_training_log_is_kept(text: str, tmp_path: Path) -> No
     with pytest.raises(InputError, match="training_log.csv is no training log: move it away"):
         truncate_log(path, 0, NAMES)
     assert path.read_bytes() == text.encode("latin-1")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / LOG).symlink_to("/dev/full")
+    with pytest.raises(InputError, match="training_log.csv could not be written .*No space left"):
+        log(tmp_path / LOG, 5)
