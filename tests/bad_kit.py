@@ -25,6 +25,7 @@ from tclib.blind.predicates import Predicate
 from tclib.blind.ratings import RatingStore
 from tclib.circuits.files import load_json, load_parquet, save_for_viewer, save_json, save_parquet
 from tclib.circuits.interventions import ablation_table
+from tclib.circuits.paths import NodeFilter as node_filter
 from tclib.features.dashboard import build_dashboard
 from tclib.features.examples import feature_activations, top_examples
 from tclib.figures.circuits import head_heatmap, score_bars
@@ -32,6 +33,7 @@ from tclib.figures.graph import layered_graph
 from tclib.figures.style import save_whole
 from tclib.replication.presets import PRESETS
 from tclib.support.files import tensors_hash
+from tclib.support.steps import Step, read_manifest
 from tclib.text.packing import pack
 
 DEEP = "[" * 20_000
@@ -107,6 +109,10 @@ class Kit:
             "spec": self.spec,
             "session": self.session,
             "drawn": self.drawn,
+            "task": self.task(prompts),
+            "step": lambda name: Step(
+                "demo", name, files / "steps" / name, "tclib run --preset demo"
+            ),
         }
         write_files(files, self)
 
@@ -153,6 +159,14 @@ class Kit:
         price = {} if values.get("activation", "relu") != "relu" else {"l1_coefficient": 1e-3}
         return tc.DictionarySpec(**{**usual, **price, **values})
 
+    def task(self, prompts: Tensor) -> tc.GreaterThan:
+        numbers, answers = (17, 35, 99), (20, 40, 60)
+        is_greater = torch.tensor(answers)[None] > torch.tensor(numbers)[:, None]
+        ids = torch.arange(3)
+        return tc.GreaterThan(
+            "years", prompts[[0, 1, 1]], numbers, (0, 0, 0), 3, ids, answers, is_greater
+        )
+
     def session(self, **values: Any) -> tc.BlindSession:
         transcoders = {f"t{i}": d for i, d in enumerate(self.d)}
         usual = {"lm": self.lm, "transcoders": transcoders, "rows": self.rows, "layer": 1}
@@ -195,12 +209,17 @@ def write_files(folder: Path, kit: Kit) -> None:
         "viewer_text/graph-metadata.json": "no graphs here",
         "viewer_list/graph-metadata.json": "[1]",
         "runs/demo/00_model_and_data/table.csv": "a,b\n",
+        "steps/empty/manifest.json": "",
+        "steps/list/manifest.json": "[]",
+        "steps/keyless/manifest.json": "{}",
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
     latin = "\n\n".join(f"w{i % 90 + 2} für w3 w4 " * 120 for i in range(60))
     (folder / "latin.txt").write_bytes(latin.encode("latin-1"))
     (folder / "latin.json").write_bytes('{"a": "für"}'.encode("latin-1"))
+    (folder / "steps" / "latin").mkdir()
+    (folder / "steps" / "latin" / "manifest.json").write_bytes("ü".encode("latin-1"))
     (folder / "cut.bz2").write_bytes(bz2.compress(b"<mediawiki>" + b"x" * 9_999)[:-20])
     for name, values in {
         "no_text": [{"a": "b"}],
@@ -349,4 +368,5 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 __all__ = ["Kit", "Predicate", "RatingStore", "ablation_table", "build_dashboard", "snapshot"]
 __all__ += ["feature_activations", "head_heatmap", "layered_graph", "load_json", "load_parquet"]
+__all__ += ["node_filter", "read_manifest"]
 __all__ += ["np", "pack", "save_for_viewer", "score_bars", "top_examples"]

@@ -262,7 +262,7 @@ def _listed(index: Path) -> list[dict[str, Any]]:
     """The graphs that the viewer's index holds. Errors: `InputError` for a file that is none."""
     if not index.is_file():
         return []
-    held = _parsed(index, lambda: json.loads(index.read_text(encoding="utf-8")))
+    held = read_json(index, "move it away, or choose another folder")
     graphs = held.get("graphs") if isinstance(held, dict) else None
     if not isinstance(graphs, list) or not all(isinstance(g, dict) and "slug" in g for g in graphs):
         raise InputError(

@@ -39,6 +39,7 @@ BIAS_KINDS: frozenset[NodeKind] = frozenset({"position", "attention_bias", "deco
 ROUND = 2048  # features that are added between two rankings by influence
 
 
+@checked
 @dataclass(frozen=True)
 class AttributionGraph:
     """Nodes, and direct effects between them.

@@ -132,13 +132,7 @@ class Dictionary:
             raise InputError(
                 f"weights of {' and '.join(types)}: expected all of one floating-point type"
             )
-        for name, tensor in self.parameters().items():
-            if not bool(tensor.isfinite().all()):
-                n_bad = int((~tensor.isfinite()).sum())
-                raise InputError(
-                    f"{name} has {n_bad} values that are NaN or infinite: expected finite weights; restore "
-                    "the file, or train again with a lower learning rate"
-                )
+        self.check_finite()
         if threshold is not None and not bool((threshold >= 0).all()):
             raise InputError(
                 f"threshold {float(threshold.min()):.3g}: expected 0 or more, so that activations "
@@ -228,6 +222,16 @@ class Dictionary:
                 f"the {self.config.kind} of layer {self.config.layer} was trained on unprocessed weights "
                 "(norm gain left in, output not centred): convert it to the processed basis first"
             )
+
+    def check_finite(self) -> None:
+        """Raise `InputError` for weights that are NaN or infinite."""
+        for name, tensor in self.parameters().items():
+            if not bool(tensor.isfinite().all()):
+                n_bad = int((~tensor.isfinite()).sum())
+                raise InputError(
+                    f"{name} has {n_bad} values that are NaN or infinite: expected finite weights; restore "
+                    "the file, or train again with a lower learning rate"
+                )
 
     def check_size(self, lm: LanguageModel) -> None:
         """Raise `InputError` unless the model has this dictionary's layer and width."""

@@ -83,6 +83,7 @@ def evaluate(
     lm.check_text(rows)
     for dictionary in dictionaries.values():
         dictionary.check_model(lm)
+        dictionary.check_finite()
     if train_rows is not None:
         check_disjoint(train_rows, rows)
     reconstructions = _reconstruction_sums(lm, dictionaries, rows, rows_per_forward)

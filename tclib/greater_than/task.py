@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tclib.models.language_model import LanguageModel
 from tclib.support.checked import checked
+from tclib.support.declared import Count, Natural
 from tclib.support.errors import InputError
 
 PAPER_TEMPLATE = "The war lasted from 17{yy:02d} to 17"
@@ -101,8 +102,11 @@ class GreaterThan:
         """The task on the prompts that count."""
         return self.subset(self.is_scored.nonzero()[:, 0].tolist())
 
-    def subset(self, prompts: Sequence[int]) -> GreaterThan:
-        """The task on some of its prompts."""
+    @checked
+    def subset(self, prompts: Sequence[Natural]) -> GreaterThan:
+        """The task on some of its prompts. Errors: `InputError` for one that is not there."""
+        if prompts and max(prompts) >= len(self.numbers):
+            raise InputError(f"prompts {prompts}: expected 0 to {len(self.numbers) - 1}")
         index = torch.tensor(list(prompts), device=self.tokens.device)
         return replace(
             self,
@@ -112,10 +116,12 @@ class GreaterThan:
             is_greater=self.is_greater[index.to(self.is_greater.device)],
         )
 
-    def every(self, step: int) -> GreaterThan:
+    @checked
+    def every(self, step: Count) -> GreaterThan:
         """The task on every `step`-th of its prompts."""
         return self.subset(range(0, len(self.numbers), step))
 
+    @checked
     def prompt_index(self, number: int, template_idx: int = 0) -> int:
         """Which prompt asks about `number`. Errors: `InputError` if it was left out."""
         prompts = list(zip(self.numbers, self.template_idx, strict=True))

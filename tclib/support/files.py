@@ -243,8 +243,8 @@ def load_tensors(
     Errors: `InputError` naming the file and `remedy` if it is missing, truncated or altered.
     """
     check_file(path, remedy)
+    check_header(path)
     try:
-        check_header(path)
         with safe_open(path, framework="pt") as file:
             header = parse_json((file.metadata() or {}).get(HEADER_KEY, "{}"), path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -62,11 +62,9 @@ class Harvest:
     cache: ActivationCache | None = None
 
     def __post_init__(self) -> None:
-        if len(self.rows) == 0:
-            raise InputError("no rows to harvest: the corpus is empty")
+        self.lm.check_text(self.rows)
         for site in self.sites:
             self.lm.check_layer(site.layer)
-        self.lm.check_context(self.rows.shape[1])
 
     @property
     def block_tokens(self) -> int:

@@ -82,7 +82,6 @@ class _Run:
         names = [spec.name for spec in self.specs]
         if not names or len(set(names)) < len(names):
             raise InputError(f"dictionaries {names}: expected at least one, and no two the same")
-        self.lm.check_text(self.rows)
         self._configs = [spec.dictionary_config(self.lm) for spec in self.specs]
         sites = needed_sites((c.input_site, c.output_site) for c in self._configs)
         # No block larger than the run needs, and none smaller than a batch.

@@ -163,7 +163,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "a_file").touch()
     below = tmp_path / "a_file" / "x"
     for attempt, sentence in (
-        (new_file(below), "File exists: .*choose a place that can be written"),
+        (new_file(below), "a_file is a file: expected a folder"),
         (new_folder(below), "x could not be written"),
         (exclusive(below.parent), "a_file is a file: expected a folder"),
         (exclusive(below), "choose a place that can be written"),

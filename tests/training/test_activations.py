@@ -290,9 +290,9 @@ def test_needed_sites_are_distinct_and_in_order() -> None:
 
 def test_bad_input_is_named() -> None:
     lm = tiny_lm()
-    with pytest.raises(InputError, match="corpus is empty"):
+    with pytest.raises(InputError, match="not empty"):
         Harvest(lm, random_rows(0), SITES)
     with pytest.raises(InputError, match="layer 7 is out of range"):
         Harvest(lm, random_rows(2), (Site("mlp_in", 7),))
-    with pytest.raises(InputError, match="context of 70 tokens"):
+    with pytest.raises(InputError, match="rows of 70 tokens"):
         Harvest(lm, random_rows(2, n_ctx=70), SITES)

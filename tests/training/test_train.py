@@ -312,8 +312,8 @@ def test_specs_and_configs_out_of_range_are_refused() -> None:
         ([replace(SPECS[0], layer=3)], ROWS, "layer 3 is out of range"),
         ([SPECS[0], SPECS[0]], ROWS, "no two the same"),
         ([], ROWS, "at least one"),
-        (SPECS, random_rows(4, n_ctx=70), "context of 70 tokens"),
-        (SPECS, random_rows(0), "corpus is empty"),
+        (SPECS, random_rows(4, n_ctx=70), "rows of 70 tokens"),
+        (SPECS, random_rows(0), "not empty"),
     ],
 )
 def test_bad_runs_are_refused_before_anything_is_written(
