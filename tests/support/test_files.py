@@ -164,9 +164,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     below = tmp_path / "a_file" / "x"
     for attempt, sentence in (
         (new_file(below), "a_file is a file: expected a folder"),
-        (new_folder(below), "x could not be written"),
+        (new_folder(below), "a_file is a file: expected a folder"),
         (exclusive(below.parent), "a_file is a file: expected a folder"),
-        (exclusive(below), "choose a place that can be written"),
+        (exclusive(below), "a_file is a file: expected a folder"),
     ):
         with pytest.raises(InputError, match=sentence), attempt:
             pass
