@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tclib.circuits.prune import sum_over_tokens as sum_over_tokens
     from tclib.circuits.prune import supernodes as supernodes
     from tclib.circuits.sources import sources as sources
+    from tclib.dictionaries.bases import to_processed as to_processed
     from tclib.dictionaries.dictionary import Dictionary as Dictionary
     from tclib.dictionaries.dictionary import DictionaryConfig as DictionaryConfig
     from tclib.dictionaries.formats.any import load_dictionary as load_dictionary
@@ -74,8 +75,9 @@ __all__ = sorted(_HOME_OF)  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
-        near = ", ".join(difflib.get_close_matches(name, __all__)) or "tclib's names are dir(tclib)"
-        raise AttributeError(f"module 'tclib' has no attribute {name!r}: did you mean {near}?")
+        near = difflib.get_close_matches(name, __all__)
+        advice = f"did you mean {', '.join(near)}?" if near else "dir(tclib) lists what it has"
+        raise AttributeError(f"module 'tclib' has no attribute {name!r}: {advice}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value

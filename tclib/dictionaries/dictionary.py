@@ -220,7 +220,8 @@ class Dictionary:
         if self.config.basis == "raw":
             raise InputError(
                 f"the {self.config.kind} of layer {self.config.layer} was trained on unprocessed weights "
-                "(norm gain left in, output not centred): convert it to the processed basis first"
+                "(norm gain left in, output not centred): take tclib.to_processed(dictionary, lm) first, or `tclib "
+                "convert … --basis processed`"
             )
 
     def check_finite(self) -> None:

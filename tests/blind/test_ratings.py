@@ -54,7 +54,9 @@ def test_files_of_others_and_bad_ratings_are_refused(tmp_path: Path) -> None:
     "rater", ["/../../evil", "..", "a/b", "a\\b", "", " ", ".x", "a\n", "x" * 101]
 )
 def test_a_rater_whose_name_leads_elsewhere_is_refused(rater: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="^rater .*: expected (letters, digits, -, _, ., spaces|a name)"):
+    with pytest.raises(
+        InputError, match="^rater .*: expected (letters, digits, -, _, ., spaces|a name)"
+    ):
         RatingStore(tmp_path / f"ratings_{rater}.json", 3, rater)
     assert list(tmp_path.iterdir()) == []
     for name in ("Anna Müller", "rater-2", "J. Doe"):

@@ -102,7 +102,9 @@ def test_bad_files_and_names_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "viewer").exists()
     for text in ("{", "[]", '{"graphs": [1]}'):
         (tmp_path / "graph-metadata.json").write_text(text)
-        with pytest.raises(InputError, match="graph-metadata.json is (no index|truncated or corrupted)"):
+        with pytest.raises(
+            InputError, match="graph-metadata.json is (no index|truncated or corrupted)"
+        ):
             save_for_viewer(graph, tmp_path, "one")
         assert not (tmp_path / "one.json").exists()
     with pytest.raises(InputError, match="before tokens are summed"):

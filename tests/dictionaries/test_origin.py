@@ -81,7 +81,7 @@ def test_a_model_with_other_weights_is_refused_wherever_it_is_met_unless_it_is_m
 
 @pytest.mark.parametrize("meeting", sorted(MEETINGS.keys() - {"to_raw"}))
 def test_a_dictionary_of_the_raw_basis_is_refused_wherever_it_meets_a_model(meeting: str) -> None:
-    with pytest.raises(InputError, match="convert it to the processed basis first"):
+    with pytest.raises(InputError, match="take tclib.to_processed"):
         MEETINGS[meeting](model(0), of(model(0), basis="raw"))
 
 
