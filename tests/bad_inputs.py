@@ -223,7 +223,7 @@ PROMPTS = {
     "tc.FrozenPrompts(lm, prompts, [narrow])": "dictionary of width 8",
     "tc.FrozenPrompts(lm, prompts, [high])": "layer 9 is out of range",
     "tc.FrozenPrompts(lm, prompts, [raw])": "take tclib.to_processed(dictionary, lm) first",
-    "tc.FrozenPrompts(lm, prompts, [infinite])": "W_dec has 640 values that are NaN or infinite",
+    "tc.FrozenPrompts(lm, prompts, [infinite])": "the transcoder of layer 0 gives non-finite values on these prompts",
     "frozen.feature_target(7, 0, 0)": "no transcoder at layer 7",
     "frozen.feature_target('0', 0, 0)": "layer '0': expected a whole number",
     "frozen.feature_target(0.0, 0, 0)": "layer 0.0: expected a whole number",

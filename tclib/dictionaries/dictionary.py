@@ -207,8 +207,10 @@ class Dictionary:
 
     @checked
     def to(self, device: Device | None = None, dtype: FloatType | None = None) -> Dictionary:
-        """A copy on another device or of another type."""
+        """A copy on another device or of another type; itself where it is that already."""
         moved = {name: t.to(device=device, dtype=dtype) for name, t in self.parameters().items()}
+        if all(moved[name] is tensor for name, tensor in self.parameters().items()):
+            return self  # it is there already: nothing to be checked again
         return Dictionary(self.config, **moved)
 
     def check_model(self, lm: LanguageModel) -> None:
