@@ -100,6 +100,7 @@ def test_a_presets_key(
 
 
 @pytest.mark.parametrize(("line", "words"), COMMANDS.items())
+@pytest.mark.slow
 def test_a_command(
     line: str,
     words: str,
@@ -121,6 +122,7 @@ def test_a_command(
 @pytest.mark.parametrize(
     ("number", "parameters", "words"), NOTEBOOKS, ids=[f"{n} {p}" for n, p, _ in NOTEBOOKS]
 )
+@pytest.mark.slow
 def test_a_notebook(
     number: str, parameters: dict[str, Any], words: str, kit: Kit, unharmed: Path
 ) -> None:

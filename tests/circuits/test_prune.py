@@ -202,6 +202,7 @@ def test_the_sources_of_any_target_add_up(
         assert abs(found.residual) < 1e-9
 
 
+@pytest.mark.slow
 @FEW
 @given(GEOMETRY, KIND_OF_LAYER, N_POS, SEED, SHARES, SHARES)
 def test_however_a_graph_is_pruned_every_target_adds_up(

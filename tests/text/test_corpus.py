@@ -57,6 +57,7 @@ def test_copies_of_a_document_fall_on_the_same_side() -> None:
     assert 0.25 < share < 0.35
 
 
+@pytest.mark.slow
 def test_the_seed_acts_and_repeats(demo_lm: LanguageModel) -> None:
     first, again, other = (
         build_corpus(replace(SMALL, seed=seed), demo_lm).content_hash for seed in (0, 0, 1)

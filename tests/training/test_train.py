@@ -78,6 +78,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_kind_learns(tmp_path: Path, lm: LanguageModel) -> None:
     config = replace(CONFIG, n_tokens=64 * 300)
     log_of = train(lm, ROWS, SPECS, config, tmp_path / "run")
