@@ -46,6 +46,7 @@ DICTIONARIES = {
     "tc.Dictionary(d0.config, *weights(b_dec=zeros(16).bool()))": "b_dec bool",
     "tc.Dictionary(d0.config, *weights(b_dec=np.zeros(16)))": "b_dec float64 ndarray (16): expected",
     "tc.Dictionary(d0.config, *weights(b_dec=[0.0] * 16))": "b_dec list: expected a tensor",
+    "tc.Dictionary(d0.config, *weights(W_dec=torch.full((40, 16), nan)))": "W_dec has 640 values that are NaN",
     "tc.Dictionary(d0.config, *weights(b_dec=None))": "b_dec None: expected a tensor",
     "tc.Dictionary(d0.config, *weights(b_dec=zeros(16).half()))": "expected all of one floating-point type",
     "tc.Dictionary(d0.config, *weights(W_dec=zeros(40, 16).double()))": "expected all of one floating-point type",
