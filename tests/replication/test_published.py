@@ -48,6 +48,7 @@ def write_released(folder: Path, config_class: type) -> None:
             folder / FILE_NAME.format(layer=layer),
             config_class,
             layer=layer,
+            model_name="demo",
             d_in=D_MODEL,
             d_out=D_MODEL,
             d_sae=N_FEATURES,
