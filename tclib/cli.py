@@ -368,7 +368,7 @@ def convert(
     if to not in FORMATS:
         raise InputError(f"format {to!r}: expected one of {', '.join(FORMATS)}")
     check_folder(out.parent)
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise InputError(f"{out} is there already: choose another place, or remove it")
     dictionaries = read_any(path).dictionaries
     changed = {layer: d for layer, d in dictionaries.items() if basis not in (None, d.config.basis)}

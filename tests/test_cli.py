@@ -391,3 +391,11 @@ def test_the_notebooks_have_one_typed_parameters_cell_and_no_functions() -> None
         assert list(listed)[:3] == ["preset", "seed", "runs_dir"], path.name
         assert listed["seed"]["default"] == "None", path.name  # the preset's own
         assert not any("def " in source for source in code), path.name
+
+
+def test_a_link_that_leads_nowhere_is_not_written_over(tmp_path: Path) -> None:
+    random_transcoder(0, "relu").save(tmp_path / "x.safetensors")
+    (tmp_path / "out.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="is there already"):
+        invoke("convert", str(tmp_path / "x.safetensors"), str(tmp_path / "out.safetensors"))
+    assert (tmp_path / "out.safetensors").is_symlink()

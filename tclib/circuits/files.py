@@ -27,6 +27,7 @@ from tclib.support.paths import check_file, read_json
 
 FORMAT = "tclib-attribution-graph-1"
 REMEDY = "save the graph again"
+MAX_EDGES = 2**31  # 8 GiB in float32, as `attribution_graph` has it
 VIEWER_SCHEMA = 1
 VIEWER_INDEX = "graph-metadata"
 # What the viewer calls each kind; whatever is no feature, token or logit is drawn as an error.
@@ -112,6 +113,11 @@ def _dtype_name(graph: AttributionGraph) -> str:
 
 def _rebuilt(held: dict[str, Any], nodes: pd.DataFrame, edges: pd.DataFrame) -> AttributionGraph:
     targets = np.asarray(held["targets"], dtype=np.int64)
+    if len(set(targets.tolist())) < len(targets) or len(targets) * len(nodes) > MAX_EDGES:
+        raise InputError(
+            f"a graph of {len(targets)} targets and {len(nodes)} nodes: expected each target once, and "
+            f"{MAX_EDGES:,} edges at most"
+        )
     row_of = np.full(len(nodes), -1)
     row_of[targets] = np.arange(len(targets))
     matrix = torch.zeros(len(targets), len(nodes), dtype=getattr(torch, held["dtype"]))

@@ -283,6 +283,7 @@ class Dictionary:
     @checked
     def save(self, path: Path, training: dict[str, Any] | None = None) -> None:
         """Write one safetensors file; `training` is kept in its header."""
+        self.check_finite()
         metadata = {
             "format": FILE_FORMAT,
             "config": asdict(self.config),

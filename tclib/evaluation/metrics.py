@@ -6,6 +6,7 @@ say nothing about text); they stay in the cross-entropy, where BOS predicts a do
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -124,4 +125,4 @@ class ReconstructionSums:
         _, total, squares = self._sums
         shifted_square, squared_error = squares.tolist()
         variation = shifted_square - float(total.pow(2).sum()) / self.n_tokens
-        return float(squared_error / variation)
+        return float(squared_error / variation) if variation else math.nan

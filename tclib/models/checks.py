@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from tclib.support.errors import InputError, listed
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 BUFFERS = re.compile(
     r"(^|\.)attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.inv_freq$"
 )
+FLOATS = ("F16", "BF16", "F32", "F64")
+PREFIXES = ("transformer.", "gpt_neox.", "model.")
 PART_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
@@ -49,6 +53,28 @@ def check_report(report: Mapping[str, Any], name: str, location: str) -> None:
         )
 
 
+def check_files(location: str, name: str) -> None:
+    """Refuse weights that would be cast or passed over without a word, by the headers of safetensors files.
+
+    Errors: `InputError` for tensors that are no floating-point numbers of 16 bits or more, or that stand
+    there twice, with and without the prefix of the class.
+    """
+    for path in sorted(Path(location).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        weights = {key: kind for key, kind in kinds.items() if not BUFFERS.search(key)}
+        if odd := [f"{key} ({kind})" for key, kind in weights.items() if kind not in FLOATS]:
+            raise InputError(
+                f"model {name!r}: {listed(odd)} in {path} are no plain floating-point weights, and would be "
+                "taken as numbers: take a copy that is not quantised"
+            )
+        if twice := [key for key in weights if any(prefix + key in weights for prefix in PREFIXES)]:
+            raise InputError(
+                f"model {name!r}: {listed(twice)} in {path} stand there twice, with and without the prefix of "
+                "the class: take a complete copy of the model"
+            )
+
+
 def check_config(config: Any, name: str) -> None:
     """Refuse quantised weights, which no matrix of the model shows."""
     method = getattr(config, "quantization_config", None)
@@ -69,6 +95,10 @@ def check_module(model: Any, name: str) -> None:
             raise InputError(
                 f"model {name!r}: {key} is {type(parameter.data).__name__} of {parameter.dtype}: expected "
                 "plain floating-point weights; take a copy that is not quantised"
+            )
+        if not bool(parameter.isfinite().all()):
+            raise InputError(
+                f"model {name!r}: {key} has values that are NaN or infinite: take a complete copy of the model"
             )
     upcast = getattr(model.config, "reorder_and_upcast_attn", False)
     if upcast and next(model.parameters()).dtype == torch.float64:
@@ -142,7 +172,9 @@ def _parts(lm: Running, cache: ForwardCache) -> Iterator[tuple[str, Tensor, Tens
     for layer in range(lm.n_layers):
         attended = streams[layer] + _attention_out(lm, cache, layer)
         read = cache.mlp_in[layer] * cache.mlp_scale[layer][..., None]
-        if not lm.is_parallel:
+        if lm.is_parallel:
+            yield f"what the MLP of layer {layer} reads", streams[layer], read
+        else:
             yield f"attention of layer {layer}", attended, read
         # The MLP itself is never taken apart: one position shows whether it reads what tclib says.
         made = lm.run_mlp(layer, cache.mlp_in[layer][:, -1:])

@@ -53,10 +53,13 @@ def model_hash(model: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def keep_hash(model: Any, location: str) -> None:
-    """Keep the hash of a model that was just loaded from `location`, if that is a folder."""
-    if Path(location).is_dir() and kept_hash(location, model.dtype) is None:
-        held = {"state": _state(location), "hash": model_hash(model)}
+def keep_hash(model: Any, location: str, before: list[str]) -> None:
+    """Keep the hash of a model that was just loaded from `location`, if that is a folder.
+
+    `before` is the folder's state as loading began: one that changed meanwhile is not kept.
+    """
+    if before and before == folder_state(location) and kept_hash(location, model.dtype) is None:
+        held = {"state": before, "hash": model_hash(model)}
         _keep({**_kept(), _key(location, model.dtype): held})
 
 
@@ -65,15 +68,21 @@ def kept_hash(location: str | None, dtype: torch.dtype = torch.float32) -> str |
     if location is None or not Path(location).is_dir():
         return None
     kept = _kept().get(_key(location, dtype), {})
-    return str(kept["hash"]) if kept.get("state") == _state(location) else None
+    return str(kept["hash"]) if kept.get("state") == folder_state(location) else None
 
 
 def _key(location: str, dtype: torch.dtype) -> str:
     return f"{Path(location).resolve()} {dtype}"
 
 
-def _state(location: str) -> list[str]:
-    files = {path.name: path.stat() for path in sorted(Path(location).iterdir()) if path.is_file()}
+def folder_state(location: str) -> list[str]:
+    """Names, sizes and times of all files of a folder, those of folders within it too; empty without one."""
+    folder = Path(location)
+    files = {
+        path.relative_to(folder): path.stat()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     # What copies a file's time with it (cp -p, rsync) cannot set when it did so.
     return [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in files.items()]
 

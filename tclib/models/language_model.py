@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
 from torch import Tensor
 
-from tclib.models.checks import check_module, check_report, check_tokenizer
-from tclib.models.identity import keep_hash, kept_hash, model_hash
+from tclib.models.checks import check_files, check_module, check_report, check_tokenizer
+from tclib.models.identity import folder_state, keep_hash, kept_hash, model_hash
 from tclib.models.locate import first_line, locate, quiet_transformers
 from tclib.models.running import Running
 from tclib.support.checked import checked
@@ -84,17 +83,19 @@ class LanguageModel(Running):
         name = str(name)
         location = locate(name)
         quiet_transformers()
+        before = folder_state(location)
         try:
+            check_files(location, name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
             model, report = loaded
             check_report(report, name, location)
-            keep_hash(model, location)
+            keep_hash(model, location, before)
             tokenizer = AutoTokenizer.from_pretrained(location)
         except InputError:
             raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # wrong values in a configuration raise all kinds
             raise InputError(
                 f"model {name!r} could not be read from {location} ({first_line(error)}): "
                 "is the folder a complete Hugging Face model?"

@@ -76,7 +76,7 @@ def _check_geometry(location: str, name: str) -> None:
 
     try:
         config = AutoConfig.from_pretrained(location)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # wrong values raise all kinds
         raise InputError(f"model {name!r}: no readable config ({first_line(error)})") from error
     check_config(config, name)
     # A config need not name its class: transformers goes by the model type.

@@ -142,12 +142,11 @@ def check_disjoint(
     train: Int[Tensor, "train_row train_pos"],
     evaluation: Int[Tensor, "evaluation_row evaluation_pos"],
 ) -> None:
-    """Raise `InputError` if any evaluation row is also a training row."""
-    if train.shape[1] != evaluation.shape[1]:
-        return
-    seen = {row.tobytes() for row in train.numpy()}
+    """Raise `InputError` if any evaluation row is a training row, or the shorter begins the longer."""
+    width = min(train.shape[1], evaluation.shape[1])
+    seen = {row.tobytes() for row in train[:, :width].numpy()}
     # In one type: bytes of other widths would never be equal.
-    n_shared = sum(row.tobytes() in seen for row in evaluation.to(train).numpy())
+    n_shared = sum(row.tobytes() in seen for row in evaluation[:, :width].to(train).numpy())
     if n_shared:
         raise InputError(
             f"{n_shared} of {len(evaluation)} evaluation rows are training rows too: "

@@ -122,7 +122,7 @@ class DictionarySpec(Recipe, Place):
             k=self.k,
             skip=self.skip,
             model=lm.name,
-            model_hash=lm.known_hash,
+            model_hash="" if lm.is_rounded else lm.content_hash,
         )
 
 

@@ -118,11 +118,12 @@ class _Run:
 
     def load_finished(self) -> list[Dictionary] | None:
         """The dictionaries of a finished run of these parameters, if the folder holds them."""
-        if not all(self.path(spec).exists() for spec in self.specs):
-            return None
-        for spec in self.specs:
+        there = [spec for spec in self.specs if self.path(spec).exists()]
+        for spec in there:
             _, metadata = load_tensors(self.path(spec), self.remedy)
             self._check_fingerprint(self.path(spec), metadata.get("training", {}))
+        if len(there) < len(self.specs):
+            return None
         # Left where a kill fell between the last dictionary and here.
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
         return [

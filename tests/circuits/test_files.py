@@ -109,3 +109,13 @@ def test_bad_files_and_names_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "one.json").exists()
     with pytest.raises(InputError, match="before tokens are summed"):
         save_for_viewer(sum_over_tokens(graph), tmp_path, "summed")
+
+
+def test_a_file_that_asks_for_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    save_json(small_graph(), tmp_path / "graph.json")
+    held = json.loads((tmp_path / "graph.json").read_text())
+    for what in ("targets", "constant", "left_out"):
+        held[what] = held[what][:1] * 25_000
+    (tmp_path / "graph.json").write_text(json.dumps(held))
+    with pytest.raises(InputError, match="expected each target once"):
+        load_json(tmp_path / "graph.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import D_MODEL, tiny_lm, unchecked_types
+from tiny import D_MODEL, random_transcoder, tiny_lm, unchecked_types
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig, activate, new_dictionary
 from tclib.models.running import Site
@@ -184,3 +184,11 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     save_tensors(path, tensors, load_tensors(tmp_path / "good.safetensors", "")[1])
     with pytest.raises(InputError, match=rf"bad\.safetensors: {name} has 1 values"):
         Dictionary.load(path)
+
+
+def test_weights_that_became_nan_in_place_are_not_saved(tmp_path: Path) -> None:
+    dictionary = random_transcoder(0, "relu")
+    dictionary.W_dec[0, 0] = torch.nan
+    with pytest.raises(InputError, match="^W_dec has 1 values that are NaN"):
+        dictionary.save(tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []

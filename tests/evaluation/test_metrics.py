@@ -81,3 +81,9 @@ def test_bootstrap_resamples_rows_of_a_table_together() -> None:
     means = bootstrap_means(rows, np.random.default_rng(0), n_resamples=50)
     assert means.shape == (50, 2)
     np.testing.assert_allclose(means.sum(1), 0.0, atol=1e-9)
+
+
+def test_one_token_has_no_variance_to_explain() -> None:
+    sums = metrics.ReconstructionSums()
+    sums.add(torch.ones(1, 4), torch.zeros(1, 4), torch.ones(1, 2))
+    assert math.isnan(sums.fvu) and sums.l0 == 2

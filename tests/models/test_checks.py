@@ -75,6 +75,12 @@ DAMAGES = {
         {},
         "q_norm.weight not expected",
     ),
+    "whole numbers": ("gpt2", lambda w: {k: (100 * v).to(torch.int8) if k.endswith("h.1.mlp.c_fc.weight") else v for k, v in w.items()}, {}, r"h\.1\.mlp\.c_fc\.weight \(I8\) .* no plain floating-point weights"),
+    "a tensor twice": ("gpt2", lambda w: {**w, "h.1.ln_1.weight": torch.zeros(D_MODEL)}, {}, r"h\.1\.ln_1\.weight .* stand there twice"),
+    "NaN": ("gpt2", lambda w: {k: v * torch.nan if k.endswith("h.1.ln_1.weight") else v for k, v in w.items()}, {}, r"h\.1\.ln_1\.weight has values that are NaN"),
+    "a value of another type": ("gpt2", dict, {"n_layer": "three"}, "no readable config|could not be read"),
+    "no heads": ("gpt2", dict, {"n_head": 0}, "no readable config|could not be read"),
+    "an unknown activation": ("gpt2", dict, {"activation_function": "nope"}, "no readable config|could not be read"),
     "another shape": ("llama", lambda w: {**w, "model.norm.weight": torch.ones(7)}, {}, r"norm.weight \(7,\) for \(16,\) of another shape"),
 }  # fmt: skip
 
@@ -278,6 +284,15 @@ def test_a_model_that_only_looks_like_a_known_one_is_refused_with_the_part(
     change(lm.model)
     with pytest.raises(InputError, match=f"its {IMPOSTORS[change]} cannot be put together"):
         FrozenPrompts(lm, random_rows(1).long(), [])
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_what_changes_the_stream_that_an_mlp_reads_is_found(geometry: str) -> None:
+    lm = tiny_lm(geometry)
+    shift = 3 * torch.randn(D_MODEL)
+    lm._block(2).mlp_norm.register_forward_pre_hook(lambda _module, args: (args[0] + shift,))
+    with pytest.raises(InputError, match="of layer 2"):
+        FrozenPrompts(lm, random_rows(2).long(), [random_transcoder(2, "relu", torch.float32)])
 
 
 def test_an_adapter_is_found() -> None:

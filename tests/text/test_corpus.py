@@ -154,6 +154,9 @@ def test_evaluation_rows_that_were_trained_on_are_counted() -> None:
     rows = random_rows(8)
     with pytest.raises(InputError, match="3 of 5 evaluation rows are training rows"):
         check_disjoint(rows[:6], torch.cat([rows[:3], rows[6:]]))
+    for train, evaluation in ((rows[:6], rows[3:, :8]), (rows[:6, :8], rows[3:])):
+        with pytest.raises(InputError, match="^3 of "):  # cut shorter on either side
+            check_disjoint(train, evaluation)
 
 
 @pytest.mark.parametrize(

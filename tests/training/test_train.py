@@ -493,3 +493,26 @@ def test_a_run_that_begins_anew_logs_each_step_once_and_keeps_the_lines_of_other
     lines = (tmp_path / "training_log.csv").read_text().splitlines()[1:]
     steps = [line.split(",")[0] for line in lines if own in line]
     assert len(steps) == len(set(steps)) and sum(other in line for line in lines) == 1
+
+
+def test_a_finished_dictionary_of_other_parameters_is_not_trained_over(
+    gpt2_lm: LanguageModel, tmp_path: Path
+) -> None:
+    rows = random_rows(64)
+    specs = [DictionarySpec("transcoder", 1, expansion=2, l1_coefficient=l1) for l1 in (1e-3, 1e-2)]
+    train(gpt2_lm, rows, specs[:1], TrainingConfig(n_tokens=512, batch_size=64), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="was made with other parameters"):
+        train(gpt2_lm, rows, specs, TrainingConfig(n_tokens=1024, batch_size=64), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_dictionary_names_the_weights_as_they_were_when_it_was_trained(
+    gpt2_lm: LanguageModel, tmp_path: Path
+) -> None:
+    spec, config = SPECS[0], TrainingConfig(n_tokens=512, batch_size=64)
+    (one,) = train(gpt2_lm, random_rows(64), [spec], config, tmp_path / "one")
+    for parameter in gpt2_lm.model.parameters():
+        parameter.data += torch.randn_like(parameter)
+    (other,) = train(gpt2_lm, random_rows(64), [spec], config, tmp_path / "other")
+    assert one.config.model_hash != other.config.model_hash == gpt2_lm.content_hash
