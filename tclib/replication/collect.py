@@ -9,10 +9,11 @@ from typing import Any
 
 from tclib.replication.presets import Preset
 from tclib.support.errors import InputError
-from tclib.support.files import new_folder
-from tclib.support.steps import MANIFEST
+from tclib.support.files import file_hash, new_folder
+from tclib.support.paths import read_json
 
 KEPT = (".png", ".csv", ".json", ".jsonl", ".md", ".ipynb")
+COLLECTED = "collected.json"
 MAX_BYTES = 2_000_000
 NOT_KEPT_FOLDERS = ("activations", "viewer")
 
@@ -21,8 +22,8 @@ def collect(preset: Preset, out: Path) -> list[Path]:
     """Copy what a run made, folder by folder, into `out`; return the files there.
 
     Weights, activations and files over 2 MB stay behind; notebooks lose the paths of the machine that
-    ran them. Errors: `InputError` for a run that is not there, or a folder that holds anything but an
-    earlier collection: a run, say, whose weights would be lost.
+    ran them. `collected.json` lists what was written, by hash. Errors: `InputError` for a run that is not
+    there, or a folder that holds anything but an earlier collection as it was written.
     """
     if not preset.folder.is_dir():
         raise InputError(f"{preset.folder} does not exist: run `{preset.command}` first")
@@ -39,19 +40,27 @@ def collect(preset: Preset, out: Path) -> list[Path]:
                 place.write_text(text, encoding="utf-8")
             else:
                 shutil.copyfile(path, place)
-    return sorted(path for path in out.rglob("*") if path.is_file())
+        written = {name: file_hash(path) for name, path in _files(temporary).items()}
+        (temporary / COLLECTED).write_text(json.dumps(written, indent=1), encoding="utf-8")
+    return sorted(_files(out).values())
 
 
 def _check_replaceable(out: Path) -> None:
     if out.is_file():
         raise InputError(f"{out} is a file: expected a folder")
-    there = sorted(path for path in out.rglob("*") if path.is_file())
-    other = [path for path in there if not _is_kept(path, path.relative_to(out))]
-    if other or (there and not any(out.glob(f"*/{MANIFEST}"))):
+    there = _files(out)
+    written = read_json(out / COLLECTED, "choose a new folder") if COLLECTED in there else {}
+    written = written if isinstance(written, dict) else {}
+    other = [n for n, path in there.items() if n != COLLECTED and written.get(n) != file_hash(path)]
+    if other:
         raise InputError(
-            f"{out} holds other files than a collection, {(other or there)[0].relative_to(out)} among them: "
-            "choose a new folder, or that of an earlier collection"
+            f"{out} holds other files than an earlier collection, {other[0]} among them: choose a new folder"
         )
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def _is_kept(path: Path, inside: Path) -> bool:

@@ -30,7 +30,7 @@ EXECUTED = "notebooks"
 PROGRESS = "progress.json"
 # Names of what runs, and who looks at them, leave in a run's folder.
 _MADE = re.compile(
-    rf"\d\d_.*|{EXECUTED}|{CACHE}|{PROGRESS}|\..*\.(lock|tmp)|\.ipynb_checkpoints|\.DS_Store"
+    rf"\d\d_.*|{EXECUTED}|{CACHE}|{PROGRESS}|\..*\.(lock|tclib-tmp)|\.ipynb_checkpoints|\.DS_Store"
 )
 
 

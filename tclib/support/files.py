@@ -25,6 +25,7 @@ from tclib.support.paths import check_file, check_folder
 from tclib.support.progress import progress
 
 HEADER_KEY = "tclib"
+TEMPORARY = "tclib-tmp"  # the end of names that `sweep` may remove: no date or version of a user's
 MAX_NAME = 100  # characters: a file's name, with what we add to it, may have 255 bytes
 
 
@@ -68,7 +69,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it replaces `path` on success, vanishes on failure."""
     check_folder(path)
     temporary = temporary_path(path)
-    replaced = temporary.with_name(f".{path.name}.old.{os.getpid()}.tmp")
+    replaced = temporary.with_name(f".{path.name}.old.{os.getpid()}.{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead(_leftovers(path))
@@ -93,7 +94,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def temporary_path(path: Path) -> Path:
     """Where this process writes what is to become `path`; `sweep` knows it once the process is dead."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}.{TEMPORARY}")
 
 
 def unwritten(path: Path, error: Exception) -> str:
@@ -118,11 +119,11 @@ def _to_disk(path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what `new_file` and `new_folder` of processes that were killed left below `folder`."""
-    _remove_dead(folder.rglob(".*.tmp"))
+    _remove_dead(folder.rglob(f".*.{TEMPORARY}"))
 
 
 def _leftovers(path: Path) -> Iterator[Path]:
-    return path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    return path.parent.glob(f".{glob.escape(path.name)}.*.{TEMPORARY}")
 
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:

@@ -42,6 +42,7 @@ def test_small_files_are_kept_and_weights_and_paths_are_not(
     nbformat.write(notebook, preset.folder / "notebooks" / "06.ipynb")
     kept = collect(preset, tmp_path / "kept")
     assert {path.relative_to(tmp_path / "kept").as_posix() for path in kept} == {
+        "collected.json",
         "06_greater_than/curves.csv",
         "06_greater_than/figure_4.png",
         "06_greater_than/manifest.json",
@@ -77,11 +78,17 @@ def test_a_run_is_not_replaced_by_a_collection_and_a_collection_is(tmp_path: Pat
             path = tmp_path / "runs" / name / "01_train_transcoders" / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("{}")
-    with pytest.raises(InputError, match="holds other .* 01_train_transcoders/table.safetensors"):
+    with pytest.raises(InputError, match="holds other .* 01_train_transcoders/manifest.json"):
         collect(preset, tmp_path / "runs" / "other")
     assert (tmp_path / "runs" / "other" / "01_train_transcoders" / "table.safetensors").is_file()
     first = collect(preset, tmp_path / "kept")
     assert collect(preset, tmp_path / "kept") == first
+    for mine in ("my_notes.md", "01_train_transcoders/manifest.json"):  # added, and edited
+        (tmp_path / "kept" / mine).write_text("mine")
+        with pytest.raises(InputError, match=f"holds other files .* {mine}"):
+            collect(preset, tmp_path / "kept")
+        assert (tmp_path / "kept" / mine).read_text() == "mine"
+        (tmp_path / "kept" / mine).unlink()
     (tmp_path / "a_file").touch()
     with pytest.raises(InputError, match="a_file is a file: expected a folder"):
         collect(preset, tmp_path / "a_file")

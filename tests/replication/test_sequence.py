@@ -23,7 +23,7 @@ from tclib.support.steps import is_whole
 MADE = (
     *("00_model_and_data/train.npy", "05_interpretability_comparison/items.csv"),
     *("notebooks/.ipynb_checkpoints/x", "activations/a/x.npy", "progress.json"),
-    *(".01_train_transcoders.lock", ".x.1.tmp", ".ipynb_checkpoints/x"),
+    *(".01_train_transcoders.lock", ".x.1.tclib-tmp", ".ipynb_checkpoints/x"),
 )
 
 

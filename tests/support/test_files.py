@@ -106,13 +106,19 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     folder = tmp_path / "run"
-    (folder / "step" / f".tables.{dead.pid}.tmp").mkdir(parents=True)
-    for name in (f".a.csv.{dead.pid}.tmp", f".b.csv.{os.getpid()}.tmp", "c.tmp", ".d.tmp"):
+    (folder / "step" / f".tables.{dead.pid}.tclib-tmp").mkdir(parents=True)
+    for name in (
+        f".a.csv.{dead.pid}.tclib-tmp",
+        f".b.csv.{os.getpid()}.tclib-tmp",
+        "c.tmp",
+        ".d.tmp",
+        ".notes.99999999.tmp",
+    ):
         (folder / "step" / name).write_text("x")
     with exclusive(folder):
         pass
     left = {path.name for path in (folder / "step").iterdir()}
-    assert left == {f".b.csv.{os.getpid()}.tmp", "c.tmp", ".d.tmp"}
+    assert left == {f".b.csv.{os.getpid()}.tclib-tmp", "c.tmp", ".d.tmp", ".notes.99999999.tmp"}
 
 
 def test_what_is_written_where_nothing_is_locked_sweeps_what_a_killed_process_left_of_it(
@@ -121,7 +127,8 @@ def test_what_is_written_where_nothing_is_locked_sweeps_what_a_killed_process_le
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     left = [
-        tmp_path / f".{name}.{dead.pid}.tmp" for name in ("[x].json", "other.json", "x", "x.old")
+        tmp_path / f".{name}.{dead.pid}.tclib-tmp"
+        for name in ("[x].json", "other.json", "x", "x.old")
     ]
     for path in left[:2]:
         path.touch()

@@ -242,7 +242,7 @@ def test_two_processes_on_one_cache_leave_the_models_activations(tmp_path: Path)
     expected = lm.read(rows.long(), sites)
     for site in sites:
         torch.testing.assert_close(found[site], expected[site].half(), rtol=1e-2, atol=1e-3)
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tclib-tmp"))
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ def test_a_disk_that_fills_up_is_named(
     monkeypatch.setattr(_Writer, "put", full)
     with pytest.raises(InputError, match="No space left on device.*free some space"):
         cached(gpt2_lm, tmp_path)
-    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.tclib-tmp"))
 
 
 def test_a_full_disk_is_named_before_anything_is_read(
