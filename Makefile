@@ -11,7 +11,7 @@ NBVAL := --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks
 demo: .venv/.complete  ## run every notebook at the demo preset
 	$(BIN)/tclib run --preset demo
 
-fast: .venv/.complete  ## the tests for the inner loop: under a minute on two cores
+fast: .venv/.complete  ## the tests for the inner loop: about a minute on two cores
 	$(PYTHON_M) pytest -n 2 -m "not slow and not gpu" tests
 
 test: .venv/.complete  ## every test with coverage, and every notebook against its committed outputs

@@ -25,6 +25,9 @@ from tclib.replication.presets import PRESETS, load_preset
 from tclib.support.errors import InputError
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     return Kit(tmp_path_factory.mktemp("kit") / "files")
@@ -100,7 +103,6 @@ def test_a_presets_key(
 
 
 @pytest.mark.parametrize(("line", "words"), COMMANDS.items())
-@pytest.mark.slow
 def test_a_command(
     line: str,
     words: str,
@@ -122,7 +124,6 @@ def test_a_command(
 @pytest.mark.parametrize(
     ("number", "parameters", "words"), NOTEBOOKS, ids=[f"{n} {p}" for n, p, _ in NOTEBOOKS]
 )
-@pytest.mark.slow
 def test_a_notebook(
     number: str, parameters: dict[str, Any], words: str, kit: Kit, unharmed: Path
 ) -> None:
