@@ -24,7 +24,6 @@ from tclib import cli
 from tclib.replication.presets import PRESETS, load_preset
 from tclib.support.errors import InputError
 
-
 pytestmark = pytest.mark.slow
 
 
