@@ -22,7 +22,7 @@ from tclib.replication.model_and_data import check_ready
 from tclib.replication.presets import Preset
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
-from tclib.support.files import exclusive, new_file, temporary_path
+from tclib.support.files import TEMPORARY, exclusive, new_file, temporary_path
 from tclib.support.progress import progress
 from tclib.training.train import CACHE
 
@@ -30,7 +30,7 @@ EXECUTED = "notebooks"
 PROGRESS = "progress.json"
 # Names of what runs, and who looks at them, leave in a run's folder.
 _MADE = re.compile(
-    rf"\d\d_.*|{EXECUTED}|{CACHE}|{PROGRESS}|\..*\.(lock|tclib-tmp)|\.ipynb_checkpoints|\.DS_Store"
+    rf"\d\d_.*|{EXECUTED}|{CACHE}|{PROGRESS}|\..*\.(lock|{TEMPORARY})|\.ipynb_checkpoints|\.DS_Store"
 )
 
 
