@@ -214,11 +214,12 @@ class Dictionary:
         return Dictionary(self.config, **moved)
 
     def check_model(self, lm: LanguageModel) -> None:
-        """Raise `InputError` unless this dictionary is of the model, and in its processed basis.
+        """Raise `InputError` unless this dictionary is finite, of the model, and in its processed basis.
 
         Of the model is what `check_origin` takes.
         """
         self.check_origin(lm)
+        self.check_finite()
         if self.config.basis == "raw":
             raise InputError(
                 f"the {self.config.kind} of layer {self.config.layer} was trained on unprocessed weights "
@@ -265,6 +266,7 @@ class Dictionary:
         elif names_differ(self.config.model, lm.known_as):
             warnings.warn(f"{what}, and this is {lm.name}: {meant}", stacklevel=3)
 
+    @checked
     def for_model(self, lm: LanguageModel) -> Dictionary:
         """The same weights as those of a dictionary of `lm`, whatever model they were trained on."""
         config = replace(self.config, model=lm.name, model_hash=lm.known_hash)

@@ -20,6 +20,7 @@ from tclib.models.locate import first_line
 from tclib.support.checked import checked
 from tclib.support.declared import Natural
 from tclib.support.errors import InputError
+from tclib.support.paths import expanded
 
 REPOSITORY_ID = "pchlenski/gpt2-transcoders"
 FILE_NAME = "final_sparse_autoencoder_gpt2-small_blocks.{layer}.ln2.hook_normalized_24576.pt"
@@ -58,7 +59,7 @@ def locate_published(source: str, layers: Iterable[int] = range(N_LAYERS)) -> di
         )
     names = {layer: FILE_NAME.format(layer=layer) for layer in wanted}
     cached = cached_snapshot(REPOSITORY_ID)
-    folder = cached if source == "hub" else Path(source).expanduser()
+    folder = cached if source == "hub" else expanded(source)
     found = {} if folder is None else {layer: folder / name for layer, name in names.items()}
     missing = [names[n] for n in names if n not in found or not found[n].is_file()]
     if missing and source == "hub":
@@ -93,7 +94,7 @@ def load_frequencies(source: str, dictionary: Dictionary) -> Float[Tensor, "n_fe
 
     They are of the last 1000 training steps, and are fetched with the transcoders. Errors: `InputError` for a file that holds anything else.
     """
-    folder = cached_snapshot(REPOSITORY_ID) if source == "hub" else Path(source).expanduser()
+    folder = cached_snapshot(REPOSITORY_ID) if source == "hub" else expanded(source)
     path = (folder or Path()) / FREQUENCIES_NAME.format(layer=dictionary.config.layer)
     if folder is None or not path.is_file():
         return None

@@ -7,15 +7,18 @@ wrong figures in silence.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tclib.support.declared import shown
 from tclib.support.errors import InputError, listed
 
 if TYPE_CHECKING:
@@ -75,8 +78,72 @@ def check_files(location: str, name: str) -> None:
             )
 
 
+def check_demand(location: str, name: str) -> None:
+    """Refuse a config.json that asks for a larger model than its weights make up, before it is allocated.
+
+    Twice the weights is let pass: what is missing is then named. Errors: `InputError` naming both sizes.
+    """
+    folder = Path(location)
+    n_held, n_tensors = _held(folder)
+    if not n_held:
+        return  # on the hub: its files are not here yet
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(location)
+    if config.num_hidden_layers > n_tensors:
+        said = f"{config.num_hidden_layers:,} layers, and its weights are {n_tensors:,} tensors"
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        n_asked = sum(weight.numel() for weight in model.parameters())
+        if n_asked <= 2 * n_held:
+            return
+        said = f"{n_asked:,} weights, and it has {n_held:,}"
+    raise InputError(
+        f"model {name!r}: config.json in {location} asks for {said}: they belong to different models; take a "
+        "complete copy of one"
+    )
+
+
+def _held(folder: Path) -> tuple[int, int]:
+    """How many weights the files of a folder can hold, and in how many tensors."""
+    n_weights = n_tensors = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+        n_weights += sum(math.prod(shape) for shape in shapes)
+        n_tensors += len(shapes)
+    for path in [] if n_tensors else folder.glob("*.bin"):
+        n_weights += path.stat().st_size // 2
+        n_tensors += len(ZipFile(path).namelist()) if is_zipfile(path) else n_weights
+    return n_weights, n_tensors
+
+
+def check_hooks(model: Any, name: str) -> None:
+    """Refuse a model with hooks on it: what they do is no part of its weights, by which it is known."""
+    for where, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers records attention patterns by hooks of its own, which change nothing.
+        foreign = [hook for hook in hooks if not _is_transformers(hook)]
+        if foreign or "forward" in vars(module):
+            raise InputError(
+                f"{name}: something is attached to {where or 'the model'} (a hook, or an override that is still active), "
+                "which changes the model but not the weights by which results are kept: remove it first"
+            )
+
+
+def _is_transformers(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
 def check_config(config: Any, name: str) -> None:
-    """Refuse quantised weights, which no matrix of the model shows."""
+    """Refuse sizes that no model has, and quantised weights, which no matrix of the model shows."""
+    for size in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        value = getattr(config, size, 1)
+        if type(value) is not int or value < 1:
+            raise InputError(
+                f"model {name!r}: {size} is {shown(value)} in its config: expected a whole number of 1 or more"
+            )
     method = getattr(config, "quantization_config", None)
     if method is not None:
         given = method if isinstance(method, dict) else vars(method)
@@ -154,8 +221,8 @@ def check_parts(lm: Running, cache: ForwardCache) -> None:
         if not off <= tolerance:
             raise InputError(
                 f"{lm.name}: its {part} cannot be put together from the weights that tclib reads (off by "
-                f"{off:.1e}, at most {tolerance:g} expected): it is no plain {type(lm.model).__name__}, so "
-                "attribution through it would be wrong"
+                f"{off:.1e}, at most {tolerance:g} expected): it is no plain {type(lm.model).__name__}, or "
+                "was edited through .data (make a new LanguageModel of it): attribution through it would be wrong"
             )
 
 

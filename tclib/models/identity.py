@@ -26,8 +26,6 @@ ACTS_BY = (
     "layer_norm_epsilon layer_norm_eps rms_norm_eps use_parallel_residual rope_parameters rotary_pct "
     "sliding_window scale_attn_weights scale_attn_by_inverse_layer_idx"
 )
-
-
 # Names of one model that differ in more than their organisation and their case.
 ALIASES = {"gpt2-small": "gpt2", "smollm2": "smollm2-135m-instruct"}
 
@@ -49,8 +47,28 @@ def model_hash(model: Any) -> str:
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
     acts = {name: getattr(model.config, name, None) for name in ACTS_BY.split()}
     acts["dtype"] = str(model.dtype)
+    if by_hand := _set_by_hand(model):
+        acts["by hand"] = by_hand
     text = json.dumps(acts, sort_keys=True, default=str) + tensors_hash(weights)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _set_by_hand(model: Any) -> dict[str, float]:
+    """What parts of a model in memory say otherwise than its config, from which they were made."""
+    config = model.config
+    eps = next(
+        getattr(config, name)
+        for name in ACTS_BY.split()
+        if "_eps" in name and hasattr(config, name)
+    )
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    said = {"eps": eps, "variance_epsilon": eps, "scaling": d_head**-0.5}
+    return {
+        f"{name}.{key}": vars(module)[key]
+        for name, module in model.named_modules()
+        for key, value in said.items()
+        if vars(module).get(key, value) != value
+    }
 
 
 def keep_hash(model: Any, location: str, before: list[str]) -> None:

@@ -6,7 +6,6 @@ Together with `architectures` and `locate` the only modules that know transforme
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tclib.models.checks import check_files, check_module, check_report, check_tokenizer
+from tclib.models.checks import (
+    check_demand,
+    check_files,
+    check_hooks,
+    check_module,
+    check_report,
+    check_tokenizer,
+)
 from tclib.models.identity import folder_state, keep_hash, kept_hash, model_hash
 from tclib.models.locate import first_line, locate, quiet_transformers
 from tclib.models.running import Running
@@ -46,16 +52,22 @@ class LanguageModel(Running):
 
     @property
     def content_hash(self) -> str:
-        """sha256 of the weights and of how they act: the model's identity, whatever its name."""
+        """sha256 of the weights and of how they act: the model's identity, whatever its name.
+
+        Errors: `InputError` while hooks are on the model, whose doing no hash shows.
+        """
+        check_hooks(self.model, self.name)
         return model_hash(self.model)
 
-    @cached_property
+    @property
     def known_hash(self) -> str:
-        """`content_hash` as it was first asked for, or when the model was loaded.
+        """`content_hash`, computed when the model was loaded or edited.
 
         Empty for weights in half precision, whose hash is not that of the model.
         """
-        return "" if self.is_rounded else self.content_hash
+        if self.is_rounded:
+            return ""
+        return self.derived("known_hash", lambda: model_hash(self.model), self.model)
 
     @property
     def known_as(self) -> str:
@@ -86,6 +98,7 @@ class LanguageModel(Running):
         before = folder_state(location)
         try:
             check_files(location, name)
+            check_demand(location, name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -104,7 +117,7 @@ class LanguageModel(Running):
         lm = cls(model.to(device), tokenizer, name)
         lm._location = location
         if not lm.is_rounded and (kept := kept_hash(location, dtype)):
-            lm.known_hash = kept  # so that it is not computed again
+            lm.derived("known_hash", lambda: kept, lm.model)  # so that it is not computed again
         return lm
 
     def summary(self) -> dict[str, object]:
@@ -147,10 +160,15 @@ class LanguageModel(Running):
     def tokenize(self, text: str) -> Int[Tensor, "1 pos"]:
         """Token ids of `text` with BOS in front.
 
-        Errors: `InputError` for a text with words outside a closed vocabulary, or longer than
-        the context.
+        Errors: `InputError` for a text with words outside a closed vocabulary, longer than
+        the context, or with half a surrogate pair.
         """
-        ids = [self.bos_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        try:
+            ids = [self.bos_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        except (UnicodeError, TypeError) as error:
+            raise InputError(
+                f"{text!r} holds half a surrogate pair, which is no character: remove it"
+            ) from error
         unknown_id = self.tokenizer.unk_token_id
         if unknown_id is not None and unknown_id != self.bos_id and unknown_id in ids:
             raise InputError(

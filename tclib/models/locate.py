@@ -16,6 +16,7 @@ from tclib.models.checks import check_config
 from tclib.models.hub import cached_model, check_hub_reachable, check_repository_id
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
+from tclib.support.paths import expanded
 from tclib.support.places import DATA
 
 BUNDLED = {"demo": DATA / "demo" / "gpt2", "demo-neox": DATA / "demo" / "neox"}
@@ -37,7 +38,7 @@ def locate(name: str) -> str:
         raise InputError(
             f"model {name!r}: expected {', '.join(NAMED_MODELS)}, a folder or a hub id"
         )
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_file():
         raise InputError(f"model folder {name} is a file: expected a folder")
     if folder.is_dir():
@@ -99,7 +100,7 @@ def first_line(error: BaseException) -> str:
 
 def cache_folder() -> Path:
     """Where converted models are kept: TCLIB_CACHE, else ~/.cache/tclib."""
-    return Path(os.environ.get("TCLIB_CACHE", "~/.cache/tclib")).expanduser()
+    return expanded(os.environ.get("TCLIB_CACHE", "~/.cache/tclib"))
 
 
 def _smollm2_folder() -> Path:

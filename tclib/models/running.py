@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -66,17 +66,6 @@ class ForwardCache:
     logits: Float[Tensor, "batch pos d_vocab"]
 
 
-class _Feed(nn.Module):
-    """Stands in for lower blocks: whatever comes in, `stream` goes out."""
-
-    def __init__(self, stream: Tensor) -> None:
-        super().__init__()
-        self.stream = stream
-
-    def forward(self, *_inputs: Any, **_options: Any) -> Tensor:
-        return self.stream
-
-
 class _StopForward(Exception):
     """Ends a forward pass as soon as everything asked for has been read."""
 
@@ -116,6 +105,20 @@ def _attached(*hooks: tuple[Callable[[Any], Any], Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _forwarding(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """While active, `module` is not run: `forward` is called in its place."""
+    # An attribute of the module itself hides the method of its class.
+    hidden = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if hidden is not None:
+            module.forward = hidden
 
 
 class Running(ProcessedWeights):
@@ -168,6 +171,7 @@ class Running(ProcessedWeights):
             site: self._processed(site, value) for site, value in self._raw(tokens, sites).items()
         }
 
+    @checked
     @torch.no_grad()
     def read_with_scale(
         self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site]
@@ -212,8 +216,11 @@ class Running(ProcessedWeights):
     ) -> Float[Tensor, "*batch d_model"]:
         """mlp_out of `layer` for a given mlp_in."""
         norm = self.mlp_norm(self.check_layer(layer))
-        if mlp_in.shape[-1:] != (self.d_model,):
-            raise InputError(f"mlp_in {shown(mlp_in)}: expected rows of {self.d_model} numbers")
+        is_given = isinstance(mlp_in, Tensor) and mlp_in.dtype == self.dtype
+        if not is_given or mlp_in.shape[-1:] != (self.d_model,):
+            raise InputError(
+                f"mlp_in {shown(mlp_in)}: expected rows of {self.d_model} numbers, in {self.dtype}"
+            )
         return norm.centre(self._block(layer).mlp(norm.affine(mlp_in)))
 
     @torch.no_grad()
@@ -232,8 +239,8 @@ class Running(ProcessedWeights):
     def _norm_modules(self) -> list[nn.Module]:
         """The norms in front of every attention, of every MLP, and of the unembedding."""
         blocks = [self._block(layer) for layer in range(self.n_layers)]
-        final = getattr(self._backbone, self._architecture.final_norm)
-        return [*(b.attention_norm for b in blocks), *(b.mlp_norm for b in blocks), final]
+        norms = [*(b.attention_norm for b in blocks), *(b.mlp_norm for b in blocks)]
+        return [*norms, self._final_norm]
 
     def _renormed(
         self, scales: Iterable[tuple[nn.Module, Tensor | None]]
@@ -326,16 +333,11 @@ class Running(ProcessedWeights):
         def forward(x: Tensor) -> Tensor:
             return stand_in(mlp_in.pop()).to(x.dtype)
 
-        # An attribute of the module itself hides the method of its class.
-        hidden = vars(block.mlp).get("forward")
-        block.mlp.forward = forward
-        try:
-            with _attached((block.mlp_norm.register_forward_pre_hook, before)):
-                yield
-        finally:
-            del block.mlp.forward
-            if hidden is not None:
-                block.mlp.forward = hidden
+        with (
+            _forwarding(block.mlp, forward),
+            _attached((block.mlp_norm.register_forward_pre_hook, before)),
+        ):
+            yield
 
     def override_heads(
         self, layer: int, override: Callable[[Tensor], Tensor]
@@ -389,14 +391,10 @@ class Running(ProcessedWeights):
     @contextmanager
     def _fed(self, n_below: int, stream: Tensor) -> Iterator[None]:
         """While active, `stream` comes out of the first `n_below` blocks, which are not run."""
-        backbone, name = self._backbone, self._architecture.blocks
-        blocks = self._blocks
-        below = [_Feed(stream) for _ in range(n_below)]
-        setattr(backbone, name, nn.ModuleList([*below, *blocks[n_below:]]))
-        try:
+        with ExitStack() as fed:
+            for block in self._blocks[:n_below]:
+                fed.enter_context(_forwarding(block, lambda *_inputs, **_options: stream))
             yield
-        finally:
-            setattr(backbone, name, blocks)
 
     @torch.no_grad()
     def run_below(self, tokens: Int[Tensor, "batch pos"], layer: int) -> LowerRun:
@@ -422,7 +420,7 @@ class Running(ProcessedWeights):
         Nothing below is computed. Gradients flow to `stream` unless switched off.
         """
         tokens = torch.zeros(stream.shape[:2], dtype=torch.long, device=stream.device)
-        final = {"final": getattr(self._backbone, self._architecture.final_norm)}
+        final = {"final": self._final_norm}
         with self._last_mlp_at_last_position(), self._fed(layer + 1, stream):
             read = self._run_until("final", tokens, final, {})
         return self.final_norm.normalise(read["final"][:, -1])
@@ -435,7 +433,12 @@ class Running(ProcessedWeights):
         mlp = self._block(self.n_layers - 1).mlp
         return _attached((mlp.register_forward_pre_hook, lambda _mlp, inputs: (inputs[0][:, -1:],)))
 
-    @cached_property
+    @property
     def extended_embedding(self) -> Float[Tensor, "d_vocab d_model"]:
         """W_E + MLP_0(norm(W_E)): every token alone, with what MLP 0 makes of it."""
-        return self.W_E + self.run_mlp(0, self.mlp_norm(0).normalise(self.W_E))
+        block, embedding = self._block(0), self.model.get_input_embeddings()
+
+        def extend() -> Tensor:
+            return self.W_E + self.run_mlp(0, self.mlp_norm(0).normalise(self.W_E))
+
+        return self.derived("extended_embedding", extend, embedding, block.mlp_norm, block.mlp)

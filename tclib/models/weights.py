@@ -11,8 +11,8 @@ The model itself runs with its own weights; only what crosses the boundary is co
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -22,10 +22,15 @@ from tclib.models.architectures import AttentionWeights, Block, NeuronWeights, N
 from tclib.support.declared import whole
 from tclib.support.errors import InputError
 
+T = TypeVar("T")
+State = list[tuple[nn.Parameter, int, int]]
+
 
 class ProcessedWeights:
     """The geometry of a transformers model, and its weights in the processed basis.
 
+    What is derived from weights is kept until one of them is replaced, moved or edited in place; an edit
+    through `.data` leaves no trace, and is found when attribution puts the model together again.
     `is_parallel`: whether attention and MLP read the same stream (GPT-NeoX, Pythia).
     """
 
@@ -33,8 +38,9 @@ class ProcessedWeights:
         self._architecture = architecture_of(type(model).__name__, name)
         self.model = model.eval().requires_grad_(False)
         self.name = name
-        self._attention_weights: dict[int, AttentionWeights] = {}
+        self._derived: dict[str, tuple[State, Any]] = {}
         config = model.config
+        config.return_dict = True  # what is returned is read by name
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
         self.n_heads: int = config.num_attention_heads
@@ -70,21 +76,25 @@ class ProcessedWeights:
         return self._norm(self._block(layer).attention_norm)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        """Value and output weights of `layer`, with the norm's gain and bias folded in (kept)."""
-        if layer in self._attention_weights:
-            return self._attention_weights[layer]
+        """Value and output weights of `layer`, with the norm's gain and bias folded in."""
         block = self._block(self.check_layer(layer))
-        W_V, b_V, W_O, b_O = self._architecture.values(block.attention, self.n_heads)
         norm = self.attention_norm(layer)
-        folded_bias = b_V if norm.bias is None else b_V + torch.einsum("d,hdk->hk", norm.bias, W_V)
-        folded = AttentionWeights(
-            W_V=norm.centre((W_V * norm.gain[:, None]).mT).mT,
-            b_V=folded_bias,
-            W_O=norm.centre(W_O),
-            b_O=norm.centre(b_O),
-        )
-        self._attention_weights[layer] = folded
-        return folded
+
+        def fold() -> AttentionWeights:
+            W_V, b_V, W_O, b_O = self._architecture.values(block.attention, self.n_heads)
+            bias = b_V if norm.bias is None else b_V + torch.einsum("d,hdk->hk", norm.bias, W_V)
+            W_V = norm.centre((W_V * norm.gain[:, None]).mT).mT
+            return AttentionWeights(W_V, bias, norm.centre(W_O), norm.centre(b_O))
+
+        return self.derived(f"attention {layer}", fold, block.attention, block.attention_norm)
+
+    def derived(self, name: str, make: Callable[[], T], *made_from: nn.Module) -> T:
+        """`make()`, kept under `name` while the weights of `made_from` are what they were."""
+        weights = [weight for module in made_from for weight in module.parameters()]
+        state = [(w, 0 if w.is_inference() else w._version, w.data_ptr()) for w in weights]
+        if name not in self._derived or not _is_same(self._derived[name][0], state):
+            self._derived[name] = (state, make())
+        return cast(T, self._derived[name][1])
 
     def neuron_weights(self, layer: int) -> NeuronWeights:
         """Output weights and bias of an MLP's neurons."""
@@ -96,40 +106,54 @@ class ProcessedWeights:
         bias = weight.new_zeros(self.d_model) if projection.bias is None else projection.bias
         return NeuronWeights(self.final_norm.centre(weight), self.final_norm.centre(bias))
 
-    @cached_property
+    @property
     def final_norm(self) -> Norm:
         """The norm in front of the unembedding."""
-        return self._norm(getattr(self._backbone, self._architecture.final_norm))
+        return self._norm(self._final_norm)
 
-    @cached_property
+    @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """Token embedding, centred for LayerNorm models."""
         embedding = getattr(self._backbone, self._architecture.token_embedding)
-        return self.final_norm.centre(embedding.weight)
+        return self.derived("W_E", lambda: self.final_norm.centre(embedding.weight), embedding)
 
-    @cached_property
+    @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"] | None:
         """Learned positions, centred for LayerNorm models; None where positions are rotary."""
         name = self._architecture.position_embedding
         if name is None:
             return None
-        return self.final_norm.centre(getattr(self._backbone, name).weight)
+        embedding = getattr(self._backbone, name)
+        return self.derived("W_pos", lambda: self.final_norm.centre(embedding.weight), embedding)
 
-    @cached_property
+    @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding with the final norm's gain and centring folded in, centred over the vocabulary."""
-        W_U = (self.model.get_output_embeddings().weight * self.final_norm.gain).T
-        W_U = W_U - W_U.mean(-1, keepdim=True)
-        return self.final_norm.centre(W_U.T).T
+        head, norm = self.model.get_output_embeddings(), self.final_norm
 
-    @cached_property
+        def fold() -> Tensor:
+            W_U = (head.weight * norm.gain).T
+            return norm.centre((W_U - W_U.mean(-1, keepdim=True)).T).T
+
+        return self.derived("W_U", fold, head, self._final_norm)
+
+    @property
     def b_U(self) -> Float[Tensor, "d_vocab"]:
         """Logits of a stream at its mean: the final norm's bias through the unembedding, centred."""
-        head = self.model.get_output_embeddings()
-        b_U = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
-        if self.final_norm.bias is not None:
-            b_U = b_U + head.weight @ self.final_norm.bias
-        return b_U - b_U.mean()
+        head, norm = self.model.get_output_embeddings(), self.final_norm
+
+        def fold() -> Tensor:
+            b_U = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
+            if norm.bias is not None:
+                b_U = b_U + head.weight @ norm.bias
+            return b_U - b_U.mean()
+
+        return self.derived("b_U", fold, head, self._final_norm)
+
+    @property
+    def _final_norm(self) -> nn.Module:
+        norm: nn.Module = getattr(self._backbone, self._architecture.final_norm)
+        return norm
 
     @property
     def _backbone(self) -> Any:
@@ -145,6 +169,13 @@ class ProcessedWeights:
         return Block(*(getattr(block, part) for part in self._architecture.part_names))
 
     def _norm(self, module: nn.Module) -> Norm:
-        eps = getattr(module, "eps", None) or module.variance_epsilon
+        eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
         bias = getattr(module, "bias", None)
         return Norm(self._architecture.norm, module.weight, bias, float(eps))  # type: ignore[arg-type]
+
+
+def _is_same(one: State, other: State) -> bool:
+    """Whether both are the same tensors, in the same place and not edited in between."""
+    return len(one) == len(other) and all(
+        a is b and seen == now for (a, *seen), (b, *now) in zip(one, other, strict=True)
+    )

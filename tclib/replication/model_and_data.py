@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from tclib.replication.presets import Preset
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
+from tclib.support.paths import expanded
 from tclib.support.steps import MANIFEST, Step, ensure, save_table
 from tclib.text.corpus import Corpus, build_corpus, check_disjoint
 from tclib.text.documents import bundled_dump, text_documents
@@ -44,12 +44,12 @@ def check_ready(preset: Preset) -> None:
         return
     if corpus.kind == "huggingface":
         locate_dataset(corpus.source, corpus.revision, corpus.data_files)
-    elif corpus.source and not Path(corpus.source).expanduser().exists():
+    elif corpus.source and not expanded(corpus.source).exists():
         raise InputError(f"corpus.source {corpus.source}: no such file or folder")
     elif corpus.kind == "wikipedia" and not corpus.source:
         bundled_dump()
     elif corpus.kind == "text":
-        text_documents(Path(corpus.source).expanduser())
+        text_documents(expanded(corpus.source))
 
 
 def check_model(preset: Preset) -> None:

@@ -35,7 +35,7 @@ from tclib.support.declared import (
 from tclib.support.errors import InputError
 from tclib.support.files import check_name
 from tclib.support.foreign import read_yaml
-from tclib.support.paths import check_folder
+from tclib.support.paths import check_folder, expanded
 from tclib.support.places import PRESETS, default_runs
 from tclib.support.steps import Step
 from tclib.text.corpus import CorpusConfig
@@ -316,7 +316,7 @@ def load_preset(
     with another seed than the preset's own has a folder of its own, `<name>-seed<seed>`.
     Errors: `InputError` for an unknown preset, an unknown key or a value out of range.
     """
-    path = Path(name).expanduser() if is_path(name) else PRESETS / f"{name}.yaml"
+    path = expanded(name if is_path(name) else PRESETS / f"{name}.yaml")
     if not path.is_file():
         known = "no such file" if is_path(name) else f"expected one of {', '.join(preset_names())}"
         raise InputError(f"unknown preset {name!r}: {known}")
@@ -329,7 +329,7 @@ def load_preset(
         preset = replace(preset, seed=seed, name=f"{preset.name}-seed{seed}")
         asked["--seed"] = str(seed)
     usual = preset.runs_dir.expanduser().resolve()
-    found = Path(runs_dir or usual).expanduser().resolve()
+    found = expanded(runs_dir or usual).resolve()
     check_folder(found)
     if found != usual:
         asked["--runs-dir"] = str(found)
@@ -356,7 +356,7 @@ def _beside(preset: Preset, folder: Path) -> Preset:
     """The preset with its relative paths taken from its own folder: notebooks run in another one."""
 
     def path(value: str) -> str:
-        return str(folder / Path(value).expanduser()) if value else value
+        return str(folder / expanded(value)) if value else value
 
     def found(value: str) -> str:
         """A path where it is one, else the name or the hub's id that it must be."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,6 +20,7 @@ from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, claim_line
 from tclib.support.files import exclusive
+from tclib.support.paths import expanded
 from tclib.support.steps import Step, ensure, write_csv
 from tclib.training.log import LOG, LOG_COLUMNS
 from tclib.training.spec import DictionarySpec, TrainingConfig
@@ -50,7 +50,7 @@ def _released(run: Run) -> Trained:
     names = dict(zip(layers, config.names(run.lm), strict=True))
 
     def make() -> Mapping[str, Any]:
-        found = load_published(layers, None if source == "hub" else Path(source).expanduser())
+        found = load_published(layers, None if source == "hub" else expanded(source))
         for dictionary in found.values():
             dictionary.check_model(run.lm)
         for layer, dictionary in found.items():

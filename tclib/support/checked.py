@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from functools import cache, reduce, wraps
 from operator import or_
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from tclib.support.declared import NUMBER, WHOLE, in_words
 from tclib.support.errors import InputError
+from tclib.support.paths import expanded
 
 F = TypeVar("F", bound=Callable[..., Any])
 _CONFIG = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -63,9 +64,10 @@ def checked(function: F) -> F:
         for name, adapter in adapters().items():
             if name in bound.arguments:
                 try:
-                    bound.arguments[name] = adapter.validate_python(bound.arguments[name])
+                    value = adapter.validate_python(bound.arguments[name])
                 except ValidationError as error:
                     raise InputError(_sentence(name, error)) from error
+                bound.arguments[name] = expanded(value) if isinstance(value, Path) else value
         return function(*bound.args, **bound.kwargs)
 
     return cast(F, call)

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from tclib.support.errors import InputError
+
+
+def expanded(path: str | Path) -> Path:
+    """`path`, with ~ written out.
+
+    Errors: `InputError` for what no file system takes: parts of more than 255 bytes, NUL, half a
+    surrogate pair, the home of somebody who is not there.
+    """
+    reason = ""
+    try:
+        found = Path(path).expanduser()
+        os.lstat(found)
+    except OSError as error:
+        reason = str(error.strerror) if error.errno == errno.ENAMETOOLONG else ""
+    except (ValueError, RuntimeError) as error:
+        reason = str(error)
+    if reason:
+        raise InputError(f"{str(path)[:60]!r}: no possible path ({reason}); give another")
+    return found
 
 
 def check_file(path: Path, remedy: str) -> None:

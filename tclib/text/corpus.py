@@ -26,6 +26,7 @@ from tclib.models.language_model import LanguageModel
 from tclib.support.checked import checked
 from tclib.support.declared import NUMBER, WHOLE, Count, Seed, declared
 from tclib.support.errors import InputError
+from tclib.support.paths import expanded
 from tclib.support.progress import progress
 from tclib.text import world
 from tclib.text.documents import (
@@ -198,11 +199,11 @@ def _documents(config: CorpusConfig) -> Iterator[str]:
     if config.kind == "demo":
         return (document.text for document in world.documents(config.seed))
     if config.kind == "text":
-        return text_documents(Path(config.source).expanduser())
+        return text_documents(expanded(config.source))
     if config.kind == "docstrings":
         root = Path(config.source or sysconfig.get_paths()["purelib"])
         return docstring_documents(root)
     if config.kind == "wikipedia":
-        dump = Path(config.source).expanduser() if config.source else bundled_dump()
+        dump = expanded(config.source) if config.source else bundled_dump()
         return (article.text for article in wikipedia_articles(dump))
     return dataset_documents(config.source, config.seed, config.revision, config.data_files)

@@ -11,6 +11,7 @@ from tclib.models.hub import cached_snapshot, check_hub_reachable, check_reposit
 from tclib.models.locate import first_line
 from tclib.support.declared import shown
 from tclib.support.errors import InputError
+from tclib.support.paths import expanded
 
 STREAM_SHUFFLE_BUFFER = 10_000
 DATA_SUFFIXES = {".parquet", ".jsonl", ".json", ".txt", ".csv", ".arrow"}
@@ -58,7 +59,7 @@ def locate_dataset(
     Errors: `InputError` for a folder without data files, or a data set that is not cached where the hub
     cannot be reached.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return _in_folder(path.parent, [path.name])
     if path.is_dir():

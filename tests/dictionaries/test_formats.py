@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -316,6 +317,14 @@ def test_truncated_files_are_named(tmp_path: Path, runner_config: type) -> None:
         ({"d_in": 16.0}, "d_in is a float; expected a whole number"),
         ({"d_sae": True}, "d_sae is a bool; expected a whole number"),
         ({"d_out": 10**30}, "d_out has 100 bits; expected a width"),
+        (
+            {"rescale_acts_by_decoder_norm": True},
+            "rescale_acts_by_decoder_norm is True; only False",
+        ),
+        ({"activation_fn": "gelu"}, "activation_fn is 'gelu'; only 'relu'"),
+        ({"hook_layer": 2}, "hook_layer is 2; only 1 can be read"),
+        ({"hook_head_index": 3}, "hook_head_index is 3; only None"),
+        ({"apply_b_dec_to_input": 0}, "apply_b_dec_to_input is 0; only False"),
     ],
 )
 def test_saelens_folders_that_do_not_fit_are_named(
@@ -336,6 +345,13 @@ def test_circuit_tracer_folders_that_do_not_fit_are_named(tmp_path: Path) -> Non
     def refused(message: str) -> None:
         with pytest.raises(InputError, match=message):
             read_circuit_tracer(folder)
+
+    files = ["hf://someone/set/layer_1.safetensors", "hf://someone/set/layer_0.safetensors"]
+    (folder / "config.yaml").write_text(config + yaml.safe_dump({"transcoders": files[::-1]}))
+    assert list(read_circuit_tracer(folder)) == [0, 1]
+    (folder / "config.yaml").write_text(config + yaml.safe_dump({"transcoders": files}))
+    refused("transcoder 0 of its list is 'hf://someone/set/layer_1.safetensors'")
+    (folder / "config.yaml").write_text(config)
 
     save_file(
         {**tensors, "activation_function.threshold": torch.ones(41)}, folder / "layer_1.safetensors"
@@ -369,8 +385,11 @@ def test_sparsify_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
     original = (folder / "cfg.json").read_text()
     for changed, message in (
         ({"transcode": False}, "an autoencoder"),
-        ({"activation": "groupmax"}, "activation 'groupmax'"),
+        ({"activation": "groupmax"}, "activation is 'groupmax'"),
         ({"num_latents": 80}, "expected"),
+        ({"signed": True}, "signed is True; only False"),
+        ({"transcode": "false"}, "transcode is a str; expected true or false"),
+        ({"skip_connection": "no"}, "skip_connection is a str; expected true or false"),
         ({"skip_connection": True}, r"missing \[W_skip\]"),
     ):
         (folder / "cfg.json").write_text(original)
@@ -384,6 +403,16 @@ def test_sparsify_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
         write_sparsify(transcoder(1, "topk"), tmp_path / "bad")
     with pytest.raises(InputError, match="cannot hold a relu"):
         write_sparsify(transcoder(1, "relu", "raw"), tmp_path / "bad")
+
+
+@pytest.mark.parametrize("kind", ["tclib", "saelens", "circuit-tracer", "sparsify"])
+def test_weights_that_became_nan_are_written_in_no_format(tmp_path: Path, kind: Format) -> None:
+    topk = kind == "sparsify"
+    one = transcoder(0, "topk" if topk else "relu", "raw" if topk else "processed")
+    one.W_dec[3, 2] = torch.nan
+    with pytest.raises(InputError, match="W_dec has 1 values that are NaN"):
+        write_any({0: one}, tmp_path / "h.0.mlp", kind)
+    assert not any(tmp_path.iterdir())
 
 
 def test_convert_and_inspect_on_the_command_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,12 @@ DAMAGES = {
     "a tensor twice": ("gpt2", lambda w: {**w, "h.1.ln_1.weight": torch.zeros(D_MODEL)}, {}, r"h\.1\.ln_1\.weight .* stand there twice"),
     "NaN": ("gpt2", lambda w: {k: v * torch.nan if k.endswith("h.1.ln_1.weight") else v for k, v in w.items()}, {}, r"h\.1\.ln_1\.weight has values that are NaN"),
     "a value of another type": ("gpt2", dict, {"n_layer": "three"}, "no readable config|could not be read"),
-    "no heads": ("gpt2", dict, {"n_head": 0}, "no readable config|could not be read"),
+    "no heads": ("gpt2", dict, {"n_head": 0}, "num_attention_heads is 0 in its config: expected a whole number of 1"),
+    "fewer than no heads": ("gpt2", dict, {"n_head": -4}, "num_attention_heads is -4 in its config"),
+    "a giant vocabulary": ("gpt2", dict, {"vocab_size": 10**9}, "config.json in .* asks for 16,.* weights, and it has "),
+    "giant layers": ("llama", dict, {"intermediate_size": 10**9}, "asks for .* weights, and it has"),
+    "a giant context": ("gpt2", dict, {"n_positions": 10**8}, "asks for .* weights, and it has"),
+    "layers without end": ("gpt2", dict, {"n_layer": 10**6}, "asks for 1,000,000 layers, and its weights are"),
     "an unknown activation": ("gpt2", dict, {"activation_function": "nope"}, "no readable config|could not be read"),
     "another shape": ("llama", lambda w: {**w, "model.norm.weight": torch.ones(7)}, {}, r"norm.weight \(7,\) for \(16,\) of another shape"),
 }  # fmt: skip
@@ -108,6 +114,24 @@ def test_a_whole_folder_loads_with_the_masks_that_older_files_carry(
     extra |= rotary if geometry == "neox" else {}
     change_weights(folder, lambda weights: {**weights, **extra})
     LanguageModel.load(str(folder))
+
+
+def test_what_a_folder_asks_for_is_held_against_old_files_too(tmp_path: Path) -> None:
+    folder = saved("gpt2", tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    LanguageModel.load(str(folder))
+    for asked in ({"vocab_size": 10**9}, {"n_layer": 10**6, "vocab_size": 100}):
+        change_config(folder, **asked)
+        with pytest.raises(InputError, match="config.json in .* asks for"):
+            LanguageModel.load(str(folder))
+
+
+def test_a_config_that_returns_tuples_changes_nothing(tmp_path: Path) -> None:
+    folder = saved("gpt2", tmp_path / "model")
+    before = LanguageModel.load(str(folder)).logits(torch.tensor([[0, 1, 2]]))
+    change_config(folder, return_dict=False)
+    assert torch.equal(LanguageModel.load(str(folder)).logits(torch.tensor([[0, 1, 2]])), before)
 
 
 def test_a_tied_head_need_not_be_in_the_file(tmp_path: Path) -> None:
@@ -390,6 +414,69 @@ def test_a_model_that_is_edited_in_memory_is_another_and_its_folder_is_not(tmp_p
         lm.model.transformer.h[0].mlp.c_proj.weight.data.mul_(1.5)
         assert lm.content_hash != before
         assert kept_hash(str(folder)) == before == LanguageModel.load(str(folder)).content_hash
+
+
+EDITS: dict[str, Callable[[LanguageModel], Any]] = {
+    "W_E": lambda lm: lm.W_E,
+    "W_U": lambda lm: lm.W_U,
+    "b_U": lambda lm: lm.b_U,
+    "extended embedding": lambda lm: lm.extended_embedding,
+    "attention": lambda lm: lm.attention_weights(1).W_O,
+    "known hash": lambda lm: lm.known_hash,
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_what_is_derived_from_weights_follows_their_edits(geometry: str, what: str) -> None:
+    read, lm = EDITS[what], LanguageModel(deepcopy(tiny_hf_model(geometry)), tiny_tokenizer())
+    assert read(lm) is read(lm)
+    first = deepcopy(read(lm))
+    with torch.no_grad():
+        for weight in lm.model.parameters():
+            weight += 0.01 * torch.randn(weight.shape)
+    again = LanguageModel(lm.model, lm.tokenizer)
+    if isinstance(first, str):
+        assert read(lm) == read(again) != first
+    else:
+        torch.testing.assert_close(read(lm), read(again), rtol=0, atol=0)
+        assert geometry == "llama" and what == "b_U" or not torch.equal(read(lm), first)
+
+
+def test_an_edit_that_leaves_no_trace_is_found_by_attribution() -> None:
+    lm, rows = (
+        LanguageModel(deepcopy(tiny_hf_model("gpt2")), tiny_tokenizer()),
+        random_rows(1).long(),
+    )
+    FrozenPrompts(lm, rows, [])
+    lm.model.transformer.wte.weight.data *= 1.5
+    with pytest.raises(InputError, match="or was edited through .data"):
+        FrozenPrompts(lm, rows, [])
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_what_acts_in_memory_is_part_of_the_identity(geometry: str) -> None:
+    lm = LanguageModel(deepcopy(tiny_hf_model(geometry)), tiny_tokenizer())
+    first = lm.content_hash
+    lm.cache(random_rows(1, 5))  # transformers leaves hooks of its own, which read
+    assert lm.content_hash == first
+    norm = lm._block(1).mlp_norm
+    norm.eps, norm.variance_epsilon = 0.1, 0.1  # type: ignore[assignment]
+    assert lm.content_hash != first
+
+
+def test_hooks_on_a_model_are_no_part_of_what_is_kept_for_it() -> None:
+    lm = LanguageModel(deepcopy(tiny_hf_model("gpt2")), tiny_tokenizer(), "mine")
+    hook = lm.model.transformer.h[1].mlp.register_forward_hook(lambda _m, _i, out: 2 * out)
+    with pytest.raises(InputError, match=r"attached to transformer\.h\.1\.mlp .* remove it first"):
+        _ = lm.content_hash
+    hook.remove()
+    with (
+        lm.stand_in_for_mlp(0, lambda x: x),
+        pytest.raises(InputError, match="mine: something is attached"),
+    ):
+        _ = lm.content_hash
+    assert lm.content_hash
 
 
 def test_the_hash_of_a_folder_is_computed_once_and_again_when_it_changes(

@@ -15,6 +15,7 @@ from tclib.dictionaries.formats.sparsify import read_sparsify, write_sparsify
 from tclib.support.checked import checked
 from tclib.support.declared import Natural
 from tclib.support.errors import InputError
+from tclib.support.paths import expanded
 
 Format = Literal["tclib", "saelens", "circuit-tracer", "sparsify", "authors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -72,7 +73,7 @@ def load_dictionary(path: str | Path, layer: Natural | None = None) -> Dictionar
 
     Errors: `InputError` if no format is recognised, or which one is meant cannot be told.
     """
-    found = read_any(Path(path).expanduser()).dictionaries
+    found = read_any(expanded(path)).dictionaries
     if layer is None and len(found) == 1:
         (layer,) = found
     if layer not in found:

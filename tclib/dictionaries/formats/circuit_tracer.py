@@ -10,6 +10,7 @@ import yaml
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.dictionaries.formats import parts
+from tclib.support.declared import shown
 from tclib.support.errors import InputError, listed
 from tclib.support.files import new_folder
 
@@ -37,6 +38,12 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     files = [folder / f"layer_{layer}.safetensors" for layer in range(len(names))]
     if names != {path.name for path in files} or not names:
         raise InputError(f"{folder}: layers [{listed(names)}]; expected layer_0 upwards, no gap")
+    for layer, name in enumerate(parts.entry(config, "transcoders", list, folder, [])):
+        if str(name).split("/")[-1] != f"layer_{layer}.safetensors":
+            raise InputError(
+                f"{folder}: transcoder {layer} of its list is {shown(name)}; expected "
+                f"layer_{layer}.safetensors: files are read by their names"
+            )
     model, model_hash = (
         parts.entry(config, name, str, folder, "") for name in ("model_name", parts.HASH)
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Basis, Dictionary, DictionaryConfig
 from tclib.dictionaries.kinds import Activation
+from tclib.support.declared import shown
 from tclib.support.errors import InputError, listed
 from tclib.support.foreign import check_header, read_json, read_yaml
 
@@ -26,7 +27,13 @@ HOOKS_OUT = (HOOK_OUT, "mlp.hook_out")
 HASH = "tclib_model_hash"  # a key of ours, which the others' readers pass over
 STREAM_HOOKS = ("hook_mlp_in", "hook_resid_mid")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-SAID: dict[type, str] = {str: "a text", int: "a whole number", dict: "names and values"}
+SAID: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    bool: "true or false",
+    dict: "names and values",
+    list: "a list",
+}
 JUMPS: tuple[Activation, ...] = ("relu", "jumprelu", "batch_topk")  # what a format without k holds
 
 
@@ -86,10 +93,19 @@ def entry(
     return value
 
 
+def check_same(values: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> None:
+    """Raise `InputError` for a value, where there is one, that would change the equations or the place."""
+    for name, same in expected.items():
+        found = values.get(name)
+        if found is not None and (type(found) is not type(same) or found != same):
+            raise InputError(f"{where}: {name} is {shown(found)}; only {same!r} can be read")
+
+
 def check_exportable(
     dictionary: Dictionary, name: str, activations: tuple[Activation, ...]
 ) -> None:
-    """Raise `InputError` for anything but a transcoder of one of the activations that `name` can hold."""
+    """Raise `InputError` for anything but a finite transcoder of one of the activations that `name` can hold."""
+    dictionary.check_finite()
     config = dictionary.config
     if config.kind != "transcoder" or config.activation not in activations:
         raise InputError(

@@ -24,6 +24,12 @@ SAME_EQUATIONS = {
     "normalize_activations": "none",
     "reshape_activations": "none",
 }
+# Keys of other architectures, or of older versions.
+OLDER = {
+    "rescale_acts_by_decoder_norm": False,
+    "activation_fn": "relu",
+    "activation_fn_str": "relu",
+}
 
 
 def read_saelens(folder: Path) -> Dictionary:
@@ -40,14 +46,13 @@ def read_saelens(folder: Path) -> Dictionary:
         raise InputError(
             f"{folder}: architecture {architecture!r}; expected {', '.join(ARCHITECTURES)}"
         )
-    for name, expected in SAME_EQUATIONS.items():
-        if config.get(name, expected) != expected:
-            raise InputError(f"{folder}: {name} is {config[name]!r}; only {expected!r} can be read")
     metadata = parts.entry(config, "metadata", dict, folder)
     hook = parts.entry(metadata, "hook_name", str, folder)
     own_out = f"{'.'.join(hook.split('.')[:2])}.{parts.HOOK_OUT}"
     hook_out = parts.entry(metadata, "hook_name_out", str, folder, own_out)
     layer, basis = parts.place_of(hook, hook_out, folder)
+    place = {"hook_layer": layer, "hook_layer_out": layer, "hook_head_index": None}
+    parts.check_same({**metadata, **config}, {**SAME_EQUATIONS, **OLDER, **place}, folder)
     tensors = parts.read_tensors(folder / "sae_weights.safetensors")
     activation, skip = ARCHITECTURES[architecture]
     d_in, d_out, n_features = (

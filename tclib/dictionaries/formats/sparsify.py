@@ -10,6 +10,7 @@ from tclib.dictionaries.formats.parts import (
     HASH,
     Tensors,
     check_exportable,
+    check_same,
     entry,
     read_config,
     read_tensors,
@@ -28,10 +29,9 @@ def read_sparsify(folder: Path) -> Dictionary:
     Errors: `InputError` for an autoencoder, group-max, or tensors that do not fit.
     """
     config = read_config(folder / "cfg.json")
-    if not config.get("transcode", False):
+    if not entry(config, "transcode", bool, folder, False):
         raise InputError(f"{folder}: transcode is false, an autoencoder; expected a transcoder")
-    if config.get("activation", "topk") != "topk":
-        raise InputError(f"{folder}: activation {config['activation']!r}; expected topk")
+    check_same(config, {"activation": "topk", "signed": False}, folder)
     parts = folder.name.split(".")
     numbers = [part for part in parts if part.isdecimal()]
     if parts[-1] != "mlp" or len(numbers) != 1:
@@ -40,7 +40,7 @@ def read_sparsify(folder: Path) -> Dictionary:
     n_features = entry(config, "num_latents", int, folder, 0)
     n_features = n_features or d_in * entry(config, "expansion_factor", int, folder)
     tensors = read_tensors(folder / "sae.safetensors")
-    skip = bool(config.get("skip_connection", False))
+    skip = entry(config, "skip_connection", bool, folder, False)
     layer = int(numbers[0])
     own = DictionaryConfig(
         *("transcoder", layer, d_in, d_in, n_features, "topk", k, skip),
