@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
-from tclib.support.paths import check_folder
+from tclib.support.paths import check_folder, expanded
 from tclib.support.places import NOTEBOOKS
 from tclib.training.spec import DictionarySpec, Recipe, TrainingConfig
 
@@ -89,7 +89,8 @@ PresetOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Another seed than the preset's.")]
 RunsOption = Annotated[
-    Path | None, typer.Option(help="Where runs go; data/runs of a checkout, else ./runs.")
+    Path | None,
+    typer.Option(parser=expanded, help="Where runs go; data/runs of a checkout, else ./runs."),
 ]
 
 
@@ -201,7 +202,9 @@ def report(
 
 @app.command()
 def collect(
-    out: Annotated[Path, typer.Argument(help="Folder to write; what is there is replaced.")],
+    out: Annotated[
+        Path, typer.Argument(parser=expanded, help="Folder to write; what is there is replaced.")
+    ],
     preset: PresetOption = "demo",
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
@@ -257,7 +260,7 @@ def _spec(recipe: Recipe, asked: dict[str, Any]) -> DictionarySpec:
 @app.command()
 @_with_training_options
 def train(
-    out: Annotated[Path, typer.Argument(help="Folder for dictionaries and log.")],
+    out: Annotated[Path, typer.Argument(parser=expanded, help="Folder for dictionaries and log.")],
     preset: PresetOption = "demo",
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
@@ -299,7 +302,9 @@ def train(
 
 @app.command()
 def evaluate(
-    files: Annotated[list[Path], typer.Argument(help="Dictionaries of any known format.")],
+    files: Annotated[
+        list[Path], typer.Argument(parser=expanded, help="Dictionaries of any known format.")
+    ],
     preset: PresetOption = "demo",
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
@@ -332,7 +337,9 @@ def evaluate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A dictionary of any known format.")],
+    path: Annotated[
+        Path, typer.Argument(parser=expanded, help="A dictionary of any known format.")
+    ],
 ) -> None:
     """Say what a dictionary holds: format, layer, width, basis."""
     from tclib.dictionaries.formats.any import read_any
@@ -350,8 +357,10 @@ def inspect(
 
 @app.command()
 def convert(
-    path: Annotated[Path, typer.Argument(help="A dictionary of any known format.")],
-    out: Annotated[Path, typer.Argument(help="File (tclib) or folder to write.")],
+    path: Annotated[
+        Path, typer.Argument(parser=expanded, help="A dictionary of any known format.")
+    ],
+    out: Annotated[Path, typer.Argument(parser=expanded, help="File (tclib) or folder to write.")],
     to: Annotated[str, typer.Option(help="tclib, saelens, circuit-tracer or sparsify.")] = "tclib",
     model: Annotated[
         str | None, typer.Option(help="The language model, where the basis has to change.")
@@ -385,7 +394,7 @@ def convert(
 @app.command("demo-model")
 def demo_model(
     architecture: Annotated[Literal["gpt2", "neox"], typer.Argument(help="Which of them.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    out: Annotated[Path, typer.Argument(parser=expanded, help="Folder for the model.")],
 ) -> None:
     """Train a bundled model again, bit for bit on the same CPU and torch: half an hour."""
     import torch
@@ -416,7 +425,10 @@ def smollm2() -> None:
 @app.command()
 def notebooks(
     destination: Annotated[
-        Path, typer.Argument(metavar="[DEST]", help="Folder to write; ./notebooks by default.")
+        Path,
+        typer.Argument(
+            parser=expanded, metavar="[DEST]", help="Folder to write; ./notebooks by default."
+        ),
     ] = Path("notebooks"),
 ) -> None:
     """Copy the notebooks and presets where they can be opened; no changed file is overwritten."""

@@ -181,6 +181,15 @@ PRESET_KEYS: tuple[tuple[str, Any, str], ...] = (
 
 COMMANDS = {
     "nonsense": "No such command 'nonsense'",
+    "run --preset ~nosuchuser/x.yaml": "no possible path",
+    f"run --runs-dir {'x' * 300}": "no possible path (File name too long)",
+    f"train {{out}}/{'x' * 300}": "no possible path",
+    f"inspect {'x' * 300}": "no possible path",
+    "inspect ~nosuchuser/x": "no possible path",
+    f"evaluate {'x' * 300}": "no possible path",
+    f"convert {{files}}/good.safetensors {{out}}/{'x' * 300} --to tclib": "no possible path",
+    f"collect {'x' * 300}": "no possible path",
+    f"notebooks {'x' * 300}": "no possible path",
     "run --speed 3": "No such option: --speed",
     "run demo": "unexpected extra argument",
     "run --preset": "requires an argument",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,3 +141,26 @@ def test_a_notebook(
     with pytest.raises(InputError) as caught:
         exec("".join(cells[1]["source"]), {**names, **given})
     assert_says(str(caught.value), words)
+
+
+@pytest.mark.parametrize("line", [0, 4, 8], ids=lambda line: f"{NOTEBOOKS[line][:2]}")
+def test_a_notebook_by_papermill_itself(line: int, tmp_path: Path) -> None:
+    number, parameters, words = NOTEBOOKS[line]
+    (notebook,) = cli.NOTEBOOKS.glob(f"{number}_*.ipynb")
+    given = [
+        part for name, value in parameters.items() for part in ("-y", json.dumps({name: value}))
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(notebook),
+        str(tmp_path / "out.ipynb"),
+        *given,
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("InputError: ")
+    assert_says(last, words)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out.ipynb"]

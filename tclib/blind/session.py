@@ -338,7 +338,11 @@ class BlindSession:
 
     @checked
     def save_ledger(self, path: Path) -> None:
-        """Write the ledger as JSON lines."""
+        """Write the ledger as JSON lines. Errors: `InputError` if something is there: nothing is overwritten."""
+        if path.is_file():
+            raise InputError(
+                f"{path} exists, and a ledger is never overwritten: choose another name"
+            )
         with new_file(path) as temporary:
             lines = [json.dumps(vars(entry), ensure_ascii=False) for entry in self._ledger]
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -10,6 +10,8 @@ from typing import Any
 
 from tclib.support.errors import InputError
 
+MAX_NAME = 255  # bytes, of the usual file systems
+
 
 def expanded(path: str | Path) -> Path:
     """`path`, with ~ written out.
@@ -20,7 +22,9 @@ def expanded(path: str | Path) -> Path:
     reason = ""
     try:
         found = Path(path).expanduser()
-        os.lstat(found)
+        if max(map(len, map(os.fsencode, found.parts)), default=0) > MAX_NAME:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        os.lstat(found)  # which goes no further than what is there
     except OSError as error:
         reason = str(error.strerror) if error.errno == errno.ENAMETOOLONG else ""
     except (ValueError, RuntimeError) as error:
