@@ -1,12 +1,17 @@
-"""A training step beside its five equal matrix products, and beside dense autograd with Adam."""
+"""A training step beside its five equal matrix products, and beside dense autograd with Adam.
+
+A relu dictionary starts with half of its features active and ends with few; both steps are measured.
+"""
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from result import Result, interleaved
 from torch import Tensor, nn
 
 from tclib.dictionaries.dictionary import DictionaryConfig, activate, new_dictionary
+from tclib.training import gradients
 from tclib.training.spec import DictionarySpec, TrainingConfig
 from tclib.training.trainer import DictionaryTrainer
 
@@ -17,9 +22,11 @@ Step = tuple[Callable[[], object], dict[str, Tensor]]  # and the weights that it
 def run(small: bool) -> Result:
     """Seconds of a step over those of the five products, and what two steps do to the weights.
 
-    Targets at 768 → 6144, batch 1024: relu + L1 at most 1.3 times the products, topk (k = 32) 0.8.
+    Targets at 768 → 6144, batch 1024: relu + L1 at most 1.3 times the products, 0.6 once sparse (L0 100),
+    topk (k = 32) 0.8; at the demo's size, sparse (L0 10 of 1,024) in half the time of dense.
     """
     d, batch, k = (64, 128, 8) if small else (768, 1024, 32)
+    l0 = 10 if small else 100
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, batch, d, generator=generator)
     W_enc, W_dec = torch.randn(2, 8 * d, d, generator=generator) / d**0.5
@@ -29,11 +36,20 @@ def run(small: bool) -> Result:
         ours, theirs = tclib_step(config, x, y), autograd_step(config, x, y)
         agreements[f"two {activation} steps, autograd's"] = (apart(ours, theirs), 0.01)
         steps += [ours[0], theirs[0]]
+    config = DictionaryConfig("transcoder", 0, d, d, 8 * d)
+    sparse, dense = tclib_step(config, x, y, l0), tclib_step(config, x, y, l0, dense=True)
+    agreements["two sparse relu steps, dense ones"] = (apart(sparse, dense), 0.01)
+    steps.append(sparse[0])
     seconds, _ = interleaved(*steps, n_repeats=3 if small else 15, n_warmups=2)
-    five, relu, dense_relu, topk, dense_topk = seconds
+    five, relu, dense_relu, topk, dense_topk, sparse_relu = seconds
     what = f"relu + L1 training step, {d} → {8 * d}, batch {batch}, over its five matrix products"
     measures = {
         what: (relu / five, ""),
+        f"the same once it is sparse (L0 {l0}), over its five products": (sparse_relu / five, ""),
+        "relu + L1 step of the demo, 128 → 1024, batch 512, dense over sparse (L0 10), in time": (
+            demo_ratio(3 if small else 100),
+            "×",
+        ),
         f"topk (k = {k}) step, over the same five products": (topk / five, ""),
         "dense autograd over the relu + L1 step, in time": (dense_relu / relu, "×"),
         "dense autograd over the topk step, in time": (dense_topk / topk, "×"),
@@ -50,13 +66,33 @@ def five_products(x: Tensor, y: Tensor, W_enc: Tensor, W_dec: Tensor) -> None:
     _ = grad_z.T @ x
 
 
-def tclib_step(config: DictionaryConfig, x: Tensor, y: Tensor) -> Step:
+def demo_ratio(n_repeats: int) -> float:
+    """The dense step's seconds over the sparse one's at the size of the demo's dictionaries."""
+    x, y = torch.randn(2, 512, 128, generator=torch.Generator().manual_seed(0))
+    config = DictionaryConfig("transcoder", 0, 128, 128, 1024)
+    steps = [tclib_step(config, x, y, 10, dense=dense)[0] for dense in (True, False)]
+    (dense, sparse), _ = interleaved(*steps, n_repeats=n_repeats, n_warmups=2)
+    return dense / sparse
+
+
+def tclib_step(
+    config: DictionaryConfig, x: Tensor, y: Tensor, l0: int | None = None, dense: bool = False
+) -> Step:
+    """Our step, from a start of the given L0 if there is one; `dense` as if no entries were few."""
     spec = DictionarySpec("transcoder", 0, config.activation, 8, L1, k=config.k)
     dictionary = new_dictionary(config, torch.Generator().manual_seed(0))
+    if l0 is not None:
+        pre = dictionary.pre_acts(x).flatten()
+        dictionary.b_enc -= pre.topk(l0 * len(x), sorted=False).values.min()
     training = TrainingConfig(n_tokens=len(x), batch_size=len(x))
     trainer = DictionaryTrainer(spec, dictionary, training)
     block = {config.input_site: x, config.output_site: y}
-    step = torch.no_grad()(lambda: trainer.step(block, slice(0, len(x)), LEARNING_RATE))
+    few = -1.0 if dense else gradients._FEW
+
+    def step() -> None:
+        with mock.patch.object(gradients, "_FEW", few), torch.no_grad():
+            trainer.step(block, slice(0, len(x)), LEARNING_RATE)
+
     return step, dictionary.parameters()
 
 

@@ -35,6 +35,7 @@ from tclib.training.spec import Loss, Recipe
 
 _SUM = 0  # embedding_bag's code of its mode
 _UINT16_VALUES = 65_536
+_FEW = 0.06  # of the entries of a batch, active: above it dense products are about as fast
 
 
 class StepResult(NamedTuple):
@@ -83,8 +84,11 @@ def step_result(
 def _relu_result(
     dictionary: Dictionary, x: Tensor, y: Tensor, objective: Recipe
 ) -> tuple[StepResult, Tensor]:
-    """Dense gradients: ∂L/∂z = 2w/n e W_decᵀ + λ/n where z > 0."""
+    """Gradients ∂L/∂z = 2w/n e W_decᵀ + λ/n where z > 0: dense, or of those entries alone if they are few."""
     z = torch.addmm(dictionary.b_enc, x, dictionary.W_enc).relu_()
+    entries = _few_entries(z)
+    if entries is not None:
+        return _sparse_result(dictionary, x, y, objective, entries)
     error, grad_out = _output_error(dictionary, torch.mm(z, dictionary.W_dec), x, y, objective)
     grad_z = torch.mm(grad_out.to(z.dtype), dictionary.W_dec.T)
     grad_pre = grad_z.add_(objective.l1_coefficient / len(x))
@@ -93,6 +97,18 @@ def _relu_result(
     z_sum = z.sum(0, dtype=y.dtype)
     loss, squared_error = _loss(error, y, objective.l1_coefficient * z_sum.sum(), objective)
     return StepResult(gradients, loss, squared_error, z, z_sum > 0, len(x)), error
+
+
+def _few_entries(z: Tensor) -> _Entries | None:
+    """The active entries, if so few of them are that sums over them are faster than products, on a CPU."""
+    if z.is_cuda or z.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return None
+    flat = z.numpy().ravel()
+    place = torch.from_numpy(np.flatnonzero(flat))
+    if len(place) > _FEW * z.numel():
+        return None
+    token = torch.div(place, z.shape[1], rounding_mode="floor")
+    return _Entries.of(token, place % z.shape[1], z.flatten()[place], len(z))
 
 
 def _jumprelu_result(

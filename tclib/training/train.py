@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +79,7 @@ class _Run:
     folder: Path
     cache_folder: Path
     trainers: list[DictionaryTrainer] = field(default_factory=list)
+    _side_by_side: Callable[..., Iterator[Any]] = map
 
     def __post_init__(self) -> None:
         names = [spec.name for spec in self.specs]
@@ -198,8 +201,9 @@ class _Run:
         )
         step = start
         try:
-            for step in bar:
-                self._take(step, blocks, meter, tracker, bar)
+            with self._workers():
+                for step in bar:
+                    self._take(step, blocks, meter, tracker, bar)
         except KeyboardInterrupt as stop:
             bar.close()
             every = self.config.checkpoint_every_steps
@@ -208,6 +212,23 @@ class _Run:
             raise KeyboardInterrupt(
                 f"stopped at step {step + 1} of {self.config.n_steps}: run again, it {then}"
             ) from stop
+
+    @contextmanager
+    def _workers(self) -> Iterator[None]:
+        """While active, dictionaries take their steps side by side, one core each: fewer threads wait.
+
+        On one core, or a GPU, one after the other. A step by itself does the same either way.
+        """
+        n_workers = min(torch.get_num_threads(), len(self.trainers))
+        if n_workers < 2 or self.lm.device.type != "cpu":
+            yield
+            return
+        with ThreadPoolExecutor(n_workers, initializer=_take_one_core) as pool:
+            self._side_by_side = pool.map
+            try:
+                yield
+            finally:
+                self._side_by_side = map
 
     def _take(
         self, step: int, blocks: _BlockHolder, meter: Meter, tracker: Tracker, bar: Any
@@ -219,13 +240,15 @@ class _Run:
         checkpoint_due = (step + 1) % self.config.checkpoint_every_steps == 0
         last = step + 1 == self.config.n_steps
         log_due = checkpoint_due or last or (step + 1) % self.config.log_every_steps == 0
-        measured = {}
-        for trainer in self.trainers:
+
+        def step_of(trainer: DictionaryTrainer) -> Measurement | None:
             result = self._step(trainer, block, rows, step)
-            if log_due:
-                measured[trainer.spec.name] = trainer.measure(result, block, rows)
-            del result  # it holds a batch's activations, of which one set is in memory
+            return trainer.measure(result, block, rows) if log_due else None
+
+        lines = list(self._side_by_side(step_of, self.trainers))
         if log_due:
+            names = [spec.name for spec in self.specs]
+            measured = {name: line for name, line in zip(names, lines, strict=True) if line}
             self._report(step, measured, meter, tracker, bar)
         if checkpoint_due and not last:
             self._checkpoint(step + 1)
@@ -271,6 +294,12 @@ class _Run:
             prefix = f"{trainer.spec.name}/"
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             trainer.load_state(own)
+
+
+def _take_one_core() -> None:
+    """In a thread of its own: products are not spread over further threads, nor are gradients kept."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
 
 
 class _BlockHolder:

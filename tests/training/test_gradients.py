@@ -17,8 +17,9 @@ from tclib.dictionaries.dictionary import (
     DictionaryConfig,
     activate,
 )
+from tclib.training import gradients
 from tclib.training.gradients import _stable_argsort, step_result
-from tclib.training.spec import Recipe
+from tclib.training.spec import Loss, Recipe
 
 N_TOKENS, D_IN, D_OUT, N_FEATURES = 40, 6, 5, 24
 
@@ -129,6 +130,42 @@ def test_loss_and_gradients_equal_autograd(activation: str, skip: bool, loss: st
     assert ("threshold" in learned) == (activation == "jumprelu")
     for name, leaf in learned.items():
         torch.testing.assert_close(result.gradients[name], leaf.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", ["paper", "authors"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_sparse_relu_step_is_the_dense_one(
+    skip: bool, loss: Loss, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = random_dictionary("relu", skip).to(dtype=dtype)
+    one.b_enc -= 3.0  # some tokens and some features have no active entry
+    x, y = (side.to(dtype) for side in batch())
+    found = []
+    for few in (-1.0, 1.0):
+        monkeypatch.setattr(gradients, "_FEW", few)
+        found.append(step_result(one, x, y, Recipe(l1_coefficient=0.3, loss=loss)))
+    dense, sparse = found
+    assert dense.acts.ndim == 2 and sparse.acts.ndim == 1
+    assert dense.l0 == sparse.l0 > 0
+    assert 0 < int(dense.fired.sum()) < N_FEATURES
+    assert torch.equal(dense.fired, sparse.fired)
+    apart = {
+        "rtol": 1e-6 if dtype == torch.float32 else 1e-13,
+        "atol": 1e-6 if dtype == torch.float32 else 1e-13,
+    }
+    for field in ("loss", "squared_error"):
+        torch.testing.assert_close(getattr(sparse, field), getattr(dense, field), **apart)
+    for name, gradient in dense.gradients.items():
+        torch.testing.assert_close(sparse.gradients[name], gradient, **apart)
+
+
+def test_a_batch_on_which_nothing_fires_has_a_step_too() -> None:
+    one = random_dictionary("relu", False)
+    one.b_enc -= 100.0
+    result = step_result(one, *batch(), Recipe(l1_coefficient=0.3))
+    assert result.l0 == 0 and not result.fired.any()
+    assert not result.gradients["W_dec"].any() and result.gradients["b_dec"].any()
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])

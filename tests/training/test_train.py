@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from tclib.training import train as module
 from tclib.training.log import LOG, open_tracker
 from tclib.training.spec import DictionarySpec, TrainingConfig
 from tclib.training.train import CHECKPOINT, train
+from tclib.training.trainer import DictionaryTrainer
 from tclib.training.trainer import scaled as scaled_dictionary
 
 SPECS = (
@@ -161,6 +163,27 @@ def test_a_dictionary_does_not_depend_on_its_company(uninterrupted: Path, tmp_pa
     (alone,) = train(tiny_lm(), ROWS, SPECS[:1], CONFIG, tmp_path / "alone")
     together = Dictionary.load(uninterrupted / f"{SPECS[0].name}.safetensors")
     torch.testing.assert_close(alone.W_dec, together.W_dec)
+
+
+def test_side_by_side_on_two_cores_is_one_after_the_other(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[str] = set()
+    step = DictionaryTrainer.step
+
+    def noted(self: DictionaryTrainer, *given: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return step(self, *given)
+
+    monkeypatch.setattr(DictionaryTrainer, "step", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(tiny_lm(), ROWS, SPECS, CONFIG, tmp_path / "run")
+    finally:
+        torch.set_num_threads(before)
+    assert len(threads) == 2 and "MainThread" not in threads
+    assert files(tmp_path / "run") == files(uninterrupted)
 
 
 def test_a_finished_run_is_loaded_not_repeated(
