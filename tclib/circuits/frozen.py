@@ -329,7 +329,7 @@ def _exact(lm: LanguageModel) -> LanguageModel:
         f"{lm.name} is in {lm.dtype}: attribution runs on a copy of it in float32", stacklevel=3
     )
     exact = LanguageModel(copy.deepcopy(lm.model).float(), lm.tokenizer, lm.name)
-    exact.is_rounded = True  # its weights still are
+    exact.was_rounded = True  # its weights still are
     return exact
 
 

@@ -29,6 +29,7 @@ from tclib.greater_than.curves import (
     rank_by_attribution,
     steepest_drop,
 )
+from tclib.greater_than.evidence import gain_without, harm_evidence, kept_evidence
 from tclib.greater_than.feature_curves import feature_curves
 from tclib.greater_than.task import (
     GreaterThan,
@@ -219,7 +220,18 @@ def _summary(
     features, neurons = curves[FEATURES, "variance"], curves[NEURONS, "variance"]
     suspect = harmful[harmful["is_steepest"]].iloc[0]
     scored, is_text = task.scored(), task.tokens != lm.bos_id
+    evidence = kept_evidence(features, neurons)
+    feature_gain, neuron_gain = (
+        gain_without(
+            lm, task, below, analysed.units[name], analysed.orders[name, "variance"], curve
+        )
+        for name, curve in ((FEATURES, features), (NEURONS, neurons))
+    )
+    is_odd = [number % 2 == 1 for number in scored.numbers]
+    worth = (neurons.values[-1] - neurons.values[0])[is_odd]
+    evidence["harmful"] = harm_evidence(feature_gain, neuron_gain, worth)
     return {
+        "evidence": evidence,
         "form": task.form,
         "layer": dictionary.config.layer,
         "head": list(head),

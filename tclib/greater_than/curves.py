@@ -30,6 +30,7 @@ from tclib.models.language_model import LanguageModel
 from tclib.models.running import LowerRun
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
+from tclib.support.statistics import to_numpy
 
 TOKENS_PER_FORWARD = 16_384  # prompts × positions × values of k
 
@@ -149,7 +150,18 @@ def metric_of(
     mlp_out: Float[Tensor, "prompt pos d_model"],
 ) -> float:
     """The mean probability difference with the MLP's output replaced by `mlp_out`."""
-    return float(_differences(lm, task, below, mlp_out[None])[0, task.is_scored].mean())
+    return float(values_of(lm, task, below, mlp_out).mean())
+
+
+@torch.no_grad()
+def values_of(
+    lm: LanguageModel,
+    task: GreaterThan,
+    below: LowerRun,
+    mlp_out: Float[Tensor, "prompt pos d_model"],
+) -> Float[np.ndarray, "scored_prompt"]:
+    """The probability difference of every scored prompt with the MLP's output replaced by `mlp_out`."""
+    return to_numpy(_differences(lm, task, below, mlp_out[None])[0, task.is_scored])
 
 
 def crossing(one: Curve, other: Curve) -> int | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tclib.support.declared import shown
 from tclib.support.errors import InputError, listed
+from tclib.support.foreign import read_json
 
 if TYPE_CHECKING:
     from tclib.models.running import ForwardCache, Running
@@ -29,6 +30,14 @@ BUFFERS = re.compile(
     r"(^|\.)attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.inv_freq$"
 )
 FLOATS = ("F16", "BF16", "F32", "F64")
+ANY_SIZE = ("rope_theta", "rotary_emb_base")
+MOST_OF_ANYTHING = 2**21
+MOST = {
+    "max_position_embeddings": 2**24,
+    "n_positions": 2**24,
+    "rotary_pct": 1,
+    "partial_rotary_factor": 1,
+}
 PREFIXES = ("transformer.", "gpt_neox.", "model.")
 PART_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
@@ -78,6 +87,25 @@ def check_files(location: str, name: str) -> None:
             )
 
 
+def check_numbers(path: Path, name: str) -> None:
+    """Refuse a config.json with numbers that no model has, which transformers would make lists and tables of.
+
+    Errors: `InputError` naming the entry.
+    """
+    held = [("", read_json(path))]
+    for key, value in held:
+        if isinstance(value, dict):
+            held += value.items()
+        elif isinstance(value, list):
+            held += [(key, one) for one in value]
+        elif isinstance(value, int | float) and key not in ANY_SIZE:
+            most = MOST.get(key, MOST_OF_ANYTHING)
+            if not abs(value) <= most:
+                raise InputError(
+                    f"model {name!r}: {key} is {value} in its config: expected at most {most:,}"
+                )
+
+
 def check_demand(location: str, name: str) -> None:
     """Refuse a config.json that asks for a larger model than its weights make up, before it is allocated.
 
@@ -89,7 +117,7 @@ def check_demand(location: str, name: str) -> None:
         return  # on the hub: its files are not here yet
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(location)
+    config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if config.num_hidden_layers > n_tensors:
         said = f"{config.num_hidden_layers:,} layers, and its weights are {n_tensors:,} tensors"
     else:
@@ -121,6 +149,12 @@ def _held(folder: Path) -> tuple[int, int]:
 
 def check_hooks(model: Any, name: str) -> None:
     """Refuse a model with hooks on it: what they do is no part of its weights, by which it is known."""
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        raise InputError(
+            f"{name}: hooks are attached to every module of torch, which change the model but not the weights "
+            "by which results are kept: remove them first"
+        )
     for where, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # transformers records attention patterns by hooks of its own, which change nothing.

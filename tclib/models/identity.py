@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tclib.models.locate import cache_folder
 from tclib.support.errors import InputError
@@ -53,22 +55,41 @@ def model_hash(model: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _set_by_hand(model: Any) -> dict[str, float]:
-    """What parts of a model in memory say otherwise than its config, from which they were made."""
-    config = model.config
-    eps = next(
-        getattr(config, name)
-        for name in ACTS_BY.split()
-        if "_eps" in name and hasattr(config, name)
-    )
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    said = {"eps": eps, "variance_epsilon": eps, "scaling": d_head**-0.5}
-    return {
-        f"{name}.{key}": vars(module)[key]
-        for name, module in model.named_modules()
-        for key, value in said.items()
-        if vars(module).get(key, value) != value
+def _set_by_hand(model: Any) -> dict[str, str]:
+    """What parts of a model in memory say otherwise than those of a model fresh from its config."""
+    with torch.device("meta"):
+        fresh = dict(type(model)(model.config).named_modules())
+    own = dict(model.named_modules())
+    found = {
+        name: str(acts_by(module))
+        for name, module in own.items()
+        if name not in fresh or acts_by(module) != acts_by(fresh[name])
     }
+    gone = {name: "none" for name in fresh if name not in own}
+    return found | gone | _other_frequencies(model, own)
+
+
+def _other_frequencies(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Rotary frequencies, which no file holds, if they are not those of the config."""
+    found = {}
+    for name, module in modules.items():
+        for key, held in module.named_buffers(recurse=False):
+            if not key.endswith("inv_freq"):
+                continue
+            wanted = dict(type(module)(model.config).named_buffers())[key]
+            if not torch.allclose(held.cpu().float(), wanted.cpu().float(), rtol=1e-4):
+                found[f"{name}.{key}"] = tensors_hash({key: held.float()})
+    return found
+
+
+def acts_by(module: nn.Module) -> tuple[str, dict[str, Any]]:
+    """What a module computes besides its weights: its class, and its numbers and names."""
+    simple = {
+        name: value
+        for name, value in vars(module).items()
+        if type(value) in (bool, int, float, str) and not name.startswith("_")
+    }
+    return type(module).__qualname__, {n: v for n, v in simple.items() if n != "training"}
 
 
 def keep_hash(model: Any, location: str, before: list[str]) -> None:

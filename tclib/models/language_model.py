@@ -47,8 +47,13 @@ class LanguageModel(Running):
         check_module(model, name)
         check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, name)
         self.tokenizer = tokenizer
-        self.is_rounded = self.dtype in HALF_PRECISION
         self._location: str | None = None
+        self.was_rounded = False
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the weights are in half precision, or were before they were copied."""
+        return self.was_rounded or self.dtype in HALF_PRECISION
 
     @property
     def content_hash(self) -> str:
@@ -100,12 +105,16 @@ class LanguageModel(Running):
             check_files(location, name)
             check_demand(location, name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                location,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
             )
             model, report = loaded
             check_report(report, name, location)
             keep_hash(model, location, before)
-            tokenizer = AutoTokenizer.from_pretrained(location)
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         except InputError:
             raise
         except Exception as error:  # wrong values in a configuration raise all kinds

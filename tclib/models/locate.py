@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tclib.models.architectures import architecture_of
-from tclib.models.checks import check_config
+from tclib.models.checks import check_config, check_numbers
 from tclib.models.hub import cached_model, check_hub_reachable, check_repository_id
 from tclib.support.errors import InputError
 from tclib.support.files import new_folder
@@ -55,7 +55,7 @@ def geometry(location: str) -> tuple[int, int, int]:
     """How many layers, heads a layer, and tokens of context the model has that `locate` found."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(location)
+    config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     return config.num_hidden_layers, config.num_attention_heads, config.max_position_embeddings
 
 
@@ -75,8 +75,10 @@ def _check_geometry(location: str, name: str) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if (Path(location) / "config.json").is_file():
+        check_numbers(Path(location) / "config.json", name)
     try:
-        config = AutoConfig.from_pretrained(location)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # wrong values raise all kinds
         raise InputError(f"model {name!r}: no readable config ({first_line(error)})") from error
     check_config(config, name)

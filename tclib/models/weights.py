@@ -19,11 +19,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tclib.models.architectures import AttentionWeights, Block, NeuronWeights, Norm, architecture_of
+from tclib.models.identity import acts_by
 from tclib.support.declared import whole
 from tclib.support.errors import InputError
 
 T = TypeVar("T")
-State = list[tuple[nn.Parameter, int, int]]
+State = list[tuple[object, object, object]]
 
 
 class ProcessedWeights:
@@ -89,9 +90,17 @@ class ProcessedWeights:
         return self.derived(f"attention {layer}", fold, block.attention, block.attention_norm)
 
     def derived(self, name: str, make: Callable[[], T], *made_from: nn.Module) -> T:
-        """`make()`, kept under `name` while the weights of `made_from` are what they were."""
-        weights = [weight for module in made_from for weight in module.parameters()]
-        state = [(w, 0 if w.is_inference() else w._version, w.data_ptr()) for w in weights]
+        """`make()`, kept under `name` while `made_from` has the weights and does what it did."""
+        parts = [part for module in made_from for part in module.modules()]
+        weights = [
+            w for part in parts for w in (*part._parameters.values(), *part._buffers.values())
+        ]
+        state: State = [
+            (w, 0 if w.is_inference() else w._version, w.data_ptr())
+            for w in weights
+            if w is not None
+        ]
+        state += [(part, *acts_by(part)) for part in parts]
         if name not in self._derived or not _is_same(self._derived[name][0], state):
             self._derived[name] = (state, make())
         return cast(T, self._derived[name][1])

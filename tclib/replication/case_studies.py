@@ -32,9 +32,10 @@ from tclib.models.language_model import LanguageModel
 from tclib.replication.artifacts import CaseStudies
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
-from tclib.replication.verdicts import Line, claim_line
+from tclib.replication.verdicts import Line, Measured, decided
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
+from tclib.support.statistics import wilson_interval
 from tclib.support.steps import ensure, write_csv
 
 STEP = "04_blind_case_studies"
@@ -168,14 +169,19 @@ def claims(run: Run) -> list[Line]:
     table = run.studies.table
     ours = grade_counts(table)["ours"]
     n_good = int(ours["success"] + ours["mostly"])
-    line = claim_line(
-        "Blind case studies: meaning said without seeing text (success, mostly, failure)",
+    line = decided(
+        "case_studies",
         "5, 2, 2 of 9 (by hand, GPT-2)",
         f"{ours['success']}, {ours['mostly']}, {ours['failure']} of {len(table)} "
-        "(automatic investigator, graded on held-out text)",
-        "reproduced" if 9 * n_good >= 7 * len(table) else "fewer than in the paper",
+        "(success, mostly, failure; automatic investigator, graded on held-out text)",
+        studied(n_good, len(table), bool((table["n_active"] > 0).all())),
     )
     return [line]
+
+
+def studied(n_good: int, n: int, all_fire: bool = True) -> Measured:
+    """The share of studies that succeed, mostly or wholly, with Wilson's interval."""
+    return Measured(n_good / n, *wilson_interval(n_good, n), all_fire)
 
 
 def studies_in_words(run: Run) -> str:

@@ -38,15 +38,16 @@ from tclib.models.language_model import LanguageModel
 from tclib.replication.artifacts import Comparison
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
-from tclib.replication.verdicts import Line, claim_line
+from tclib.replication.verdicts import Line, Measured, claim_line, decided, verdict
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
 from tclib.support.progress import progress
-from tclib.support.statistics import bootstrap_means, interval
+from tclib.support.statistics import fisher_p, newcombe_interval, wilson_interval
 from tclib.support.steps import Step, ensure, write_csv
 
 STEP = "05_interpretability_comparison"
 INTERPRETABLE_F1 = 0.6
+MIN_INTERPRETABLE = 0.2  # of the features of one kind, for a difference to mean anything
 SENSITIVITY = (0.4, 0.5, 0.6, 0.7, 0.8)
 N_SHOWN = 20
 N_L0_ROWS = 16
@@ -206,42 +207,57 @@ def rating_of(f1: float, interpretable: float = INTERPRETABLE_F1) -> Rating:
     return "maybe" if f1 >= interpretable / 2 else "not"
 
 
-def proxy_shares(comparison: Comparison, seed: int) -> pd.DataFrame:
-    """Share interpretable and context-free by kind, with 95 % intervals, at several thresholds.
+def proxy_shares(comparison: Comparison) -> pd.DataFrame:
+    """Share interpretable and context-free by kind, with 95 % intervals (Wilson), at several thresholds.
 
     Columns: kind, threshold, interpretable, low, high, context_free.
     """
-    items = comparison.items.assign(kind=comparison.items["number"].map(comparison.origin))
     lines = []
-    for kind, own in items.groupby("kind"):
+    for kind, own in _items_by_kind(comparison):
         f1 = own["f1"].fillna(0.0).to_numpy()
         for threshold in SENSITIVITY:
-            generator = np.random.default_rng(seed)
-            passes = (f1 >= threshold).astype(float)
-            low, high = interval(bootstrap_means(passes, generator))
+            passes = f1 >= threshold
+            low, high = wilson_interval(int(passes.sum()), len(passes))
             lines.append(
                 {
                     "kind": kind,
                     "threshold": threshold,
                     "interpretable": passes.mean(),
-                    "low": float(low),
-                    "high": float(high),
-                    "context_free": float((own["context_free"] & (f1 >= threshold)).mean()),
+                    "low": low,
+                    "high": high,
+                    "context_free": float((own["context_free"] & passes).mean()),
                 }
             )
     return pd.DataFrame(lines)
 
 
-def difference_interval(comparison: Comparison, seed: int) -> tuple[float, float, float]:
-    """Share of interpretable transcoder features minus that of the SAE's: (value, low, high)."""
-    items = comparison.items.assign(kind=comparison.items["number"].map(comparison.origin))
-    passes = (items["f1"].fillna(0.0) >= INTERPRETABLE_F1).astype(float)
-    is_transcoder = items["kind"] == "transcoder"
-    one, other = passes[is_transcoder].to_numpy(), passes[~is_transcoder].to_numpy()
-    generator = np.random.default_rng(seed)
-    draws = bootstrap_means(one, generator) - bootstrap_means(other, generator)
-    low, high = interval(draws)
-    return float(one.mean() - other.mean()), float(low), float(high)
+class Hits(NamedTuple):
+    """How many of a kind's features are interpretable, of how many."""
+
+    n_hits: int
+    n: int
+
+
+def interpretable(comparison: Comparison) -> tuple[Hits, Hits]:
+    """Interpretable features of the transcoder and of the SAE, by the proxy."""
+    found = {
+        kind: Hits(int((own["f1"].fillna(0.0) >= INTERPRETABLE_F1).sum()), len(own))
+        for kind, own in _items_by_kind(comparison)
+    }
+    (sae,) = (hits for kind, hits in found.items() if kind != "transcoder")
+    return found["transcoder"], sae
+
+
+def interpretability(one: Hits, other: Hits) -> Measured:
+    """The difference of two shares with Newcombe's interval; applicable if any of either is interpretable."""
+    low, high = newcombe_interval(*one, *other)
+    shares = one.n_hits / one.n, other.n_hits / other.n
+    return Measured(shares[0] - shares[1], low, high, max(shares) >= MIN_INTERPRETABLE)
+
+
+def _items_by_kind(comparison: Comparison) -> Any:
+    kinds = comparison.items["number"].map(comparison.origin)
+    return comparison.items.assign(kind=kinds).groupby("kind")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -306,23 +322,22 @@ def latent_differences(comparison: Comparison) -> pd.DataFrame:
 
 def proxy_shares_figure(run: Run) -> Figure:
     """Interpretable and context-free shares by the proxy's threshold."""
-    shares = proxy_shares(run.comparison, run.preset.seed)
+    shares = proxy_shares(run.comparison)
     return save_figure(proxy_figure(shares), run.step(STEP), "proxy")
 
 
 def claims(run: Run) -> list[Line]:
     """Section 4.1's claim, by the proxy and on the demo world by known latents."""
     comparison = run.comparison
-    value, low, high = difference_interval(comparison, run.preset.seed)
-    verdict = (
-        "no difference" if low <= 0 <= high else "reproduced" if value > 0 else "not reproduced"
-    )
+    transcoder, sae = interpretable(comparison)
+    measured = interpretability(transcoder, sae)
     lines = [
-        claim_line(
-            "Table 1: transcoder features are at least as interpretable as SAE features",
+        decided(
+            "interpretability",
             "41 of 50 against 38 of 50 (by hand, Pythia-410M)",
-            f"difference {value:+.0%} ({low:+.0%} to {high:+.0%}) by an automatic proxy",
-            verdict,
+            f"{transcoder.n_hits} of {transcoder.n} against {sae.n_hits} of {sae.n} by an automatic proxy: "
+            f"{measured.in_words}; Fisher's p {fisher_p(*transcoder, *sae):.2f}",
+            measured,
         )
     ]
     if len(comparison.latents):
@@ -343,9 +358,9 @@ def claims(run: Run) -> list[Line]:
 def comparison_in_words(run: Run) -> str:
     """Paper and ours (Markdown)."""
     paper = paper_table_1().set_index("kind")
-    shares = proxy_shares(run.comparison, run.preset.seed)
+    shares = proxy_shares(run.comparison)
     own = shares[shares["threshold"] == INTERPRETABLE_F1].set_index("kind")
-    value, low, high = difference_interval(run.comparison, run.preset.seed)
+    measured = interpretability(*interpretable(run.comparison))
     ours = "; ".join(
         f"{kind} {line.interpretable:.0%} ({line.low:.0%} to {line.high:.0%}), context-free "
         f"{line.context_free:.0%}"
@@ -355,10 +370,7 @@ def comparison_in_words(run: Run) -> str:
         f"{kind} {int(line.interpretable)} of 50, context-free {int(line.context_free)}"
         for kind, line in paper.iterrows()
     )
-    direction = (
-        "no difference" if low <= 0 <= high else "transcoders ahead" if value > 0 else "SAE ahead"
-    )
     return (
-        f"*Paper:* {published} (rated by hand, Pythia-410M). *Ours:* {ours}; difference {value:+.0%} "
-        f"({low:+.0%} to {high:+.0%}): {direction}."
+        f"*Paper:* {published} (rated by hand, Pythia-410M). *Ours:* {ours}; difference "
+        f"{measured.in_words}: {verdict('interpretability', measured)}."
     )

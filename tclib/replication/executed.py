@@ -24,7 +24,9 @@ from tclib.support.progress import is_quiet
 from tclib.support.steps import MANIFEST, is_whole, package_versions
 
 FIRST_WITH_COMPANIONS = "02"  # a notebook's number
-FINGERPRINT = "tclib_fingerprint"  # in the executed copy's metadata
+FINGERPRINT = "tclib_fingerprint"  # in the executed copy's metadata, as the two below
+CONTENT = "tclib_content"
+STEPS = "tclib_steps"
 
 
 def fingerprint(run: Run, notebook: Path, parameters: Mapping[str, Any]) -> str:
@@ -49,14 +51,28 @@ def _own_files() -> bytes:
 
 
 def is_current(output: Path, expected: str) -> bool:
-    """Whether `output` was executed from what `expected` names."""
+    """Whether `output` was executed from what `expected` names, is as it was then, and has its steps beside it."""
     if not output.is_file():
         return False
     try:
         held = read_json(output, "")
-    except InputError:
+        noted = held["metadata"]
+        return (
+            noted[FINGERPRINT] == expected
+            and noted[CONTENT] == _content(held)
+            and set(noted[STEPS]) <= set(_finished_steps(output))
+        )
+    except (InputError, LookupError, TypeError):
         return False
-    return isinstance(held, dict) and held.get("metadata", {}).get(FINGERPRINT) == expected
+
+
+def _content(notebook: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(notebook["cells"], sort_keys=True).encode()).hexdigest()
+
+
+def _finished_steps(output: Path) -> list[str]:
+    """The steps of the run to which an executed copy belongs that have their manifest."""
+    return sorted(path.parent.name for path in output.parents[1].glob(f"*/{MANIFEST}"))
 
 
 def are_intact(run: Run) -> bool:
@@ -86,6 +102,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], made_fr
             config=_kernel_config(),
         )
         executed.metadata[FINGERPRINT] = made_from
+        executed.metadata[CONTENT] = _content(executed)
+        executed.metadata[STEPS] = _finished_steps(output)
         with new_file(output) as temporary:
             temporary.write_text(
                 json.dumps(executed, indent=1, ensure_ascii=False), encoding="utf-8"

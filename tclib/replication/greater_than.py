@@ -33,22 +33,29 @@ from tclib.figures.greater_than import (
 from tclib.figures.style import save_figure
 from tclib.greater_than.analysis import analyse, first_template
 from tclib.greater_than.components import ablation_effects, strongest_mlp
+from tclib.greater_than.evidence import (
+    Interval,
+    best_lags,
+    is_worth_something,
+    shift_evidence,
+)
 from tclib.greater_than.task import GreaterThan, mean_probability_difference
 from tclib.replication.artifacts import GreaterThanResults, Trained
 from tclib.replication.checks import COLUMNS, check_line, printed_tolerance
-from tclib.replication.model_and_data import STRONG_ENOUGH
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.replication.transcoders import train_once
-from tclib.replication.verdicts import Line, claim_line
+from tclib.replication.verdicts import Line, Measured, decided
 from tclib.support.files import new_file
 from tclib.support.progress import progress
-from tclib.support.steps import ensure, write_csv
+from tclib.support.steps import ensure, save_table, write_csv
 
 STEP = "06_greater_than"
 COMPONENTS_STEP = f"{STEP}_components"
 SAES_STEP = f"{STEP}_saes"
 REPLACEMENTS_STEP = f"{STEP}_replacements"
+# (0.798 − 0.629) / (0.883 − 0.629): the value with the bias alone is read off Figure 5.
+PAPER_KEPT = 0.665
 TABLES = ("components", "reading_heads", "feature_curves", "curves", "harmful")
 FIGURES = ("components", "graph", "figure_4", "figure_5_left", "figure_5_right")
 
@@ -203,46 +210,71 @@ def greater_than_table(
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
-def greater_than_claims(summary: Mapping[str, Any], model: str) -> list[Line]:
-    """Section 5.2's claims: the behaviour, the transcoder in the MLP's place, features and neurons."""
+def greater_than_claims(summary: Mapping[str, Any], lags: pd.DataFrame, model: str) -> list[Line]:
+    """Section 5.2's claims: the behaviour, the transcoder in the MLP's place, features and neurons, Figure 4."""
     published = {row["quantity"]: float(row["value"]) for row in paper_table("greater_than")}
     paper = {name.removeprefix("probability_difference_"): v for name, v in published.items()}
-    original, kept = summary["original"], summary["all_features"]
+    measured = measured_evidence(summary["evidence"], lags)
+    own = {name: one.in_words for name, one in measured.items()}
+    worth = summary["evidence"]["worth"][0]
     ahead = len(summary["features_ahead_1_to_10"])
-    better = len(summary["ahead_without_harmful"])
-    worth = original - summary["mlp_bias_only"]
+    later = int((lags["lag"] > 0).sum())
+    r = f"r from {lags['r'].min():.2f} to {lags['r'].max():.2f}" if len(lags) else "not measurable"
     return [
-        claim_line(
-            "Greater-than: probability difference of the unmodified model",
+        decided(
+            "behaviour",
             f"{paper['original']:.3f} (GPT-2)",
-            f"{original:.3f} ({model})",
-            "present" if original >= STRONG_ENOUGH else "too weak (below 0.80)",
+            f"{own['behaviour']} ({model})",
+            measured["behaviour"],
         ),
-        claim_line(
-            "Its MLP's transcoder keeps the behaviour",
-            f"{paper['transcoder_all_features']:.3f}, {paper['transcoder_all_features'] / paper['original']:.0%}"
-            " of the original (MLP 10)",
-            f"{kept:.3f}, {kept / original:.0%} (MLP {summary['layer']}, worth {worth:.3f})",
-            "reproduced" if kept >= 0.95 * original else "keeps less than 95%",
+        decided(
+            "kept",
+            f"{paper['transcoder_all_features']:.3f} of {paper['original']:.3f}: {PAPER_KEPT:.0%} of what MLP 10 adds",
+            f"{summary['all_features']:.3f} of {summary['original']:.3f}: {own['kept']} of what MLP "
+            f"{summary['layer']} adds, {worth:.3f}",
+            measured["kept"],
         ),
-        claim_line(
-            "Fig. 5: a few features do what more neurons are needed for",
+        decided(
+            "first_features",
             f"features ahead for every k below {published['first_k_where_features_fall_behind']:.0f}",
-            f"features ahead at {ahead} of the first 10 k, without the one that hurts at {better}",
-            "reproduced" if ahead == 10 else "mixed" if ahead or better else "not reproduced",
+            f"{own['first_features']}; ahead at {ahead} of the first 10 k",
+            measured["first_features"],
         ),
-        claim_line(
-            "Fig. 5: one feature hurts; without it the transcoder does better",
+        decided(
+            "harmful",
             f"{paper['transcoder_all_features']:.3f} → {paper['transcoder_without_5315']:.3f} without 5315",
-            f"{kept:.3f} → {summary['without_harmful']:.3f} without {summary['harmful_feature']}",
-            "reproduced" if summary["harmful_gain"] > 0.005 else "no such feature",
+            f"{summary['all_features']:.3f} → {summary['without_harmful']:.3f} without "
+            f"{summary['harmful_feature']}; on other prompts than chose it {own['harmful']}",
+            measured["harmful"],
+        ),
+        decided(
+            "shift",
+            "three of three shown (read off Figure 4)",
+            f"{later} of {len(lags)}; {r}",
+            measured["shift"],
         ),
     ]
 
 
+def measured_evidence(evidence: Mapping[str, Interval], lags: pd.DataFrame) -> dict[str, Measured]:
+    """The statistics of Section 5.2 by the names of their rules, with their premises."""
+    is_worth = is_worth_something(evidence["worth"])
+    shares = {
+        name: Measured(*evidence[name], is_worth) for name in ("kept", "first_features", "harmful")
+    }
+    shift = Measured(*shift_evidence(lags), not lags.empty)
+    return {"behaviour": Measured(*evidence["original"]), **shares, "shift": shift}
+
+
+def lag_table(results: GreaterThanResults) -> pd.DataFrame:
+    """`best_lags` of Figure 4's features, kept beside it."""
+    return save_table(best_lags(results.feature_curves), results.step, "lags")
+
+
 def claims(run: Run) -> list[Line]:
     """Section 5.2's claims."""
-    return greater_than_claims(run.greater_than.summary, run.preset.model)
+    found = run.greater_than
+    return greater_than_claims(found.summary, best_lags(found.feature_curves), run.preset.model)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -23,15 +23,18 @@ from tclib.replication.presets import Preset
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
 from tclib.support.files import TEMPORARY, exclusive, new_file, temporary_path
+from tclib.support.places import NOTEBOOKS
 from tclib.support.progress import progress
-from tclib.training.train import CACHE
+from tclib.support.steps import MANIFEST
+from tclib.training.log import LOG
+from tclib.training.train import CACHE, CHECKPOINT
 
 EXECUTED = "notebooks"
 PROGRESS = "progress.json"
-# Names of what runs, and who looks at them, leave in a run's folder.
-_MADE = re.compile(
-    rf"\d\d_.*|{EXECUTED}|{CACHE}|{PROGRESS}|\..*\.(lock|{TEMPORARY})|\.ipynb_checkpoints|\.DS_Store"
-)
+# Names of what runs, and who looks at them, leave in a run's folder, at its top and anywhere.
+_MADE = re.compile(rf"\d\d_.*|{EXECUTED}|{CACHE}")
+_HIDDEN = re.compile(rf"\..*\.(lock|{TEMPORARY})|\.ipynb_checkpoints|\.DS_Store")
+_KINDS = (".safetensors", ".npy", ".csv", ".json", ".jsonl", ".html", ".png", ".md", ".parquet")
 
 
 def check_all_ready(preset: Preset, notebooks: Sequence[Path]) -> None:
@@ -59,13 +62,38 @@ def earlier_runs(preset: Preset, own: bool, companions: bool) -> list[Path]:
 
 
 def _check_made_by_runs(folder: Path) -> None:
-    foreign = [path for path in sorted(folder.iterdir()) if not _MADE.fullmatch(path.name)]
-    rated = sorted(folder.glob("05_*/ratings_*.json"))
-    if foreign or rated:
+    foreign = [
+        path for path in sorted(folder.rglob("*")) if not _is_made(path.relative_to(folder), path)
+    ]
+    if foreign:
         raise InputError(
-            f"{(foreign + rated)[0]} was not made by a run and would be deleted with {folder}: move it away, "
+            f"{foreign[0]} was not made by a run and would be deleted with {folder}: move it away, "
             "or choose another runs_dir"
         )
+
+
+def _is_made(inside: Path, path: Path) -> bool:
+    """Whether a file or folder of a run's folder is what runs, and who looks at them, leave there."""
+    top, hidden = inside.parts[0], any(_HIDDEN.fullmatch(part) for part in inside.parts)
+    if path.is_dir():
+        return len(inside.parts) > 1 or hidden or bool(_MADE.fullmatch(top))
+    if hidden or top == CACHE and len(inside.parts) > 1 or inside == Path(PROGRESS):
+        return True
+    if top == EXECUTED:
+        return len(inside.parts) == 2 and (NOTEBOOKS / inside.name).is_file()
+    step = path.parents[len(inside.parts) - 2]
+    return bool(re.match(r"\d\d_", top)) and len(inside.parts) > 1 and _is_steps(path, step)
+
+
+def _is_steps(path: Path, step: Path) -> bool:
+    """Whether a file is of those that the step's manifest names; of an unfinished step, of their kinds."""
+    if path.name in (MANIFEST, LOG, CHECKPOINT):
+        return True
+    try:
+        held = json.loads((step / MANIFEST).read_text(encoding="utf-8"))
+        return path.relative_to(step).as_posix() in {**held["outputs"], **held.get("extras", {})}
+    except (OSError, ValueError, LookupError, TypeError):
+        return path.suffix in _KINDS and not path.name.startswith("ratings_")
 
 
 def delete(folders: Iterable[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tclib.support.errors import InputError
+
+Z_95 = 1.959963984540054
 
 
 def bootstrap_means(
@@ -30,6 +33,50 @@ def interval(
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
     return low, high
+
+
+def ratio_interval(
+    part: Float[np.ndarray, "item"],
+    whole: Float[np.ndarray, "item"],
+    generator: np.random.Generator,
+) -> tuple[float, float, float]:
+    """mean(part) / mean(whole) with a 95 % interval over resampled items, paired: (value, low, high)."""
+    means = bootstrap_means(np.stack([part, whole], axis=-1), generator)
+    low, high = interval(means[:, 0] / means[:, 1])
+    return float(part.mean() / whole.mean()), float(low), float(high)
+
+
+def wilson_interval(n_hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): (low, high); (0, 1) for none."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = n_hits / n, Z_95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def newcombe_interval(n_hits: int, n: int, n_other_hits: int, n_other: int) -> tuple[float, float]:
+    """95 % interval of the difference of two independent shares (Newcombe 1998, method 10): (low, high)."""
+    one, other = n_hits / n, n_other_hits / n_other
+    (low, high), (low_other, high_other) = (
+        wilson_interval(n_hits, n),
+        wilson_interval(n_other_hits, n_other),
+    )
+    below = math.hypot(one - low, high_other - other)
+    above = math.hypot(high - one, other - low_other)
+    return one - other - below, one - other + above
+
+
+def fisher_p(n_hits: int, n: int, n_other_hits: int, n_other: int) -> float:
+    """Fisher's exact test, two-sided, of two shares: the chance of a table as unlikely as this, or more so."""
+    n_all, n_hits_all = n + n_other, n_hits + n_other_hits
+    ways = [
+        math.comb(n, hits) * math.comb(n_other, n_hits_all - hits)
+        for hits in range(max(0, n_hits_all - n_other), min(n, n_hits_all) + 1)
+    ]
+    own = math.comb(n, n_hits) * math.comb(n_other, n_other_hits)
+    return sum(way for way in ways if way <= own) / math.comb(n_all, n_hits_all)
 
 
 def to_numpy(values: Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -127,11 +127,18 @@ class _Run:
             self._check_fingerprint(self.path(spec), metadata.get("training", {}))
         if len(there) < len(self.specs):
             return None
-        # Left where a kill fell between the last dictionary and here.
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        self._remove_own_checkpoint()
         return [
             Dictionary.load(self.path(spec), self.remedy).to(self.lm.device) for spec in self.specs
         ]
+
+    def _remove_own_checkpoint(self) -> None:
+        """Remove what is left where a kill fell after the last dictionary; another run's stays."""
+        checkpoint = self.folder / CHECKPOINT
+        with suppress(InputError):  # damaged, or of another run
+            if checkpoint.exists():
+                self._check_fingerprint(checkpoint, load_tensors(checkpoint, self.remedy)[1])
+                checkpoint.unlink()
 
     @torch.no_grad()
     def carry_out(self) -> list[Dictionary]:

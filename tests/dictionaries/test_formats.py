@@ -322,6 +322,25 @@ def test_truncated_files_are_named(tmp_path: Path, runner_config: type) -> None:
             "rescale_acts_by_decoder_norm is True; only False",
         ),
         ({"activation_fn": "gelu"}, "activation_fn is 'gelu'; only 'relu'"),
+        ({"scaling_factor": 2.0}, "scaling_factor is 2.0; only 1.0"),
+        (
+            {
+                "metadata": {
+                    "hook_name": "blocks.1.ln2.hook_normalized",
+                    "normalize_activations": "layer_norm",
+                }
+            },
+            "normalize_activations is 'layer_norm'",
+        ),
+        (
+            {
+                "metadata": {
+                    "hook_name": "blocks.1.ln2.hook_normalized",
+                    "model_from_pretrained_kwargs": {"fold_ln": False},
+                }
+            },
+            "fold_ln is False; only True",
+        ),
         ({"hook_layer": 2}, "hook_layer is 2; only 1 can be read"),
         ({"hook_head_index": 3}, "hook_head_index is 3; only None"),
         ({"apply_b_dec_to_input": 0}, "apply_b_dec_to_input is 0; only False"),
@@ -351,6 +370,16 @@ def test_circuit_tracer_folders_that_do_not_fit_are_named(tmp_path: Path) -> Non
     assert list(read_circuit_tracer(folder)) == [0, 1]
     (folder / "config.yaml").write_text(config + yaml.safe_dump({"transcoders": files}))
     refused("transcoder 0 of its list is 'hf://someone/set/layer_1.safetensors'")
+    more = [*files[::-1], "layer_2.safetensors"]
+    (folder / "config.yaml").write_text(config + yaml.safe_dump({"transcoders": more}))
+    refused("its list names 3 transcoders, and it holds 2")
+    for said in (
+        {"skip_connection": True},
+        {"activation_function": "topk"},
+        {"scaling_factor": 2.0},
+    ):
+        (folder / "config.yaml").write_text(config + yaml.safe_dump(said))
+        refused(f"{next(iter(said))} is .*; only")
     (folder / "config.yaml").write_text(config)
 
     save_file(
@@ -387,6 +416,8 @@ def test_sparsify_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ({"transcode": False}, "an autoencoder"),
         ({"activation": "groupmax"}, "activation is 'groupmax'"),
         ({"num_latents": 80}, "expected"),
+        ({"normalize": "rms"}, "normalize is 'rms'; only None"),
+        ({"hookpoint": "h.5.mlp"}, "hookpoint is 'h.5.mlp'; only 'h.1.mlp'"),
         ({"signed": True}, "signed is True; only False"),
         ({"transcode": "false"}, "transcode is a str; expected true or false"),
         ({"skip_connection": "no"}, "skip_connection is a str; expected true or false"),

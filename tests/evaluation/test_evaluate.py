@@ -123,7 +123,9 @@ def test_bad_input_is_named() -> None:
 # -- who wins ---------------------------------------------------------------------------------
 
 
-def synthetic(gap: float, noise: float, n_rows: int = 200) -> Evaluation:
+def synthetic(
+    gap: float, noise: float, n_rows: int = 200, worth: float = 0.5, recovered: float = 0.9
+) -> Evaluation:
     """Transcoders on ce = 2 − 0.1 log L0, SAEs `gap` above; rows with common and own noise."""
     rng = np.random.default_rng(0)
     lines, row_ce, original = [], {}, 1.0 + rng.normal(0, 1, n_rows)
@@ -132,8 +134,12 @@ def synthetic(gap: float, noise: float, n_rows: int = 200) -> Evaluation:
             name = f"{kind}{l0}"
             ce = 2.0 - 0.1 * np.log(l0) + offset
             row_ce[name] = original - 1.0 + ce + rng.normal(0, noise, n_rows)
-            lines.append({"name": name, "kind": kind, "l0": float(l0), "ce": row_ce[name].mean()})
-    return Evaluation(pd.DataFrame(lines), pd.DataFrame(row_ce), pd.DataFrame())
+            lines.append(
+                {"name": name, "kind": kind, "l0": float(l0), "ce": row_ce[name].mean(), "layer": 1}
+            )
+    table = pd.DataFrame(lines).assign(ce_recovered=recovered)
+    baselines = pd.DataFrame({"original": original, "mean_ablated L1": original + worth})
+    return Evaluation(table, pd.DataFrame(row_ce), baselines)
 
 
 @pytest.mark.parametrize(("gap", "winner"), [(0.02, "transcoder"), (-0.02, "SAE"), (0.0, "tie")])
@@ -164,6 +170,14 @@ def test_curves_that_share_no_l0_are_not_compared() -> None:
 def test_verdicts_follow_the_numbers() -> None:
     assert sweep_claim("x", synthetic(0.02, 0.001))["verdict"] == "reproduced"
     assert sweep_claim("x", synthetic(-0.02, 0.001))["verdict"] == "not reproduced"
+    assert sweep_claim("x", synthetic(0.0, 0.001))["verdict"] == "reproduced"  # no less faithful
+    assert sweep_claim("x", synthetic(0.0, 0.5))["verdict"] == "no power"
+
+
+def test_what_is_worth_nothing_or_replaces_nothing_is_no_tie() -> None:
+    for changed in ({"worth": 0.005}, {"recovered": 0.3}):
+        line = sweep_claim("x", synthetic(0.0, 0.001, **changed))
+        assert line["verdict"] == "not applicable"
 
 
 def test_dead_shares_stand_beside_the_published_ones() -> None:

@@ -82,10 +82,14 @@ DAMAGES = {
     "a value of another type": ("gpt2", dict, {"n_layer": "three"}, "no readable config|could not be read"),
     "no heads": ("gpt2", dict, {"n_head": 0}, "num_attention_heads is 0 in its config: expected a whole number of 1"),
     "fewer than no heads": ("gpt2", dict, {"n_head": -4}, "num_attention_heads is -4 in its config"),
-    "a giant vocabulary": ("gpt2", dict, {"vocab_size": 10**9}, "config.json in .* asks for 16,.* weights, and it has "),
-    "giant layers": ("llama", dict, {"intermediate_size": 10**9}, "asks for .* weights, and it has"),
-    "a giant context": ("gpt2", dict, {"n_positions": 10**8}, "asks for .* weights, and it has"),
+    "a giant vocabulary": ("gpt2", dict, {"vocab_size": 10**6}, "config.json in .* asks for 16,.* weights, and it has "),
+    "giant layers": ("llama", dict, {"intermediate_size": 10**6}, "asks for .* weights, and it has"),
+    "a giant context": ("gpt2", dict, {"n_positions": 10**7}, "asks for .* weights, and it has"),
     "layers without end": ("gpt2", dict, {"n_layer": 10**6}, "asks for 1,000,000 layers, and its weights are"),
+    "labels without end": ("gpt2", dict, {"num_labels": 20_000_000}, "num_labels is 20000000 in its config: expected at most 2,097,152"),
+    "a rotary part beyond the whole": ("neox", dict, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 3e7}}, "partial_rotary_factor is 30000000.0 in its config: expected at most 1"),
+    "a context without end": ("neox", dict, {"max_position_embeddings": 10**12}, "max_position_embeddings is 1000000000000"),
+    "a number that is none": ("llama", dict, {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
     "an unknown activation": ("gpt2", dict, {"activation_function": "nope"}, "no readable config|could not be read"),
     "another shape": ("llama", lambda w: {**w, "model.norm.weight": torch.ones(7)}, {}, r"norm.weight \(7,\) for \(16,\) of another shape"),
 }  # fmt: skip
@@ -121,7 +125,7 @@ def test_what_a_folder_asks_for_is_held_against_old_files_too(tmp_path: Path) ->
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     LanguageModel.load(str(folder))
-    for asked in ({"vocab_size": 10**9}, {"n_layer": 10**6, "vocab_size": 100}):
+    for asked in ({"vocab_size": 10**6}, {"n_layer": 10**6, "vocab_size": 100}):
         change_config(folder, **asked)
         with pytest.raises(InputError, match="config.json in .* asks for"):
             LanguageModel.load(str(folder))
@@ -463,6 +467,64 @@ def test_what_acts_in_memory_is_part_of_the_identity(geometry: str) -> None:
     norm = lm._block(1).mlp_norm
     norm.eps, norm.variance_epsilon = 0.1, 0.1  # type: ignore[assignment]
     assert lm.content_hash != first
+
+
+IN_MEMORY: dict[str, Callable[[Any], None]] = {
+    "another activation": lambda model: setattr(model.transformer.h[0].mlp, "act", nn.ReLU()),
+    "another class": lambda model: setattr(model.transformer.h[0].ln_2, "__class__", Doubled),
+    "causality": lambda model: setattr(model.transformer.h[0].attn, "is_causal", False),
+    "scaling": lambda model: setattr(model.transformer.h[0].attn, "scaling", 3.0),
+}
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("what", IN_MEMORY)
+def test_a_part_that_was_exchanged_makes_another_model(what: str) -> None:
+    lm = LanguageModel(deepcopy(tiny_hf_model("gpt2")), tiny_tokenizer())
+    first, extended = lm.content_hash, lm.extended_embedding.clone()
+    IN_MEMORY[what](lm.model)
+    assert lm.content_hash != first and lm.known_hash == lm.content_hash
+    if what == "another activation":
+        again = LanguageModel(lm.model, lm.tokenizer).extended_embedding
+        assert torch.equal(lm.extended_embedding, again) and not torch.equal(again, extended)
+
+
+def test_other_rotary_frequencies_make_another_model() -> None:
+    lm = LanguageModel(deepcopy(tiny_hf_model("neox")), tiny_tokenizer())
+    first = lm.content_hash
+    lm.model.gpt_neox.rotary_emb.inv_freq.mul_(3)
+    assert lm.content_hash != first
+
+
+def test_a_model_that_is_halved_in_memory_knows_it() -> None:
+    lm = LanguageModel(deepcopy(tiny_hf_model("gpt2")), tiny_tokenizer())
+    assert lm.known_hash and not lm.is_rounded
+    lm.model.half()
+    assert lm.is_rounded and not lm.known_hash
+
+
+def test_no_folder_runs_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved("gpt2", tmp_path / "model")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    change_config(folder, model_type="foo", auto_map={"AutoConfig": "evil.C"})
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(InputError, match="no readable config"):
+        LanguageModel.load(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_hooks_on_every_module_are_refused_too() -> None:
+    lm = LanguageModel(deepcopy(tiny_hf_model("gpt2")), tiny_tokenizer())
+    hook = nn.modules.module.register_module_forward_hook(lambda _m, _i, _o: None)
+    try:
+        with pytest.raises(InputError, match="attached to every module of torch"):
+            _ = lm.content_hash
+    finally:
+        hook.remove()
 
 
 def test_hooks_on_a_model_are_no_part_of_what_is_kept_for_it() -> None:

@@ -72,14 +72,17 @@ def test_pages_do_not_tell_where_a_feature_comes_from(compared: Comparison) -> N
 
 
 def test_proxy_shares_and_intervals_are_of_the_items(run: Run, compared: Comparison) -> None:
-    shares = comparison.proxy_shares(compared, seed=0)
+    shares = comparison.proxy_shares(compared)
     items = compared.items.assign(kind=compared.items["number"].map(compared.origin))
     for line in shares.itertuples():
         own = items[items["kind"] == line.kind]["f1"].fillna(0)
         assert line.interpretable == pytest.approx((own >= line.threshold).mean())
         assert line.low <= line.interpretable <= line.high
-    value, low, high = comparison.difference_interval(compared, 0)
-    assert low <= value <= high
+    measured = comparison.interpretability(*comparison.interpretable(compared))
+    assert measured.low <= measured.estimate <= measured.high
+    at_threshold = shares[shares["threshold"] == comparison.INTERPRETABLE_F1].set_index("kind")
+    own = at_threshold["interpretable"]
+    assert measured.estimate == pytest.approx(own["transcoder"] - own.drop("transcoder").iloc[0])
     for word in ("*Paper:*", "*Ours:*"):
         assert word in comparison.comparison_in_words(run)
     assert len(proxy_figure(shares).axes) == 2

@@ -21,6 +21,7 @@ from tclib.figures.greater_than import (
     feature_curve_figure,
     harmful_figure,
 )
+from tclib.greater_than.evidence import best_lags
 from tclib.greater_than.feature_curves import feature_curves
 from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
@@ -188,27 +189,39 @@ def test_published_figures_are_checked_and_mismatches_shown(results: GreaterThan
 
 
 def test_verdicts_follow_the_numbers(results: GreaterThanResults) -> None:
-    def verdicts(**changed: object) -> list[str]:
-        claims = greater_than_claims({**results.summary, **changed}, "x")
-        return [line["verdict"] for line in claims]
+    lags = best_lags(results.feature_curves)
+    evidence = results.summary["evidence"]
 
-    good = verdicts(
-        original=0.9,
-        all_features=0.89,
-        features_ahead_1_to_10=list(range(1, 11)),
-        harmful_gain=0.05,
-    )
-    assert good == ["present", "reproduced", "reproduced", "reproduced"]
-    bad = verdicts(
-        original=0.7,
-        all_features=0.5,
-        features_ahead_1_to_10=[],
-        ahead_without_harmful=[],
-        harmful_gain=0.0,
-    )
-    assert bad == [
-        "too weak (below 0.80)",
-        "keeps less than 95%",
-        "not reproduced",
-        "no such feature",
-    ]
+    def verdicts(**changed: tuple[float, float, float]) -> list[str]:
+        summary = {**results.summary, "evidence": {**evidence, **changed}}
+        return [line["verdict"] for line in greater_than_claims(summary, lags, "x")]
+
+    good = (0.9, 0.85, 0.95)
+    worth, original = (0.3, 0.2, 0.4), good
+    found = verdicts(original=original, worth=worth, kept=good, first_features=good, harmful=good)
+    assert found[:4] == ["reproduced"] * 4
+    bad = (-0.1, -0.2, 0.0)
+    found = verdicts(original=bad, worth=worth, kept=bad, first_features=bad, harmful=bad)
+    assert found[:4] == ["not reproduced"] * 4
+    nothing = verdicts(worth=(0.01, -0.02, 0.04), kept=good, first_features=good, harmful=good)
+    assert nothing[1:4] == ["not applicable"] * 3
+
+
+def test_the_evidence_is_that_of_the_curves(results: GreaterThanResults) -> None:
+    summary = results.summary
+    evidence = summary["evidence"]
+    worth = summary["original"] - summary["mlp_bias_only"]
+    assert evidence["original"][0] == pytest.approx(summary["original"], abs=1e-5)
+    assert evidence["worth"][0] == pytest.approx(worth, abs=1e-5)
+    kept = (summary["all_features"] - summary["mlp_bias_only"]) / worth
+    assert evidence["kept"][0] == pytest.approx(kept, abs=1e-4)
+    by_k = {
+        units: results.curves[
+            (results.curves["units"] == units) & (results.curves["ranking"] == "variance")
+        ].set_index("k")["value"]
+        for units in ("transcoder features", "neurons")
+    }
+    ahead = (by_k["transcoder features"] - by_k["neurons"]).loc[1:10].mean() / worth
+    assert evidence["first_features"][0] == pytest.approx(ahead, abs=1e-4)
+    for value, low, high in evidence.values():
+        assert low <= value <= high

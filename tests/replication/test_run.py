@@ -43,8 +43,8 @@ def results(small: Preset) -> pd.DataFrame:
 def test_results_are_made_from_nothing_with_every_earlier_step(
     small: Preset, results: pd.DataFrame
 ) -> None:
-    assert list(results.columns) == ["claim", "paper", "ours", "verdict"]
-    assert len(results) == 13
+    assert list(results.columns) == ["claim", "paper", "ours", "verdict", "power"]
+    assert len(results) == 14
     steps = {path.name for path in small.folder.iterdir() if path.is_dir()}
     made = {model_and_data.STEP, transcoders.STEP, sweep.STEP, circuits.STEP}
     assert made <= steps

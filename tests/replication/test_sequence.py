@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,10 +10,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from tclib.replication import sequence
-from tclib.replication.executed import is_current
+from tclib.replication.executed import execute, is_current
 from tclib.replication.presets import Preset, load_preset
 from tclib.replication.sequence import check_all_ready, delete, earlier_runs, stopped_at
 from tclib.support.errors import InputError
@@ -57,6 +59,9 @@ def test_a_run_is_deleted_and_nothing_beside_it(preset: Preset) -> None:
         "thesis/chapter.tex",
         ".git/config",
         "05_interpretability_comparison/ratings_a.json",
+        "00_model_and_data/my_notes.txt",
+        "03_my_own/p.jpg",
+        "notebooks/my_analysis.ipynb",
     ],
 )
 def test_what_no_run_can_make_again_is_not_deleted(name: str, preset: Preset) -> None:
@@ -125,3 +130,21 @@ def test_damaged_records_are_not_relied_on(text: str, preset: Preset) -> None:
     assert stopped_at(preset) is None
     assert not is_whole(preset.folder / "00_model_and_data")
     assert not is_current(preset.folder / "notebooks" / "00_a.ipynb", "x")
+
+
+def test_an_executed_copy_is_current_as_long_as_it_and_its_steps_are_there(tmp_path: Path) -> None:
+    notebook, output = tmp_path / "00_a.ipynb", tmp_path / "runs" / "x" / "notebooks" / "00_a.ipynb"
+    manifest = tmp_path / "runs" / "x" / "00_step" / "manifest.json"
+    source = f"from pathlib import Path\np = Path({str(manifest)!r})\np.parent.mkdir(); p.write_text('{{}}'); print(1)"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), notebook)
+    output.parent.mkdir(parents=True)
+    execute(notebook, output, {}, "made from")
+    assert is_current(output, "made from") and not is_current(output, "other")
+    text = output.read_text()
+    held = json.loads(text)
+    held["cells"][-1]["outputs"] = []
+    output.write_text(json.dumps(held))
+    assert not is_current(output, "made from")  # its outputs were emptied
+    output.write_text(text)
+    manifest.unlink()
+    assert not is_current(output, "made from")  # its step is gone

@@ -550,6 +550,20 @@ def test_a_finished_dictionary_of_other_parameters_is_not_trained_over(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_another_runs_checkpoint_in_the_folder_of_a_finished_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, folder = tiny_lm(), tmp_path / "run"
+    other = [replace(SPECS[0], l1_coefficient=0.02)]
+    train(lm, ROWS, SPECS[:1], CONFIG, folder)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(30, patch)
+        train(lm, ROWS, other, CONFIG, folder)
+    before = (folder / CHECKPOINT).read_bytes()
+    train(lm, ROWS, SPECS[:1], CONFIG, folder)
+    assert (folder / CHECKPOINT).read_bytes() == before
+
+
 def test_a_dictionary_names_the_weights_as_they_were_when_it_was_trained(
     gpt2_lm: LanguageModel, tmp_path: Path
 ) -> None:

@@ -38,12 +38,8 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     files = [folder / f"layer_{layer}.safetensors" for layer in range(len(names))]
     if names != {path.name for path in files} or not names:
         raise InputError(f"{folder}: layers [{listed(names)}]; expected layer_0 upwards, no gap")
-    for layer, name in enumerate(parts.entry(config, "transcoders", list, folder, [])):
-        if str(name).split("/")[-1] != f"layer_{layer}.safetensors":
-            raise InputError(
-                f"{folder}: transcoder {layer} of its list is {shown(name)}; expected "
-                f"layer_{layer}.safetensors: files are read by their names"
-            )
+    _check_list(parts.entry(config, "transcoders", list, folder, []), len(files), folder)
+    parts.check_same(config, {"scaling_factor": 1.0, "normalize": None}, folder)
     model, model_hash = (
         parts.entry(config, name, str, folder, "") for name in ("model_name", parts.HASH)
     )
@@ -58,12 +54,28 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
         if TRACER_THRESHOLD in tensors:
             activation, k = "jumprelu", None
         skip = "W_skip" in tensors
+        said = {"skip_connection": skip, "activation_function": activation}
+        parts.check_same(config, said, folder)
         sizes = (d_model, d_model, n_features)
         own = DictionaryConfig(
             "transcoder", layer, *sizes, activation, k, skip, model, basis, model_hash
         )
         found[layer] = Dictionary(own, **TENSORS.ours(path, tensors, own))
     return found
+
+
+def _check_list(listed_files: list[Any], n_layers: int, folder: Path) -> None:
+    """Raise `InputError` unless a set's own list of files, where it has one, is that of its folder, in order."""
+    for layer, name in enumerate(listed_files):
+        if str(name).split("/")[-1] != f"layer_{layer}.safetensors":
+            raise InputError(
+                f"{folder}: transcoder {layer} of its list is {shown(name)}; expected "
+                f"layer_{layer}.safetensors: files are read by their names"
+            )
+    if listed_files and len(listed_files) != n_layers:
+        raise InputError(
+            f"{folder}: its list names {len(listed_files)} transcoders, and it holds {n_layers}: fetch all"
+        )
 
 
 def write_circuit_tracer(dictionaries: Mapping[int, Dictionary], folder: Path) -> None:

@@ -29,6 +29,12 @@ OLDER = {
     "rescale_acts_by_decoder_norm": False,
     "activation_fn": "relu",
     "activation_fn_str": "relu",
+    "activation": "relu",
+    "k": None,
+    "scaling_factor": 1.0,
+    "activation_normalization_factor": 1.0,
+    "norm_scaling_factor": 1.0,
+    "use_error_term": False,
 }
 
 
@@ -52,7 +58,10 @@ def read_saelens(folder: Path) -> Dictionary:
     hook_out = parts.entry(metadata, "hook_name_out", str, folder, own_out)
     layer, basis = parts.place_of(hook, hook_out, folder)
     place = {"hook_layer": layer, "hook_layer_out": layer, "hook_head_index": None}
-    parts.check_same({**metadata, **config}, {**SAME_EQUATIONS, **OLDER, **place}, folder)
+    for said in (config, metadata):
+        parts.check_same(said, {**SAME_EQUATIONS, **OLDER, **place}, folder)
+    kwargs = parts.entry(metadata, "model_from_pretrained_kwargs", dict, folder, {})
+    parts.check_same(kwargs, {"fold_ln": True}, folder)
     tensors = parts.read_tensors(folder / "sae_weights.safetensors")
     activation, skip = ARCHITECTURES[architecture]
     d_in, d_out, n_features = (

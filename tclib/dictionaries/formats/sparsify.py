@@ -31,7 +31,8 @@ def read_sparsify(folder: Path) -> Dictionary:
     config = read_config(folder / "cfg.json")
     if not entry(config, "transcode", bool, folder, False):
         raise InputError(f"{folder}: transcode is false, an autoencoder; expected a transcoder")
-    check_same(config, {"activation": "topk", "signed": False}, folder)
+    same = {"activation": "topk", "signed": False, "normalize": None, "hookpoint": folder.name}
+    check_same(config, same, folder)
     parts = folder.name.split(".")
     numbers = [part for part in parts if part.isdecimal()]
     if parts[-1] != "mlp" or len(numbers) != 1:

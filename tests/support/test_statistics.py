@@ -1,0 +1,64 @@
+"""Intervals and tests of shares against published and hand-computed values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tclib.support.statistics import (
+    fisher_p,
+    newcombe_interval,
+    ratio_interval,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("n_hits", "n", "expected"),
+    [  # Newcombe (1998), Statistics in Medicine 17, 857, Table I
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ],
+)
+def test_wilsons_interval_is_the_published_one(
+    n_hits: int, n: int, expected: tuple[float, float]
+) -> None:
+    assert wilson_interval(n_hits, n) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [  # Newcombe (1998), Statistics in Medicine 17, 873, Table II, method 10
+        ((56, 70, 48, 80), (0.0524, 0.3339)),
+        ((9, 10, 3, 10), (0.1705, 0.8090)),
+        ((10, 10, 0, 20), (0.6791, 1.0)),
+        ((0, 25, 0, 25), (-0.1332, 0.1332)),
+    ],
+)
+def test_newcombes_interval_is_the_published_one(
+    shares: tuple[int, int, int, int], expected: tuple[float, float]
+) -> None:
+    assert newcombe_interval(*shares) == pytest.approx(expected, abs=1e-4)
+
+
+def test_fishers_test_of_tea_and_of_the_papers_table() -> None:
+    assert fisher_p(3, 4, 1, 4) == pytest.approx(34 / 70)  # the lady tasting tea
+    assert fisher_p(41, 50, 38, 50) == pytest.approx(0.62, abs=0.01)
+    assert fisher_p(0, 5, 5, 5) == pytest.approx(2 / 252)
+    assert fisher_p(2, 4, 2, 4) == 1.0
+
+
+def test_none_of_none_says_nothing() -> None:
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_a_ratio_of_means_covers_what_it_was_made_of() -> None:
+    rng = np.random.default_rng(0)
+    whole = rng.normal(1.0, 0.3, 300)
+    part = 0.4 * whole + rng.normal(0, 0.1, 300)
+    value, low, high = ratio_interval(part, whole, rng)
+    assert low < 0.4 < high and high - low < 0.06 and low < value < high
+    same = ratio_interval(whole, whole, rng)
+    assert same == pytest.approx((1.0, 1.0, 1.0))
