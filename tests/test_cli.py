@@ -130,7 +130,9 @@ def test_the_notebooks_find_a_preset_of_ones_own(
 @pytest.fixture
 def earlier(sequence: Path) -> tuple[Path, ...]:
     """A file of an earlier run, and one of its companion's."""
-    files = tuple(sequence / name / "00_model_and_data" / "train.npy" for name in ("demo", "demo-neox"))
+    files = tuple(
+        sequence / name / "00_model_and_data" / "train.npy" for name in ("demo", "demo-neox")
+    )
     for file in files:
         file.parent.mkdir(parents=True)
         file.touch()

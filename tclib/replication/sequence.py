@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tclib.replication.executed import (
+    FINGERPRINT,
     FIRST_WITH_COMPANIONS,
     are_intact,
     execute,
@@ -80,7 +81,8 @@ def _is_made(inside: Path, path: Path) -> bool:
     if hidden or top == CACHE and len(inside.parts) > 1 or inside == Path(PROGRESS):
         return True
     if top == EXECUTED:
-        return len(inside.parts) == 2 and (NOTEBOOKS / inside.name).is_file()
+        is_ours = (NOTEBOOKS / inside.name).is_file()
+        return len(inside.parts) == 2 and (is_ours or FINGERPRINT in path.read_text("utf-8"))
     step = path.parents[len(inside.parts) - 2]
     return bool(re.match(r"\d\d_", top)) and len(inside.parts) > 1 and _is_steps(path, step)
 
