@@ -82,7 +82,9 @@ def _is_made(inside: Path, path: Path) -> bool:
         return True
     if top == EXECUTED:
         is_ours = (NOTEBOOKS / inside.name).is_file()
-        return len(inside.parts) == 2 and (is_ours or FINGERPRINT in path.read_text("utf-8"))
+        return len(inside.parts) == 2 and (
+            is_ours or FINGERPRINT in path.read_text("utf-8", "replace")
+        )
     step = path.parents[len(inside.parts) - 2]
     return bool(re.match(r"\d\d_", top)) and len(inside.parts) > 1 and _is_steps(path, step)
 

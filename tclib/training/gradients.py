@@ -103,8 +103,8 @@ def _few_entries(z: Tensor) -> _Entries | None:
     """The active entries, if so few of them are that sums over them are faster than products, on a CPU."""
     if z.is_cuda or z.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
         return None
-    flat = z.numpy().ravel()
-    place = torch.from_numpy(np.flatnonzero(flat))
+    # numpy finds what is true in a tenth of the time in which either finds what is not 0.
+    place = torch.from_numpy(np.flatnonzero((z > 0).numpy()))
     if len(place) > _FEW * z.numel():
         return None
     token = torch.div(place, z.shape[1], rounding_mode="floor")

@@ -39,6 +39,7 @@ from tclib.training.trainer import DictionaryTrainer, Measurement, init_generato
 
 CHECKPOINT = "checkpoint.safetensors"
 CACHE = "activations"
+STRETCH = 2**23  # entries of a batch's activations, for as many steps at a time
 UNCOUNTED = ("track", "log_every_steps", "checkpoint_every_steps")  # no weight depends on them
 
 
@@ -198,27 +199,35 @@ class _Run:
     # -- the loop ---------------------------------------------------------------------------
 
     def _loop(self, start: int, tracker: Tracker, blocks: _BlockHolder) -> None:
-        meter = Meter()
-        bar = progress(
-            range(start, self.config.n_steps),
-            f"training {len(self.specs)} on {self.lm.name}",
-            initial=start,
-            total=self.config.n_steps,
-            unit="step",
-        )
+        meter, n_steps = Meter(), self.config.n_steps
+        what = f"training {len(self.specs)} on {self.lm.name}"
+        bar = progress(None, what, initial=start, total=n_steps, unit="step")
         step = start
         try:
             with self._workers():
-                for step in bar:
-                    self._take(step, blocks, meter, tracker, bar)
-        except KeyboardInterrupt as stop:
-            bar.close()
+                while step < n_steps:
+                    stop = self._next_stop(step)
+                    self._take(range(step, stop), blocks, meter, tracker, bar)
+                    bar.update(stop - step)
+                    step = stop
+        except KeyboardInterrupt as stopped:
             every = self.config.checkpoint_every_steps
             kept = max(start, step // every * every)
             then = f"goes on from step {kept}, its last checkpoint" if kept else "begins anew"
             raise KeyboardInterrupt(
-                f"stopped at step {step + 1} of {self.config.n_steps}: run again, it {then}"
-            ) from stop
+                f"stopped at step {step + 1} of {n_steps}: run again, it {then}"
+            ) from stopped
+        finally:
+            bar.close()
+
+    def _next_stop(self, step: int) -> int:
+        """Up to where dictionaries step without waiting for each other: a log line, a checkpoint, a block."""
+        config = self.config
+        every = (config.log_every_steps, config.checkpoint_every_steps, self.steps_per_block)
+        widest = max(own.n_features for own in self._configs)
+        stretch = max(1, STRETCH // (config.batch_size * widest))
+        dues = [(step // n + 1) * n for n in every]
+        return min(*dues, step + stretch, config.n_steps)
 
     @contextmanager
     def _workers(self) -> Iterator[None]:
@@ -238,27 +247,31 @@ class _Run:
                 self._side_by_side = map
 
     def _take(
-        self, step: int, blocks: _BlockHolder, meter: Meter, tracker: Tracker, bar: Any
+        self, steps: range, blocks: _BlockHolder, meter: Meter, tracker: Tracker, bar: Any
     ) -> None:
-        """One step of every dictionary; a line of the log and a checkpoint where they are due."""
-        block = blocks.get(step // self.steps_per_block)
-        first = step % self.steps_per_block * self.config.batch_size
-        rows = slice(first, first + self.config.batch_size)
-        checkpoint_due = (step + 1) % self.config.checkpoint_every_steps == 0
-        last = step + 1 == self.config.n_steps
-        log_due = checkpoint_due or last or (step + 1) % self.config.log_every_steps == 0
+        """Some steps of every dictionary; a line of the log and a checkpoint where they are due."""
+        block, n = blocks.get(steps[0] // self.steps_per_block), self.config.batch_size
+        checkpoint_due = steps.stop % self.config.checkpoint_every_steps == 0
+        is_last = steps.stop == self.config.n_steps
+        log_due = checkpoint_due or is_last or steps.stop % self.config.log_every_steps == 0
 
-        def step_of(trainer: DictionaryTrainer) -> Measurement | None:
-            result = self._step(trainer, block, rows, step)
-            return trainer.measure(result, block, rows) if log_due else None
+        def step_through(trainer: DictionaryTrainer) -> Measurement | None:
+            for step in steps:
+                first = step % self.steps_per_block * n
+                rows = slice(first, first + n)
+                result = self._step(trainer, block, rows, step)
+                if log_due and step == steps[-1]:
+                    return trainer.measure(result, block, rows)
+                del result  # it holds a batch's activations, of which one set is in memory
+            return None
 
-        lines = list(self._side_by_side(step_of, self.trainers))
+        lines = list(self._side_by_side(step_through, self.trainers))
         if log_due:
             names = [spec.name for spec in self.specs]
             measured = {name: line for name, line in zip(names, lines, strict=True) if line}
-            self._report(step, measured, meter, tracker, bar)
-        if checkpoint_due and not last:
-            self._checkpoint(step + 1)
+            self._report(steps[-1], measured, meter, tracker, bar)
+        if checkpoint_due and not is_last:
+            self._checkpoint(steps.stop)
 
     def _step(self, trainer: DictionaryTrainer, block: Block, rows: slice, step: int) -> StepResult:
         return trainer.step(block, rows, self.config.learning_rate_at(step))
