@@ -130,9 +130,7 @@ def smallest_effect(name: str, measured: Measured) -> float:
 def decided(name: str, paper: str, ours: str, measured: Measured) -> Line:
     """One line of the closing table, by the rule of that name."""
     rule, least = RULES[name], smallest_effect(name, measured)
-    power = (
-        "" if math.isnan(least) else f"an effect of {least:+.3g} ({rule.null:+.3g}: nothing to it)"
-    )
+    power = "" if math.isnan(least) else f"{least:+.3g} would have been told from {rule.null:+.3g}"
     return claim_line(rule.claim, paper, ours, verdict(name, measured), power)
 
 

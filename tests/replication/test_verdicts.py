@@ -159,7 +159,7 @@ def test_a_line_says_what_it_could_have_seen() -> None:
     measured = Measured(0.7, 0.5, 0.9)
     assert smallest_effect("kept", measured) == pytest.approx(0.2)
     line = decided("kept", "p", "o", measured)
-    assert line["power"] == "an effect of +0.2 (+0: nothing to it)"
+    assert line["power"] == "+0.2 would have been told from +0"
     assert list(results_table([line]).columns) == list(COLUMNS)
     assert decided("kept", "p", "o", exactly(math.nan))["power"] == ""
     assert len(rules_table()) == len(RULES) and not rules_table().isna().any(axis=None)
