@@ -144,6 +144,7 @@ def make_greater_than(run: Run) -> GreaterThanResults:
 
     ensure(step, {**asdict(config), "seed": run.preset.seed}, inputs, make)
     summary = json.loads((step.folder / "summary.json").read_text())
+    summary["evidence"] = {name: tuple(one) for name, one in summary["evidence"].items()}
     tables = {name: pd.read_csv(step.folder / f"{name}.csv") for name in TABLES}
     return GreaterThanResults(**tables, summary=summary, step=step)
 
