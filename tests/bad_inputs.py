@@ -147,7 +147,7 @@ MODELS = {
     "tc.LanguageModel.load(str(files / 'text.txt'))": "text.txt is a file: expected a folder",
     "tc.LanguageModel.load('someone/nothing')": "not in the local Hugging Face cache",
     "tc.LanguageModel.load(str(files / 'config_list'))": "no readable config",
-    "tc.LanguageModel.load(str(files / 'config_text'))": "no readable config",
+    "tc.LanguageModel.load(str(files / 'config_text'))": "config.json is not JSON",
     "tc.LanguageModel.load('demo', device='nowhere')": "device 'nowhere': expected",
     "tc.LanguageModel.load('demo', dtype=torch.int64)": "dtype torch.int64: expected floating point",
     "tc.LanguageModel.load('demo', dtype='float32')": "dtype 'float32': expected floating point",
