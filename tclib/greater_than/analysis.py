@@ -29,7 +29,7 @@ from tclib.greater_than.curves import (
     rank_by_attribution,
     steepest_drop,
 )
-from tclib.greater_than.evidence import gain_without, harm_evidence, kept_evidence
+from tclib.greater_than.evidence import Interval, gain_without, harm_evidence, kept_evidence
 from tclib.greater_than.feature_curves import feature_curves
 from tclib.greater_than.task import (
     GreaterThan,
@@ -220,18 +220,8 @@ def _summary(
     features, neurons = curves[FEATURES, "variance"], curves[NEURONS, "variance"]
     suspect = harmful[harmful["is_steepest"]].iloc[0]
     scored, is_text = task.scored(), task.tokens != lm.bos_id
-    evidence = kept_evidence(features, neurons)
-    feature_gain, neuron_gain = (
-        gain_without(
-            lm, task, below, analysed.units[name], analysed.orders[name, "variance"], curve
-        )
-        for name, curve in ((FEATURES, features), (NEURONS, neurons))
-    )
-    is_odd = [number % 2 == 1 for number in scored.numbers]
-    worth = (neurons.values[-1] - neurons.values[0])[is_odd]
-    evidence["harmful"] = harm_evidence(feature_gain, neuron_gain, worth)
     return {
-        "evidence": evidence,
+        "evidence": _evidence(analysed, features, neurons),
         "form": task.form,
         "layer": dictionary.config.layer,
         "head": list(head),
@@ -254,3 +244,18 @@ def _summary(
         "l0": {name: l0(units.acts[is_text]) for name, units in analysed.units.items()},
         "top_features": analysed.orders[FEATURES, "variance"][:N_CURVE_FEATURES].tolist(),
     }
+
+
+def _evidence(analysed: Analysed, features: Curve, neurons: Curve) -> dict[str, Interval]:
+    """What the claims are decided by, of the two main curves."""
+    lm, task, below = analysed.lm, analysed.task, analysed.below
+    feature_gain, neuron_gain = (
+        gain_without(
+            lm, task, below, analysed.units[name], analysed.orders[name, "variance"], curve
+        )
+        for name, curve in ((FEATURES, features), (NEURONS, neurons))
+    )
+    is_odd = [number % 2 == 1 for number in task.scored().numbers]
+    worth = (neurons.values[-1] - neurons.values[0])[is_odd]
+    harmful = harm_evidence(feature_gain, neuron_gain, worth)
+    return {**kept_evidence(features, neurons), "harmful": harmful}
