@@ -72,9 +72,7 @@ def check_files(location: str, name: str) -> None:
     there twice, with and without the prefix of the class.
     """
     for path in sorted(Path(location).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-        weights = {key: kind for key, kind in kinds.items() if not BUFFERS.search(key)}
+        weights = {key: kind for key, (kind, _) in _header(path).items() if not BUFFERS.search(key)}
         if odd := [f"{key} ({kind})" for key, kind in weights.items() if kind not in FLOATS]:
             raise InputError(
                 f"model {name!r}: {listed(odd)} in {path} are no plain floating-point weights, and would be "
@@ -85,6 +83,13 @@ def check_files(location: str, name: str) -> None:
                 f"model {name!r}: {listed(twice)} in {path} stand there twice, with and without the prefix of "
                 "the class: take a complete copy of the model"
             )
+
+
+def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of every tensor of a safetensors file, by name."""
+    with safe_open(path, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (one.get_dtype(), one.get_shape()) for key, one in slices.items()}
 
 
 def check_numbers(path: Path, name: str) -> None:
@@ -137,10 +142,9 @@ def _held(folder: Path) -> tuple[int, int]:
     """How many weights the files of a folder can hold, and in how many tensors."""
     n_weights = n_tensors = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
-        n_weights += sum(math.prod(shape) for shape in shapes)
-        n_tensors += len(shapes)
+        header = _header(path)
+        n_weights += sum(math.prod(shape) for _, shape in header.values())
+        n_tensors += len(header)
     for path in [] if n_tensors else folder.glob("*.bin"):
         n_weights += path.stat().st_size // 2
         n_tensors += len(ZipFile(path).namelist()) if is_zipfile(path) else n_weights
