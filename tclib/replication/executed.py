@@ -1,7 +1,7 @@
 """Notebooks of a run, executed: a copy is current as long as all that it came from is what it was.
 
-That is its cells and parameters, the preset, the model's weights (and the companions'), tclib's own files, the
-packages that decide the numbers, and every file that the run's manifests name.
+That is its cells and parameters, the preset, its text, the model's weights (and the companions'), tclib's own
+files, the packages that decide the numbers, and every file that the run's manifests name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fingerprint(run: Run, notebook: Path, parameters: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(_own_files())
     cells = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
     runs = [run, *(run.companions if notebook.name >= FIRST_WITH_COMPANIONS else ())]
-    identities = [(asdict(one.preset), one.model_hash) for one in runs]
+    identities = [(asdict(one.preset), one.model_hash, one.sources) for one in runs]
     held = [cells, dict(parameters), identities, package_versions()]
     digest.update(json.dumps(held, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -23,8 +23,16 @@ from tclib.replication.run import Run
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
 from tclib.support.paths import expanded
-from tclib.support.steps import MANIFEST, Step, ensure, save_table
-from tclib.text.corpus import Corpus, build_corpus, check_disjoint
+from tclib.support.steps import (
+    MANIFEST,
+    SOURCE_STATE,
+    Step,
+    ensure,
+    save_table,
+    source_input,
+    source_state,
+)
+from tclib.text.corpus import Corpus, build_corpus, check_disjoint, source_files
 from tclib.text.documents import bundled_dump, text_documents
 from tclib.text.hub_datasets import locate_dataset
 
@@ -90,15 +98,22 @@ def make_corpus(run: Run) -> Corpus:
     step, config = run.step(STEP), run.preset.corpus
 
     def make() -> Mapping[str, Any]:
+        state = source_state(source_files(config))
         corpus = build_corpus(config, run.lm)
         check_disjoint(corpus.train, corpus.evaluation)
         for name in ("train", "evaluation"):
             with new_file(step.folder / f"{name}.npy") as path, open(path, "wb") as file:
                 np.save(file, getattr(corpus, name).numpy(), allow_pickle=False)
-        return corpus.summary()
+        return {**corpus.summary(), SOURCE_STATE: state}
 
-    ensure(step, {"corpus": asdict(config)}, {"model": run.model_hash}, make)
+    inputs = {"model": run.model_hash, **text_input(run)}
+    ensure(step, {"corpus": asdict(config)}, inputs, make)
     return Corpus(_rows(step, "train"), _rows(step, "evaluation"), run.lm.bos_id)
+
+
+def text_input(run: Run) -> dict[str, str]:
+    """`source_input` of the preset's text: a run does not go on silently when that was edited."""
+    return source_input(run.step(STEP), source_files(run.preset.corpus))
 
 
 def _rows(step: Step, name: str) -> torch.Tensor:

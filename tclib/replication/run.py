@@ -97,6 +97,15 @@ class Run:
         """The model's identity; its weights are read only where their hash is not known."""
         return kept_hash(locate(self.preset.model)) or self.lm.content_hash
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Hashes of what the run copied: its text, and released transcoders."""
+        from tclib.replication.model_and_data import text_input
+        from tclib.replication.transcoders import released_input
+
+        text, released = text_input(self), released_input(self)
+        return {**text, **{f"released {name}": value for name, value in released.items()}}
+
     @cached_property
     def lm(self) -> LanguageModel:
         """The language model, in float32 on the best device.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.dictionaries.published import load_published
+from tclib.dictionaries.published import N_LAYERS, load_published, locate_published
 from tclib.evaluation.evaluate import Evaluation, evaluate
 from tclib.figures.style import save_figure
 from tclib.figures.training import layer_faithfulness, training_curves
@@ -19,9 +20,10 @@ from tclib.replication.model_and_data import TRANSCODERS_STEP as STEP
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, claim_line
+from tclib.support.errors import InputError
 from tclib.support.files import exclusive
 from tclib.support.paths import expanded
-from tclib.support.steps import Step, ensure, write_csv
+from tclib.support.steps import SOURCE_STATE, Step, ensure, source_input, source_state, write_csv
 from tclib.training.log import LOG, LOG_COLUMNS
 from tclib.training.spec import DictionarySpec, TrainingConfig
 from tclib.training.train import CACHE, train
@@ -50,17 +52,33 @@ def _released(run: Run) -> Trained:
     names = dict(zip(layers, config.names(run.lm), strict=True))
 
     def make() -> Mapping[str, Any]:
+        state = source_state(_released_files(run))
         found = load_published(layers, None if source == "hub" else expanded(source))
         for dictionary in found.values():
             dictionary.check_model(run.lm)
         for layer, dictionary in found.items():
             dictionary.save(step.folder / f"{names[layer]}.safetensors")
-        return {"n_dictionaries": len(found)}
+        return {"n_dictionaries": len(found), SOURCE_STATE: state}
 
     parameters = {"published": source, "layers": layers}
-    manifest = ensure(step, parameters, {"model": run.model_hash}, make)
+    inputs = {"model": run.model_hash, **released_input(run)}
+    manifest = ensure(step, parameters, inputs, make)
     log = pd.DataFrame(columns=list(LOG_COLUMNS))
     return _loaded(run, step, manifest, names.values(), log)
+
+
+def released_input(run: Run) -> dict[str, str]:
+    """`source_input` of the released files, of which the step holds copies; empty where it trains."""
+    return source_input(run.step(STEP), _released_files(run))
+
+
+def _released_files(run: Run) -> list[Path]:
+    config = run.preset.transcoders
+    try:
+        layers = config.layers or range(N_LAYERS)
+        return list(locate_published(config.published, layers).values()) if config.published else []
+    except InputError:
+        return []
 
 
 def train_once(

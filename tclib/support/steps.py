@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tclib.support.paths import read_json
 from tclib.support.places import CHECKOUT
 
 MANIFEST = "manifest.json"
+SOURCE, SOURCE_STATE = "source", "source_state"
 RECORDED_PACKAGES = ("tclib", "torch", "transformers", "datasets", "safetensors", "numpy", "pandas")
 
 
@@ -58,15 +60,52 @@ def ensure(
     """
     if (step.folder / MANIFEST).is_file():
         manifest = read_manifest(step)
-        if (manifest["parameters"], manifest["inputs"]) == (json_ready(parameters), dict(inputs)):
+        held = _what_it_is_of(manifest["parameters"], manifest["inputs"])
+        wanted = _what_it_is_of(json_ready(parameters), inputs)
+        if held == wanted:
             return manifest
+        other = sorted(name for name in {*held, *wanted} if held.get(name) != wanted.get(name))
         raise InputError(
-            f"{step.folder} was made with other parameters or inputs: keep it by choosing another "
-            f"runs_dir, or {step.remedy} (--fresh makes every step anew)"
+            f"{step.folder} was made with other parameters or inputs ({', '.join(other[:5])}): keep it by "
+            f"choosing another runs_dir, or {step.remedy} (--fresh makes every step anew)"
         )
     began = time.perf_counter()
     summary = make()
     return write_manifest(step, parameters, inputs, time.perf_counter() - began, summary)
+
+
+def _what_it_is_of(parameters: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    return {**dict(parameters), **{f"input {name}": value for name, value in inputs.items()}}
+
+
+def source_input(step: Step, files: Sequence[Path]) -> dict[str, str]:
+    """Of the files that a step copies from: {"source": their hash}, for `ensure`; empty without any.
+
+    A finished step's own hash stands where they lie as it left them (`source_state`), and where they are
+    gone: a run holds its own copy. The cache of the hub names its files by their content.
+    """
+    path = step.folder / MANIFEST
+    if path.is_file():
+        manifest = _manifest(path, step.remedy)
+        held = manifest["inputs"].get(SOURCE)
+        as_it_was = manifest.get("summary", {}).get(SOURCE_STATE) == source_state(files)
+        if held is None or not files or as_it_was:
+            return {} if held is None else {SOURCE: held}
+    if not files:
+        return {}
+    named = [(path.name, _content_name(path)) for path in files]
+    return {SOURCE: hashlib.sha256(json.dumps(named).encode()).hexdigest()}
+
+
+def _content_name(path: Path) -> str:
+    return path.resolve().name if path.is_symlink() else file_hash(path)
+
+
+def source_state(files: Sequence[Path]) -> str:
+    """A hash of the names, sizes and times of files."""
+    stats = [(str(path), path.stat()) for path in files]
+    states = [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in stats]
+    return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
 
 def save_table(table: pd.DataFrame, step: Step, name: str) -> pd.DataFrame:

@@ -32,10 +32,12 @@ from tclib.text import world
 from tclib.text.documents import (
     bundled_dump,
     docstring_documents,
+    python_files,
     text_documents,
+    text_files,
     wikipedia_articles,
 )
-from tclib.text.hub_datasets import dataset_documents
+from tclib.text.hub_datasets import dataset_documents, dataset_files
 from tclib.text.packing import pack
 
 CorpusKind = Literal["demo", "text", "docstrings", "wikipedia", "huggingface"]
@@ -201,9 +203,31 @@ def _documents(config: CorpusConfig) -> Iterator[str]:
     if config.kind == "text":
         return text_documents(expanded(config.source))
     if config.kind == "docstrings":
-        root = Path(config.source or sysconfig.get_paths()["purelib"])
-        return docstring_documents(root)
+        return docstring_documents(_docstring_root(config))
     if config.kind == "wikipedia":
-        dump = expanded(config.source) if config.source else bundled_dump()
-        return (article.text for article in wikipedia_articles(dump))
+        return (article.text for article in wikipedia_articles(_dump(config)))
     return dataset_documents(config.source, config.seed, config.revision, config.data_files)
+
+
+def source_files(config: CorpusConfig) -> list[Path]:
+    """The files that the text is read from; none where they are not here, or text is made."""
+    try:
+        if config.kind == "text":
+            return text_files(expanded(config.source))
+        if config.kind == "docstrings":
+            return python_files(_docstring_root(config))
+        if config.kind == "wikipedia":
+            return [dump] if (dump := _dump(config)).is_file() else []
+        if config.kind == "huggingface":
+            return dataset_files(config.source, config.revision, config.data_files)
+    except InputError:
+        return []  # a finished run needs them no more; one that does says what is wrong
+    return []
+
+
+def _docstring_root(config: CorpusConfig) -> Path:
+    return Path(config.source or sysconfig.get_paths()["purelib"])
+
+
+def _dump(config: CorpusConfig) -> Path:
+    return expanded(config.source) if config.source else bundled_dump()

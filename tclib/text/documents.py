@@ -25,12 +25,17 @@ def text_documents(path: Path) -> Iterator[str]:
 
     A document is a run of paragraphs of about 2,000 characters.
     """
+    return itertools.chain.from_iterable(_paragraph_runs(file) for file in text_files(path))
+
+
+def text_files(path: Path) -> list[Path]:
+    """The files of `text_documents`. Errors: `InputError` if there is none, or no text in them."""
     if not path.exists():
         raise InputError(f"text {path}: no such file or folder")
     files = [path] if path.is_file() else sorted([*path.rglob("*.txt"), *path.rglob("*.md")])
     if not any(file.stat().st_size for file in files):
         raise InputError(f"text {path}: empty; expected at least one non-empty .txt or .md file")
-    return itertools.chain.from_iterable(_paragraph_runs(file) for file in files)
+    return files
 
 
 def _paragraph_runs(file: Path) -> Iterator[str]:
@@ -47,12 +52,17 @@ def _paragraph_runs(file: Path) -> Iterator[str]:
 
 def docstring_documents(root: Path) -> Iterator[str]:
     """Docstrings of 200 characters or more of every Python file below `root`, in path order."""
+    return itertools.chain.from_iterable(map(_docstrings, python_files(root)))
+
+
+def python_files(root: Path) -> list[Path]:
+    """The files of `docstring_documents`. Errors: `InputError` if there is none."""
     if not root.exists():
         raise InputError(f"docstrings of {root}: no such folder")
     files = sorted(root.rglob("*.py"))
     if not files:
         raise InputError(f"docstrings of {root}: no Python files there")
-    return itertools.chain.from_iterable(map(_docstrings, files))
+    return files
 
 
 def _docstrings(file: Path) -> Iterator[str]:

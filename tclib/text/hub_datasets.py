@@ -79,6 +79,17 @@ def locate_dataset(
     return {"path": source, "revision": revision or None, **_training(data_files)}
 
 
+def dataset_files(source: str, revision: str = "", data_files: Sequence[str] = ()) -> list[Path]:
+    """The files of a data set that lie on this machine; none of one that is streamed from the hub."""
+    path = expanded(source)
+    if path.is_file():
+        return [path]
+    folder = path if path.is_dir() else cached_snapshot(source, "dataset", revision or "main")
+    if folder is not None and (found := _files(folder, data_files)):
+        return [folder / name for name in found]
+    return [] if path.is_dir() else [Path(name) for name in _prepared(source)]
+
+
 def _in_folder(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     return {"path": str(folder.resolve()), **_training([glob.escape(name) for name in names])}
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from filelock import FileLock
@@ -126,13 +127,41 @@ def test_other_parameters_are_refused_and_overwrite_nothing(
     before = sorted(p.stat().st_mtime_ns for p in small.folder.rglob("*.safetensors"))
     other = replace(small, corpus=replace(small.corpus, n_train_tokens=25_600))
     with pytest.raises(
-        InputError, match="made with other parameters or inputs: .*delete .*--only 0"
+        InputError, match=r"made with other parameters or inputs \(corpus\): .*delete .*--only 0"
     ):
         _ = Run(other).corpus
     wider = replace(small, transcoders=replace(small.transcoders, expansion=4))
     with pytest.raises(InputError, match="made with other parameters"):
         _ = Run(wider).trained
     assert sorted(p.stat().st_mtime_ns for p in small.folder.rglob("*.safetensors")) == before
+
+
+def test_text_that_was_edited_after_a_run_is_noticed(small: Preset, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    draw = np.random.default_rng(0)
+    for name in "abcd":
+        years = draw.integers(10, 99, (200, 9))
+        wars = (" ".join(f"The war of 17{yy} was long." for yy in line) for line in years)
+        (text / f"{name}.txt").write_text("\n\n".join(wars))
+    corpus = replace(
+        small.corpus, kind="text", source=str(text), eval_fraction=0.5, n_train_tokens=2_560
+    )
+    preset = replace(small, corpus=corpus, runs_dir=tmp_path)
+    first = Run(preset).corpus.content_hash
+    notebook = next(NOTEBOOKS.glob("01*"))
+    made_from = executed.fingerprint(Run(preset), notebook, {})
+    assert made_from == executed.fingerprint(Run(preset), notebook, {})
+    os.utime(text / "a.txt")  # touched, not edited
+    assert Run(preset).corpus.content_hash == first
+    before = (text / "a.txt").read_text()
+    (text / "a.txt").write_text(before.replace("war", "siege"))
+    with pytest.raises(InputError, match=r"other parameters or inputs \(input source\)"):
+        _ = Run(preset).corpus
+    assert executed.fingerprint(Run(preset), notebook, {}) != made_from
+    shutil.rmtree(text)  # the run holds a copy of its own
+    assert Run(preset).corpus.content_hash == first
+    assert executed.fingerprint(Run(preset), notebook, {}) == made_from
 
 
 def test_a_damaged_dictionary_is_named_with_the_command(
