@@ -12,7 +12,10 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-ASSETS = ("notebooks/*.ipynb", "notebooks/presets/*", "data/demo/*/*", "data/paper/*.csv")
+ASSETS = (
+    *("notebooks/*.ipynb", "notebooks/presets/*", "data/demo/*/*", "data/paper/*.csv"),
+    "data/reference/demo*/*/*",
+)
 
 
 class BuildWithAssets(build_py):

@@ -87,14 +87,15 @@ def tclib_step(
     if l0 is not None:
         pre = dictionary.pre_acts(x).flatten()
         dictionary.b_enc -= pre.topk(l0 * len(x), sorted=False).values.min()
-    training = TrainingConfig(n_tokens=len(x), batch_size=len(x))
+    rate = {"learning_rate": LEARNING_RATE, "warmup_steps": 0}
+    training = TrainingConfig(n_tokens=len(x), batch_size=len(x), **rate)
     trainer = DictionaryTrainer(spec, dictionary, training)
     block = {config.input_site: x, config.output_site: y}
     few = -1.0 if dense else gradients._FEW
 
     def step() -> None:
         with mock.patch.object(gradients, "_FEW", few), torch.no_grad():
-            trainer.step(block, slice(0, len(x)), LEARNING_RATE)
+            trainer.step(block, slice(0, len(x)), 0)
 
     return step, dictionary.parameters()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from inspect import Parameter, signature
@@ -105,6 +105,12 @@ def run(
     fresh_companions: Annotated[
         bool, typer.Option(help="Delete its companions' earlier runs first.")
     ] = False,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            help="Then make as many runs with this and the next seeds, and their headline table."
+        ),
+    ] = None,
 ) -> None:
     """Run the notebooks in order at a preset.
 
@@ -114,10 +120,13 @@ def run(
     """
     from tclib.replication import sequence
     from tclib.replication.presets import load_preset
+    from tclib.replication.seeds import make_seeds, runs_of
     from tclib.support.files import exclusive
 
     chosen = load_preset(preset, seed, runs_dir)
     asked = _selected(from_, only)  # a mistake must not cost the earlier run
+    if seeds is not None:
+        runs_of(chosen, seeds)
     sequence.check_all_ready(chosen, asked)
     deleted = sequence.earlier_runs(chosen, fresh, fresh_companions)
     with ExitStack() as locks:
@@ -135,6 +144,9 @@ def run(
         }
         notebooks = _selected(first, None) if first else asked
         sequence.execute_all(chosen, notebooks, parameters, anew=bool(from_ or only))
+        if seeds is not None:
+            table = make_seeds(chosen, seeds)["seeds"]
+            typer.echo(f"\nOver {seeds} seeds:\n\n{table.round(4).to_string(index=False)}")
     _print_results(chosen)
 
 
@@ -187,6 +199,17 @@ def schema() -> None:
 
 
 @app.command()
+def rates(preset: PresetOption = "demo", runs_dir: RunsOption = None) -> None:
+    """Choose each kind's learning rate for a preset's sweep, by a rule, on a seed of its own.
+
+    The preset takes what is chosen as sweep.learning_rates.
+    """
+    from tclib.replication.learning_rates import rate_table
+
+    typer.echo(rate_table(preset, runs_dir).round(6).to_string(index=False))
+
+
+@app.command()
 def report(
     preset: PresetOption = "demo", seed: SeedOption = None, runs_dir: RunsOption = None
 ) -> None:
@@ -208,12 +231,15 @@ def collect(
     preset: PresetOption = "demo",
     seed: SeedOption = None,
     runs_dir: RunsOption = None,
+    step: Annotated[
+        list[str] | None, typer.Option(help="Only what begins with this: a folder of the run.")
+    ] = None,
 ) -> None:
     """Copy a run's figures, tables and notebooks, without weights."""
     from tclib.replication.collect import collect as collect_run
     from tclib.replication.presets import load_preset
 
-    kept = collect_run(load_preset(preset, seed, runs_dir), out)
+    kept = collect_run(load_preset(preset, seed, runs_dir), out, step or ())
     size = sum(path.stat().st_size for path in kept)
     typer.echo(f"{out}: {len(kept)} files, {size / 1e6:.1f} MB")
 
@@ -227,16 +253,19 @@ def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command` an option a hyperparameter, in the place of its `**given`."""
     declared = signature(command, eval_str=True)
     own = [p for p in declared.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [*_options(DictionarySpec), *_options(TrainingConfig)]
+    of_training = descriptions(
+        TrainingConfig
+    )  # of one dictionary, what its training says is enough
+    options = [*_options(DictionarySpec, of_training), *_options(TrainingConfig)]
     command.__signature__ = declared.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
     return command
 
 
-def _options(cls: type) -> Iterator[Parameter]:
+def _options(cls: type, besides: Collection[str] = ()) -> Iterator[Parameter]:
     """An option for each field of a declared class but the seed; None stands for "not given"."""
     types = get_type_hints(cls)
     for name, text in descriptions(cls).items():
-        if name == "seed":
+        if name == "seed" or name in besides:
             continue  # the preset's, which the command has
         long = name.replace("_", "-")
         switch = f"--{long}/--no-{long}" if types[name] is bool else f"--{long}"

@@ -218,7 +218,11 @@ def small_preset(runs_dir: Path) -> Preset:
     """The demo preset with a hundredth of its tokens."""
     preset = load_preset("demo", runs_dir=runs_dir)
     training = replace(preset.transcoders.training, n_tokens=5_120, decay_steps=0)
-    sweep = replace(preset.sweep, transcoder_l1=(1e-4, 1e-3), sae_mlp_out_l1=(1e-4, 1e-3))
+    sweep = replace(
+        preset.sweep,
+        **dict.fromkeys(("transcoder_l1", "sae_mlp_out_l1", "sae_mlp_in_l1"), (1e-4, 1e-3)),
+        token_budgets=(),
+    )
     return replace(
         preset,
         companions=(),
@@ -234,7 +238,7 @@ def small_preset(runs_dir: Path) -> Preset:
         ),
         corpus=replace(preset.corpus, n_train_tokens=12_800, n_eval_tokens=2_560),
         transcoders=replace(preset.transcoders, expansion=2, training=training),
-        sweep=replace(sweep, expansion=2, training=training),
+        sweep=replace(sweep, expansion=2, training=training, token_budgets=(2_560,)),
     )
 
 

@@ -108,6 +108,33 @@ def _draw_baselines(axis: Axes, table: pd.DataFrame) -> None:
 
 
 @styled
+def over_tokens(table: pd.DataFrame, title: str) -> Figure:
+    """CE and L0 against training tokens, a line a kind: has training ended?
+
+    Columns: kind, n_tokens, ce, l0, ce_original, and the bounds of the CE's interval. Every point is a
+    training of its own, with its own decay of the learning rate.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.9))
+    for kind, own in table.groupby("kind", sort=False):
+        style = {**FAMILY_STYLE[str(kind)], "markersize": 5, "linewidth": 1.3}
+        millions = own["n_tokens"] / 1e6
+        left.plot(millions, own["ce"], **style)
+        _error_bars(left, own.assign(l0=millions), style["color"])
+        right.plot(millions, own["l0"], **style)
+    left.axhline(table["ce_original"].iloc[0], color="0.2", linewidth=1, linestyle="--")
+    left.set_ylabel("CE with the MLP replaced (nats a token)")
+    right.set_ylabel("L0 (mean active features a token)")
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.set_xscale("log")
+        axis.set_xlabel("Training tokens (millions)")
+        axis.grid(alpha=0.25)
+    left.legend()
+    figure.suptitle(plain(title), fontsize=12)
+    return figure
+
+
+@styled
 def training_curves(
     log: pd.DataFrame, columns: Sequence[str] = ("loss", "l0", "fvu", "dead_share")
 ) -> Figure:

@@ -105,6 +105,11 @@ class ProcessedWeights:
             self._derived[name] = (state, make())
         return cast(T, self._derived[name][1])
 
+    def n_mlp_parameters(self, layer: int) -> int:
+        """Weights and biases of one layer's MLP, its norm left out."""
+        mlp = self._block(self.check_layer(layer)).mlp
+        return sum(parameter.numel() for parameter in mlp.parameters())
+
     def neuron_weights(self, layer: int) -> NeuronWeights:
         """Output weights and bias of an MLP's neurons."""
         mlp = self._block(self.check_layer(layer)).mlp

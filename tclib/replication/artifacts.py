@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,12 @@ class Trained:
     log: pd.DataFrame
     step: Step
     hashes: dict[str, str]  # of the step's files: what a step made from them depends on
+
+    def only(self, names: Collection[str]) -> Trained:
+        """Some of the dictionaries, and their files."""
+        kept = {name: one for name, one in self.dictionaries.items() if name in names}
+        hashes = {f: value for f, value in self.hashes.items() if f.rsplit(".", 1)[0] in names}
+        return Trained(kept, self.log[self.log["dictionary"].isin(kept)], self.step, hashes)
 
 
 class Explained(NamedTuple):

@@ -164,17 +164,24 @@ def why_failed(run: Run) -> pd.DataFrame:
     return table[[name for name in columns if name in table]]
 
 
+def measured(run: Run) -> dict[str, Measured]:
+    """Section 5.1's statistic."""
+    table = run.studies.table
+    ours = grade_counts(table)["ours"]
+    n_good = int(ours["success"] + ours["mostly"])
+    return {"case_studies": studied(n_good, len(table), bool((table["n_active"] > 0).all()))}
+
+
 def claims(run: Run) -> list[Line]:
     """Section 5.1's claim."""
     table = run.studies.table
     ours = grade_counts(table)["ours"]
-    n_good = int(ours["success"] + ours["mostly"])
     line = decided(
         "case_studies",
         "5, 2, 2 of 9 (by hand, GPT-2)",
         f"{ours['success']}, {ours['mostly']}, {ours['failure']} of {len(table)} "
         "(success, mostly, failure; automatic investigator, graded on held-out text)",
-        studied(n_good, len(table), bool((table["n_active"] > 0).all())),
+        measured(run)["case_studies"],
     )
     return [line]
 

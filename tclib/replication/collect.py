@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,24 @@ MAX_BYTES = 2_000_000
 NOT_KEPT_FOLDERS = ("activations", "viewer")
 
 
-def collect(preset: Preset, out: Path) -> list[Path]:
+def collect(preset: Preset, out: Path, steps: Sequence[str] = ()) -> list[Path]:
     """Copy what a run made, folder by folder, into `out`; return the files there.
 
-    Weights, activations and files over 2 MB stay behind; notebooks lose the paths of the machine that
-    ran them. `collected.json` lists what was written, by hash. Errors: `InputError` for a run that is not
-    there, or a folder that holds anything but an earlier collection as it was written.
+    `steps`: only folders that begin with one of these, or all. Weights, activations and files over 2 MB stay behind; notebooks lose the paths of the machine that
+    ran them. `collected.json` lists what was written, by hash. Errors: `InputError` for a run or a step that is
+    not there, or a folder that holds anything but an earlier collection as it was written.
     """
     if not preset.folder.is_dir():
         raise InputError(f"{preset.folder} does not exist: run `{preset.command}` first")
+    there = [path.name for path in preset.folder.iterdir() if path.is_dir()]
+    for step in steps:
+        if not step or not any(name.startswith(step) for name in there):
+            raise InputError(f"step {step!r}: expected the beginning of one of {', '.join(there)}")
     _check_replaceable(out)
     with new_folder(out) as temporary:
         for path in sorted(preset.folder.rglob("*")):
             inside = path.relative_to(preset.folder)
-            if not _is_kept(path, inside):
+            if not _is_kept(path, inside) or (steps and not str(inside).startswith(tuple(steps))):
                 continue
             place = temporary / inside
             place.parent.mkdir(parents=True, exist_ok=True)

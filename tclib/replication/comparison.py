@@ -28,6 +28,7 @@ from tclib.blind.latents import LabelledRows, label_scores, labelled_rows, recov
 from tclib.blind.predicates import fit_predicate, score
 from tclib.blind.ratings import Rating
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.dictionaries.kinds import Kind
 from tclib.evaluation.metrics import ACTIVE_SHARE, l0, strong_threshold
 from tclib.features.dashboard import build_dashboard
 from tclib.features.examples import feature_activations, live_features
@@ -46,6 +47,7 @@ from tclib.support.statistics import fisher_p, newcombe_interval, wilson_interva
 from tclib.support.steps import Step, ensure, write_csv
 
 STEP = "05_interpretability_comparison"
+COMPARATOR: Kind = "sae_mlp_in"
 INTERPRETABLE_F1 = 0.6
 MIN_INTERPRETABLE = 0.2  # of the features of one kind, for a difference to mean anything
 SENSITIVITY = (0.4, 0.5, 0.6, 0.7, 0.8)
@@ -62,15 +64,17 @@ def choose_pair(
 ) -> dict[str, Dictionary]:
     """A transcoder and an SAE of one layer whose L0 are nearest to each other, by name of kind.
 
-    With `near_l0`, nearest to each other and to it. Errors: `InputError` unless there is one of each.
+    The SAE is on the MLP's input, as in the paper's Table 1, where there is one. With `near_l0`, nearest
+    to each other and to it. Errors: `InputError` unless there is one of each.
     """
     l0 = _l0s(lm, dictionaries, rows)
     kinds = {name: dictionary.config.kind for name, dictionary in dictionaries.items()}
+    against = COMPARATOR if COMPARATOR in kinds.values() else "sae_mlp_out"
     pairs = [
-        (abs(np.log(l0[one] / l0[other])) + _distance(l0[one], near_l0), one, other)
+        (round(abs(np.log(l0[one] / l0[other])) + _distance(l0[one], near_l0), 6), one, other)
         for one in dictionaries
         for other in dictionaries
-        if kinds[one] == "transcoder" and kinds[other] != "transcoder" and l0[one] and l0[other]
+        if kinds[one] == "transcoder" and kinds[other] == against and l0[one] and l0[other]
     ]
     if not pairs:
         firing = sorted({kinds[name] for name in dictionaries if l0[name]})
@@ -103,11 +107,12 @@ def _l0s(
 def make_comparison(run: Run) -> Comparison:
     """The artifacts of step 05, made once."""
     step, config = run.step(STEP), run.preset.comparison
-    inputs = run.inputs(run.swept)
+    swept = run.swept.only({spec.name for spec in run.preset.sweep.full_specs()})
+    inputs = run.inputs(swept)
 
     def make() -> Mapping[str, Any]:
         rows = run.corpus.evaluation
-        pair = choose_pair(run.lm, run.swept.dictionaries, rows, config.near_l0)
+        pair = choose_pair(run.lm, swept.dictionaries, rows, config.near_l0)
         return _compare(run, pair, step)
 
     ensure(step, {**asdict(config), "seed": run.preset.seed}, inputs, make)
@@ -324,6 +329,11 @@ def proxy_shares_figure(run: Run) -> Figure:
     """Interpretable and context-free shares by the proxy's threshold."""
     shares = proxy_shares(run.comparison)
     return save_figure(proxy_figure(shares), run.step(STEP), "proxy")
+
+
+def measured(run: Run) -> dict[str, Measured]:
+    """Table 1's statistic, by the proxy."""
+    return {"interpretability": interpretability(*interpretable(run.comparison))}
 
 
 def claims(run: Run) -> list[Line]:

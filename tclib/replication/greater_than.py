@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -111,12 +111,15 @@ def chosen_layer(run: Run) -> int:
 
 
 def _task_saes(run: Run) -> Trained | None:
-    """SAEs beside the chosen MLP's transcoder, if the preset asks for any."""
-    config = run.preset.transcoders
-    specs = run.preset.greater_than.sae_specs(chosen_layer(run), config)
-    rate = run.preset.greater_than.sae_learning_rate
-    training = config.training if rate is None else replace(config.training, learning_rate=rate)
-    return train_once(run, SAES_STEP, specs, training) if specs else None
+    """SAEs beside the chosen MLP's transcoder: the preset's, else the sweep's, if it is of that MLP."""
+    config, sweep = run.preset.transcoders, run.preset.sweep
+    if specs := run.preset.greater_than.sae_specs(chosen_layer(run), config):
+        return train_once(run, SAES_STEP, specs, config.training)
+    own = [spec for spec in sweep.full_specs() if spec.kind == "sae_mlp_out"]
+    if not own or sweep.layer != chosen_layer(run) or not run.tells("02"):
+        return None
+    names = {spec.name for spec in own if spec.expansion == config.expansion}
+    return run.swept.only(names)
 
 
 def make_greater_than(run: Run) -> GreaterThanResults:
@@ -270,6 +273,12 @@ def measured_evidence(evidence: Mapping[str, Interval], lags: pd.DataFrame) -> d
 def lag_table(results: GreaterThanResults) -> pd.DataFrame:
     """`best_lags` of Figure 4's features, kept beside it."""
     return save_table(best_lags(results.feature_curves), results.step, "lags")
+
+
+def measured(run: Run) -> dict[str, Measured]:
+    """Section 5.2's statistics."""
+    found = run.greater_than
+    return measured_evidence(found.summary["evidence"], best_lags(found.feature_curves))
 
 
 def claims(run: Run) -> list[Line]:

@@ -119,9 +119,17 @@ class SweepConfig(PresetRecipe):
     transcoder_l1: tuple[Positive, ...] = ()
     """λ of relu transcoders. Published, for Pythia-410M: 2.5e-5 to 7e-5."""
     sae_mlp_out_l1: tuple[Positive, ...] = ()
-    """λ of relu SAEs on the MLP's output. Published, for Pythia-410M: 4e-5 to 1e-4."""
+    """λ of relu SAEs on the MLP's output, with which Figure 3 compares. Published, for Pythia-410M:
+    4e-5 to 1e-4."""
+    sae_mlp_in_l1: tuple[Positive, ...] = ()
+    """λ of relu SAEs on the MLP's input, with which Table 1 compares. Published, for Pythia-410M: 7e-5."""
     families: tuple[DictionaryFamily, ...] = ()
     """Dictionaries of other kinds."""
+    learning_rates: Mapping[Kind, Positive] = field(default_factory=dict)
+    """Of dictionaries of a kind, where it is not the training's; `tclib rates` chooses them by a rule."""
+    token_budgets: tuple[Count, ...] = ()
+    """Fewer training tokens at which the middle sparsity of transcoders and of SAEs on the MLP's output
+    is trained too: whether training has ended."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How all of them are trained."""
 
@@ -137,19 +145,39 @@ class SweepConfig(PresetRecipe):
         names = [spec.name for spec in self.specs()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"{', '.join(twice)}: expected each sparsity of a family once")
+        for spec in self.specs():
+            self.training.of(spec)  # which checks its tokens
 
     def specs(self) -> list[DictionarySpec]:
-        """The dictionaries to train, transcoders first."""
+        """The dictionaries to train, transcoders first, then those on fewer tokens."""
+        found = self.full_specs()
+        middle = [self.middle(found, kind) for kind in ("transcoder", "sae_mlp_out")]
+        budgets = [(one, n) for one in middle if one is not None for n in self.token_budgets]
+        return found + [replace(one, n_tokens=n_tokens) for one, n_tokens in budgets]
+
+    def full_specs(self) -> list[DictionarySpec]:
+        """The dictionaries that are trained on all tokens, transcoders first."""
         relu: tuple[tuple[Kind, tuple[float, ...]], ...] = (
             ("transcoder", self.transcoder_l1),
             ("sae_mlp_out", self.sae_mlp_out_l1),
+            ("sae_mlp_in", self.sae_mlp_in_l1),
         )
         found = [
             self.at(kind, self.layer, activation="relu", l1_coefficient=value)
             for kind, values in relu
             for value in values
         ]
-        return found + [spec for family in self.families for spec in family.specs(self.layer)]
+        found += [spec for family in self.families for spec in family.specs(self.layer)]
+        return [
+            replace(spec, learning_rate=spec.learning_rate or self.learning_rates.get(spec.kind))
+            for spec in found
+        ]
+
+    def middle(self, specs: Sequence[DictionarySpec], kind: Kind) -> DictionarySpec | None:
+        """The middle sparsity of the first family of a kind."""
+        own = [spec for spec in specs if spec.kind == kind]
+        first = [spec for spec in own if spec.family == own[0].family]
+        return first[len(first) // 2] if first else None
 
 
 @declared(frozen=True)
@@ -198,7 +226,11 @@ class GreaterThanConfig:
 
     def sae_specs(self, layer: int, transcoders: TranscodersConfig) -> list[DictionarySpec]:
         """SAEs as wide as the transcoders, with their loss."""
-        recipe = PresetRecipe(loss=transcoders.loss, expansion=transcoders.expansion)
+        recipe = PresetRecipe(
+            loss=transcoders.loss,
+            expansion=transcoders.expansion,
+            learning_rate=self.sae_learning_rate,
+        )
         topk = replace(recipe, activation="topk", initial_norm=transcoders.initial_norm)
         return [
             *(recipe.at("sae_mlp_out", layer, l1_coefficient=value) for value in self.sae_l1),

@@ -15,7 +15,7 @@ from tclib.replication import (
     transcoders,
 )
 from tclib.replication.run import Run
-from tclib.replication.verdicts import Line, results_table
+from tclib.replication.verdicts import Line, Measured, results_table
 from tclib.support.files import file_hash, new_file
 from tclib.support.steps import MANIFEST, Step, read_manifest, write_csv, write_manifest
 
@@ -28,6 +28,7 @@ NOTEBOOKS = {
     "05": comparison,
     "06": greater_than,
 }  # in the order of the table
+MEASURED = {"02": sweep, "04": case_studies, "05": comparison, "06": greater_than}
 
 
 def make_results(run: Run) -> pd.DataFrame:
@@ -47,6 +48,15 @@ def make_results(run: Run) -> pd.DataFrame:
             path.write_text(text, encoding="utf-8")
         write_manifest(step, {"n_claims": len(table)}, sources, 0.0)
     return table
+
+
+def statistics(run: Run) -> dict[str, Measured]:
+    """The statistic of every claim that a rule decides, by the rule's name (and the model, of several)."""
+    found: dict[str, Measured] = {}
+    for number, notebook in MEASURED.items():
+        if run.tells(number):
+            found |= notebook.measured(run)
+    return found
 
 
 def _is_written(step: Step, text: str, sources: Mapping[str, str]) -> bool:

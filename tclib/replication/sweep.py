@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from tclib.evaluation.evaluate import BOOTSTRAP_SEED, Evaluation
+from tclib.evaluation.equal_l0 import (
+    SAES,
+    ce_gap,
+    ce_gap_table,
+    compared_families,
+    cost_table,
+    mlp_worth,
+    share_of_worth,
+    shared_l0,
+)
+from tclib.evaluation.evaluate import Evaluation
 from tclib.figures.style import save_figure
-from tclib.figures.training import sparsity_faithfulness
+from tclib.figures.training import over_tokens, sparsity_faithfulness
 from tclib.replication.artifacts import Trained
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.replication.transcoders import evaluate_once, train_once
 from tclib.replication.verdicts import Line, Measured, decided
 from tclib.support.errors import InputError
-from tclib.support.statistics import bootstrap_means, interval, ratio_interval
 from tclib.support.steps import save_table
+from tclib.training.spec import DictionarySpec
 
 STEP = "02_sparsity_vs_faithfulness"
 EVALUATION_STEP = f"{STEP}_evaluation"
-N_GAP_POINTS = 5
 MIN_WORTH = 0.01  # nats that mean ablation of the MLP must cost for shares of it to mean anything
 MIN_RECOVERED = 0.5  # of it, which the best dictionary of each kind must win back
 _CLAUSES = {"transcoder": "transcoders better", "SAE": "SAEs better", "tie": "no difference"}
@@ -45,14 +52,62 @@ def make_sweep(run: Run) -> Trained:
 
 
 def evaluate_sweep(run: Run) -> Evaluation:
-    """The table behind Figure 3, with each dictionary's family and sparsity (λ, λ₀ or k)."""
+    """The table behind Figure 3, with each dictionary's family and sparsity (λ, λ₀ or k).
+
+    Dictionaries on fewer tokens (`sweep.token_budgets`) stand in `budget_table` instead.
+    """
     evaluation = evaluate_once(run, EVALUATION_STEP, run.swept)
-    specs = {spec.name: spec for spec in run.preset.sweep.specs()}
-    own = [specs[name] for name in evaluation.table["name"]]
+    specs = _own_specs(run, evaluation.table)
+    width = run.preset.sweep.expansion
     table = evaluation.table.assign(
-        family=[spec.family for spec in own], sparsity=[spec.sparsity for spec in own]
+        family=[
+            spec.family if spec.expansion == width else f"{spec.family} ×{spec.expansion}"
+            for spec in specs
+        ],
+        sparsity=[spec.sparsity for spec in specs],
+        expansion=[spec.expansion for spec in specs],
     )
-    return replace(evaluation, table=table)
+    is_whole = [spec.n_tokens is None for spec in specs]
+    return replace(evaluation, table=table[is_whole].reset_index(drop=True))
+
+
+def _own_specs(run: Run, table: pd.DataFrame) -> list[DictionarySpec]:
+    specs = {spec.name: spec for spec in run.preset.sweep.specs()}
+    return [specs[name] for name in table["name"]]
+
+
+def budget_table(run: Run) -> pd.DataFrame:
+    """The middle sparsity of transcoders and SAEs over training tokens; empty without `token_budgets`.
+
+    Columns: kind, n_tokens, l0, fvu, ce, dead_share, and ce_increase with its interval.
+    """
+    table = evaluate_once(run, EVALUATION_STEP, run.swept).table
+    specs = _own_specs(run, table)
+    whole = {replace(spec, n_tokens=None) for spec in specs if spec.n_tokens is not None}
+    n_tokens = [spec.n_tokens or run.preset.sweep.training.n_tokens for spec in specs]
+    is_shown = [replace(spec, n_tokens=None) in whole for spec in specs]
+    columns = ["kind", "n_tokens", "l0", "fvu", "ce", "dead_share", "ce_original"]
+    columns += ["ce_increase", "ce_increase_low", "ce_increase_high"]
+    found = table.assign(n_tokens=n_tokens)[is_shown][columns]
+    return found.sort_values(["kind", "n_tokens"], ascending=[False, True], ignore_index=True)
+
+
+def budget_figure(run: Run) -> Figure:
+    """CE and L0 against training tokens, for both kinds of Figure 3."""
+    figure = over_tokens(budget_table(run), run.preset.model)
+    return save_figure(figure, run.step(EVALUATION_STEP), "figure_3_tokens")
+
+
+def budget_in_words(run: Run) -> str:
+    """What the last doubling of the training tokens still changes (Markdown)."""
+    parts = []
+    for kind, own in budget_table(run).groupby("kind", sort=False):
+        before, last = own.iloc[-2], own.iloc[-1]
+        parts.append(
+            f"{kind}: CE {last['ce'] - before['ce']:+.4f} nats, L0 {before['l0']:.1f} → {last['l0']:.1f}, FVU "
+            f"{before['fvu']:.3f} → {last['fvu']:.3f}"
+        )
+    return f"From {before['n_tokens']:,} to {last['n_tokens']:,} tokens, {'; '.join(parts)}."
 
 
 def figure_3(run: Run) -> Figure:
@@ -63,80 +118,22 @@ def figure_3(run: Run) -> Figure:
 
 
 def gap_table(run: Run) -> pd.DataFrame:
-    """`ce_gap_table` of every sweep, kept beside the figure."""
-    gaps = pd.concat({t: ce_gap_table(e) for t, e in run.sweeps.items()}, names=["model", ""])
-    save_table(gaps.reset_index(level=0), run.step(EVALUATION_STEP), "ce_gap")
+    """`ce_gap_table` of every sweep against every kind of SAE that it has, kept beside the figure."""
+    found = {
+        (title, against): ce_gap_table(evaluation, against)
+        for title, evaluation in run.sweeps.items()
+        for against in SAES
+        if against in set(evaluation.table["kind"])
+    }
+    gaps = pd.concat(found, names=["model", "against", ""])
+    save_table(gaps.reset_index(level=[0, 1]), run.step(EVALUATION_STEP), "ce_gap")
     return gaps
 
 
-# ---------------------------------------------------------------------------------------------
-# Who is ahead at equal L0
-
-
-def paper_sweep() -> pd.DataFrame:
-    """The published points of Figure 3, Pythia-410M layer 15 (data/paper/fig3_pythia410m.csv)."""
-    table = pd.DataFrame(paper_table("fig3_pythia410m"))
-    table = table.rename(columns={"l1_coefficient": "sparsity"})
-    return table.astype({"sparsity": float, "l0": float, "ce": float})
-
-
-def compared_families(table: pd.DataFrame) -> pd.DataFrame:
-    """The lines of a sweep's first family of transcoders and its first of SAEs."""
-    if "family" not in table:
-        return table
-    first = table.groupby("kind", sort=False)["family"].first()
-    return table[table["family"].isin(first)].reset_index(drop=True)
-
-
-def shared_l0(table: pd.DataFrame, n_points: int = N_GAP_POINTS) -> Float[np.ndarray, "point"]:
-    """L0 values, evenly spaced in log, over the range that both kinds of a sweep cover.
-
-    Empty where the ranges do not overlap.
-    """
-    ranges = table.groupby("kind")["l0"].agg(["min", "max"])
-    low, high = ranges["min"].max(), ranges["max"].min()
-    return np.geomspace(low, high, n_points) if low < high else np.array([])
-
-
-def ce_gap(table: pd.DataFrame, at_l0: Float[np.ndarray, "point"]) -> Float[np.ndarray, "point"]:
-    """CE of the SAEs minus CE of the transcoders at equal L0, interpolated linearly in log L0.
-
-    Positive where transcoders are better.
-    """
-
-    def curve(kind: str) -> np.ndarray:
-        points = table[table["kind"] == kind].sort_values("l0")
-        return np.asarray(np.interp(np.log(at_l0), np.log(points["l0"]), points["ce"]))
-
-    return np.asarray(curve("sae_mlp_out") - curve("transcoder"))
-
-
-def ce_gap_table(evaluation: Evaluation) -> pd.DataFrame:
-    """`ce_gap` of a sweep with a 95 % interval, paired by row of the corpus.
-
-    Columns: l0, ce_gap, low, high, winner (`transcoder`, `SAE`, or `tie` where 0 is inside).
-    """
-    table = compared_families(evaluation.table)
-    at_l0 = shared_l0(table)
-    if len(at_l0) == 0:
-        return pd.DataFrame(columns=["l0", "ce_gap", "low", "high", "winner"])
-    row_gaps = _row_gaps(evaluation, table, at_l0)
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    low, high = interval(bootstrap_means(row_gaps, generator))
-    winner = np.where(low > 0, "transcoder", np.where(high < 0, "SAE", "tie"))
-    return pd.DataFrame(
-        {"l0": at_l0, "ce_gap": row_gaps.mean(0), "low": low, "high": high, "winner": winner}
-    )
-
-
-def _row_gaps(
-    evaluation: Evaluation, table: pd.DataFrame, at_l0: Float[np.ndarray, "point"]
-) -> Float[np.ndarray, "row point"]:
-    """`ce_gap` by row of the corpus: it is linear in the dictionaries' CE, so rows can be resampled."""
-    weights = np.stack(
-        [ce_gap(table.assign(ce=np.eye(len(table))[i]), at_l0) for i in range(len(table))]
-    )
-    return np.asarray(evaluation.row_ce[table["name"]].to_numpy() @ weights)
+def equal_cost(run: Run) -> pd.DataFrame:
+    """`cost_table` of this run's sweep."""
+    n_parameters = run.lm.n_mlp_parameters(run.preset.sweep.layer)
+    return cost_table(run.sweep, run.lm.d_model, n_parameters)
 
 
 def family_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -172,6 +169,17 @@ def who_wins(gaps: pd.DataFrame) -> str:
         values = ", ".join(f"{l0:.3g}" for l0 in group["l0"])
         parts.append(f"{_CLAUSES[str(winner)]} at L0 {values}")
     return "; ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Figure 3's numbers in the paper
+
+
+def paper_sweep() -> pd.DataFrame:
+    """The published points of Figure 3, Pythia-410M layer 15 (data/paper/fig3_pythia410m.csv)."""
+    table = pd.DataFrame(paper_table("fig3_pythia410m"))
+    table = table.rename(columns={"l1_coefficient": "sparsity"})
+    return table.astype({"sparsity": float, "l0": float, "ce": float})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,15 +225,14 @@ def sweep_claim(model: str, evaluation: Evaluation) -> Line:
 
 
 def faithfulness(evaluation: Evaluation) -> Measured:
-    """The statistic of Figure 3's claim: the mean gap over what mean ablation of the MLP costs, by rows."""
+    """The statistic of Figure 3's claim: `share_of_worth`, with the rule's premise."""
     table = compared_families(evaluation.table)
-    at_l0 = shared_l0(table)
-    if len(at_l0) == 0:
-        return Measured(math.nan, math.nan, math.nan, False)
-    ablated = evaluation.baseline_ce[f"mean_ablated L{table['layer'].iloc[0]}"]
-    worth = ablated - evaluation.baseline_ce["original"]
-    gaps = _row_gaps(evaluation, table, at_l0).mean(1)
-    measured = ratio_interval(gaps, worth.to_numpy(), np.random.default_rng(BOOTSTRAP_SEED))
+    worth = mlp_worth(evaluation, int(table["layer"].iloc[0])).mean()
     best = table.groupby("kind")["ce_recovered"].max()
-    is_applicable = bool(worth.mean() >= MIN_WORTH and best.min() >= MIN_RECOVERED)
-    return Measured(*measured, is_applicable)
+    is_applicable = bool(worth >= MIN_WORTH and best.min() >= MIN_RECOVERED)
+    return Measured(*share_of_worth(evaluation, table), is_applicable)
+
+
+def measured(run: Run) -> dict[str, Measured]:
+    """The statistic of every sweep, by the rule's name and the model."""
+    return {f"faithfulness ({title})": faithfulness(e) for title, e in run.sweeps.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -21,9 +22,18 @@ from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, claim_line
 from tclib.support.errors import InputError
-from tclib.support.files import exclusive
+from tclib.support.files import exclusive, json_ready, new_file
 from tclib.support.paths import expanded
-from tclib.support.steps import SOURCE_STATE, Step, ensure, source_input, source_state, write_csv
+from tclib.support.steps import (
+    MANIFEST,
+    SOURCE_STATE,
+    Step,
+    ensure,
+    read_manifest,
+    source_input,
+    source_state,
+    write_csv,
+)
 from tclib.training.log import LOG, LOG_COLUMNS
 from tclib.training.spec import DictionarySpec, TrainingConfig
 from tclib.training.train import CACHE, train
@@ -84,20 +94,48 @@ def _released_files(run: Run) -> list[Path]:
 def train_once(
     run: Run, step_name: str, specs: list[DictionarySpec], training: TrainingConfig
 ) -> Trained:
-    """Dictionaries of a step, trained if they are not there yet."""
+    """Dictionaries of a step, trained if they are not there yet.
+
+    One that step 01 has trained in the same way is copied from there: it has the same bytes in any company.
+    """
     step = run.step(step_name)
     parameters = {"specs": [asdict(spec) for spec in specs], "training": asdict(training)}
     inputs = run.inputs()
 
     def make() -> Mapping[str, Any]:
         cache = run.preset.folder / CACHE
-        train(run.lm, run.corpus.train, specs, training, step.folder, cache)
+        copied = _copy_trained(run.step(STEP), step, parameters, inputs)
+        rest = [spec for spec in specs if spec.name not in copied]
+        if rest:
+            train(run.lm, run.corpus.train, rest, training, step.folder, cache)
         return {"n_dictionaries": len(specs)}
 
     manifest = ensure(step, parameters, inputs, make)
     return _loaded(
         run, step, manifest, [spec.name for spec in specs], pd.read_csv(step.folder / LOG)
     )
+
+
+def _copy_trained(
+    done: Step, step: Step, parameters: Mapping[str, Any], inputs: Mapping[str, str]
+) -> list[str]:
+    """Copy what `done` has trained of the parameters' specs into `step`, with its log; return the names."""
+    if step.name == done.name or not (done.folder / MANIFEST).is_file():
+        return []
+    held, wanted = read_manifest(done), json_ready(parameters)
+    same = (
+        held["inputs"] == dict(inputs) and held["parameters"].get("training") == wanted["training"]
+    )
+    shared = [one for one in wanted["specs"] if same and one in held["parameters"]["specs"]]
+    names = [DictionarySpec(**one).name for one in shared]
+    for name in names:
+        with new_file(step.folder / f"{name}.safetensors") as temporary:
+            shutil.copyfile(done.folder / f"{name}.safetensors", temporary)
+    if names and not (step.folder / LOG).exists():  # else a run that was killed has begun it
+        lines = pd.read_csv(done.folder / LOG)
+        with new_file(step.folder / LOG) as temporary:
+            lines[lines["dictionary"].isin(names)].to_csv(temporary, index=False)
+    return names
 
 
 def _loaded(

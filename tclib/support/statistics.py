@@ -13,6 +13,8 @@ from torch import Tensor
 from tclib.support.errors import InputError
 
 Z_95 = 1.959963984540054
+# Student's t, 97.5 %, by degrees of freedom.
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def bootstrap_means(
@@ -33,6 +35,18 @@ def interval(
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
     return low, high
+
+
+def student_interval(values: Float[np.ndarray, "run"]) -> tuple[float, float, float]:
+    """The mean of a few independent runs with its 95 % interval: (mean, low, high).
+
+    Beyond ten runs the normal quantile stands for Student's. Errors: `InputError` for fewer than two.
+    """
+    if len(values) < 2:
+        raise InputError(f"{len(values)} runs: expected two or more, for an interval over them")
+    mean = float(values.mean())
+    half = T_95.get(len(values) - 1, Z_95) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
 def ratio_interval(

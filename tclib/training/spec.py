@@ -6,7 +6,7 @@ so at once. "Published" is the code and the checkpoints that came with the paper
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tclib.dictionaries.kinds import TAKES_K, Activation, Kind
@@ -50,6 +50,8 @@ class Recipe:
     """Weight of the auxiliary loss by which dead features learn what the others miss. Paper: 0, no AuxK."""
     auxk_k: Count = 64
     """Dead features a token that the auxiliary loss uses. Not in the paper."""
+    learning_rate: Positive | None = None
+    """Of this dictionary; null: the training's. Paper: one for both kinds, chosen on transcoders."""
 
     def at(self, kind: Kind, layer: int, **changes: Any) -> DictionarySpec:
         """This recipe, with `changes`, for one dictionary."""
@@ -70,6 +72,10 @@ class Place:
 @declared(frozen=True)
 class DictionarySpec(Recipe, Place):
     """One dictionary to train: its place, then its recipe."""
+
+    n_tokens: Count | None = None
+    """Tokens to train this one on, fewer than the training's; its warm-up and decay are as much shorter.
+    Null: the training's."""
 
     def __post_init__(self) -> None:
         if self.activation == "relu" and self.l1_coefficient == 0:
@@ -94,7 +100,9 @@ class DictionarySpec(Recipe, Place):
             "jumprelu": f"l0-{self.l0_coefficient:g}",
         }[self.activation]
         skip = "-skip" if self.skip else ""
-        return f"{self.kind}-L{self.layer}-x{self.expansion}-{sparsity}{skip}"
+        rate = f"-lr-{self.learning_rate:g}" if self.learning_rate else ""
+        tokens = f"-t-{self.n_tokens}" if self.n_tokens else ""
+        return f"{self.kind}-L{self.layer}-x{self.expansion}-{sparsity}{skip}{rate}{tokens}"
 
     @property
     def sparsity(self) -> float:
@@ -171,6 +179,25 @@ class TrainingConfig:
     @property
     def n_steps(self) -> int:
         return self.n_tokens // self.batch_size
+
+    def of(self, spec: DictionarySpec) -> TrainingConfig:
+        """This training with the dictionary's own learning rate and number of tokens.
+
+        Errors: `InputError` for more tokens than the training has, or fewer than a batch.
+        """
+        n_tokens = spec.n_tokens or self.n_tokens
+        if n_tokens > self.n_tokens:
+            raise InputError(
+                f"n_tokens {n_tokens} of a dictionary: expected at most the training's {self.n_tokens}"
+            )
+        share = n_tokens / self.n_tokens
+        return replace(
+            self,
+            n_tokens=n_tokens,
+            learning_rate=spec.learning_rate or self.learning_rate,
+            warmup_steps=round(self.warmup_steps * share),
+            decay_steps=round(self.decay_steps * share),
+        )
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, constant, linear decay."""

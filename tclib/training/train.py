@@ -86,6 +86,8 @@ class _Run:
         names = [spec.name for spec in self.specs]
         if not names or len(set(names)) < len(names):
             raise InputError(f"dictionaries {names}: expected at least one, and no two the same")
+        for spec in self.specs:
+            self.config.of(spec)  # which checks it, before any work
         self._configs = [spec.dictionary_config(self.lm) for spec in self.specs]
         sites = needed_sites((c.input_site, c.output_site) for c in self._configs)
         # No block larger than the run needs, and none smaller than a batch.
@@ -256,7 +258,7 @@ class _Run:
         log_due = checkpoint_due or is_last or steps.stop % self.config.log_every_steps == 0
 
         def step_through(trainer: DictionaryTrainer) -> Measurement | None:
-            for step in steps:
+            for step in range(steps.start, min(steps.stop, trainer.config.n_steps)):
                 first = step % self.steps_per_block * n
                 rows = slice(first, first + n)
                 result = self._step(trainer, block, rows, step)
@@ -274,7 +276,7 @@ class _Run:
             self._checkpoint(steps.stop)
 
     def _step(self, trainer: DictionaryTrainer, block: Block, rows: slice, step: int) -> StepResult:
-        return trainer.step(block, rows, self.config.learning_rate_at(step))
+        return trainer.step(block, rows, step)
 
     def _report(
         self,

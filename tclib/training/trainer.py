@@ -38,17 +38,17 @@ class DictionaryTrainer:
     ) -> None:
         self.spec = spec
         self.dictionary = dictionary
-        self._config = config
+        self.config = config.of(spec)
         # Adam walks the memory of W_enc.T, which is the contiguous one.
         self._stored = {name: _contiguous(t) for name, t in dictionary.parameters().items()}
-        self._adam = torch.optim.Adam(self._stored.values(), config.learning_rate, fused=True)
+        self._adam = torch.optim.Adam(self._stored.values(), self.config.learning_rate, fused=True)
         self.tokens_since_fired = torch.zeros(
             dictionary.config.n_features, dtype=torch.int64, device=dictionary.b_enc.device
         )
         self._step_result = torch.compile(step_result) if config.compile else step_result
 
-    def step(self, block: Block, rows: slice, learning_rate: float) -> StepResult:
-        """One Adam step on a slice of the block, then unit-norm decoder rows."""
+    def step(self, block: Block, rows: slice, step: int) -> StepResult:
+        """Adam step number `step`, on a slice of the block, then unit-norm decoder rows."""
         x = block[self.dictionary.config.input_site][rows]
         y = block[self.dictionary.config.output_site][rows]
         dead = self.dead if self.spec.auxk_coefficient else None
@@ -58,7 +58,7 @@ class DictionaryTrainer:
         for name, gradient in result.gradients.items():
             parameter = self._stored[name]
             parameter.grad = _contiguous(gradient).to(parameter.dtype)
-        self._adam.param_groups[0]["lr"] = learning_rate
+        self._adam.param_groups[0]["lr"] = self.config.learning_rate_at(step)
         self._adam.step()
         W_dec = self._stored["W_dec"]
         W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12))
@@ -70,7 +70,7 @@ class DictionaryTrainer:
     @property
     def dead(self) -> Tensor:
         """Features that have been silent for `dead_after_tokens` or longer."""
-        return self.tokens_since_fired >= self._config.dead_after_tokens
+        return self.tokens_since_fired >= self.config.dead_after_tokens
 
     def measure(self, result: StepResult, block: Block, rows: slice) -> Measurement:
         """The log line of a step: its loss, L0 and FVU on its own batch, and the dead share."""
@@ -106,7 +106,7 @@ class DictionaryTrainer:
     @contextmanager
     def _precision(self) -> Iterator[None]:
         """While active, products are in the precision that the configuration asks for."""
-        device, precision = self.dictionary.b_enc.device.type, self._config.precision
+        device, precision = self.dictionary.b_enc.device.type, self.config.precision
         matmul = torch.backends.cuda.matmul
         before = matmul.allow_tf32
         matmul.allow_tf32 = before or precision == "tf32"

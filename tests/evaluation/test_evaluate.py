@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,14 +13,6 @@ from tclib.evaluation.evaluate import COLUMNS, Evaluation, evaluate, mean_mlp_ou
 from tclib.evaluation.replace import replace_mlp
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
-from tclib.replication.sweep import (
-    ce_gap,
-    ce_gap_table,
-    paper_sweep,
-    shared_l0,
-    sweep_claim,
-    who_wins,
-)
 from tclib.replication.transcoders import dead_feature_claim
 from tclib.support.errors import InputError
 
@@ -118,66 +109,6 @@ def test_bad_input_is_named() -> None:
     )
     with pytest.raises(InputError, match="dictionary of width 4"):
         evaluate(lm, {"narrow": narrow}, ROWS)
-
-
-# -- who wins ---------------------------------------------------------------------------------
-
-
-def synthetic(
-    gap: float, noise: float, n_rows: int = 200, worth: float = 0.5, recovered: float = 0.9
-) -> Evaluation:
-    """Transcoders on ce = 2 − 0.1 log L0, SAEs `gap` above; rows with common and own noise."""
-    rng = np.random.default_rng(0)
-    lines, row_ce, original = [], {}, 1.0 + rng.normal(0, 1, n_rows)
-    for kind, offset, l0s in (("transcoder", 0.0, (5, 20, 80)), ("sae_mlp_out", gap, (4, 30, 60))):
-        for l0 in l0s:
-            name = f"{kind}{l0}"
-            ce = 2.0 - 0.1 * np.log(l0) + offset
-            row_ce[name] = original - 1.0 + ce + rng.normal(0, noise, n_rows)
-            lines.append(
-                {"name": name, "kind": kind, "l0": float(l0), "ce": row_ce[name].mean(), "layer": 1}
-            )
-    table = pd.DataFrame(lines).assign(ce_recovered=recovered)
-    baselines = pd.DataFrame({"original": original, "mean_ablated L1": original + worth})
-    return Evaluation(table, pd.DataFrame(row_ce), baselines)
-
-
-@pytest.mark.parametrize(("gap", "winner"), [(0.02, "transcoder"), (-0.02, "SAE"), (0.0, "tie")])
-def test_a_planted_gap_is_found_with_its_sign(gap: float, winner: str) -> None:
-    noise = 0.01 if gap else 0.05
-    gaps = ce_gap_table(synthetic(gap, noise))
-    assert set(gaps["winner"]) == {winner}
-    assert ((gaps["low"] <= gap) & (gap <= gaps["high"])).all()
-    assert gaps["l0"].iloc[0] == pytest.approx(5) and gaps["l0"].iloc[-1] == pytest.approx(60)
-
-
-def test_the_gap_of_the_published_points_is_the_papers() -> None:
-    paper = paper_sweep()
-    gaps = ce_gap(paper, np.array([55.069, 109.873]))
-    assert gaps.min() > 0.003 and gaps.max() < 0.008
-
-
-def test_curves_that_share_no_l0_are_not_compared() -> None:
-    table = pd.DataFrame(
-        {"kind": ["transcoder", "transcoder", "sae_mlp_out"], "l0": [1.0, 2.0, 50.0], "ce": 1.0}
-    )
-    assert len(shared_l0(table)) == 0
-    assert who_wins(pd.DataFrame(columns=["l0", "winner"])) == (
-        "the two kinds share no range of L0"
-    )
-
-
-def test_verdicts_follow_the_numbers() -> None:
-    assert sweep_claim("x", synthetic(0.02, 0.001))["verdict"] == "reproduced"
-    assert sweep_claim("x", synthetic(-0.02, 0.001))["verdict"] == "not reproduced"
-    assert sweep_claim("x", synthetic(0.0, 0.001))["verdict"] == "reproduced"  # no less faithful
-    assert sweep_claim("x", synthetic(0.0, 0.5))["verdict"] == "no power"
-
-
-def test_what_is_worth_nothing_or_replaces_nothing_is_no_tie() -> None:
-    for changed in ({"worth": 0.005}, {"recovered": 0.3}):
-        line = sweep_claim("x", synthetic(0.0, 0.001, **changed))
-        assert line["verdict"] == "not applicable"
 
 
 def test_dead_shares_stand_beside_the_published_ones() -> None:

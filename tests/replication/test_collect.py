@@ -92,3 +92,15 @@ def test_a_run_is_not_replaced_by_a_collection_and_a_collection_is(tmp_path: Pat
     (tmp_path / "a_file").touch()
     with pytest.raises(InputError, match="a_file is a file: expected a folder"):
         collect(preset, tmp_path / "a_file")
+
+
+def test_some_steps_alone_can_be_collected(tmp_path: Path) -> None:
+    preset = replace(load_preset("demo"), runs_dir=tmp_path / "runs")
+    for name in ("02_a", "02_a_evaluation", "08_seeds"):
+        (preset.folder / name).mkdir(parents=True)
+        (preset.folder / name / "table.csv").write_text("x")
+    kept = collect(preset, tmp_path / "out", ["08", "02_a_"])
+    inside = {path.relative_to(tmp_path / "out").as_posix() for path in kept}
+    assert inside == {"02_a_evaluation/table.csv", "08_seeds/table.csv", "collected.json"}
+    with pytest.raises(InputError, match="step '03': expected the beginning of one of"):
+        collect(preset, tmp_path / "out", ["03"])

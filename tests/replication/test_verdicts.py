@@ -11,6 +11,7 @@ import torch
 from tiny import tiny_hf_model  # noqa: F401  the shapes' checks are installed with it
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
+from tclib.evaluation.equal_l0 import ce_gap, shared_l0
 from tclib.greater_than.analysis import FEATURES, NEURONS, prepare
 from tclib.greater_than.evidence import best_lags, kept_evidence, mean_interval, shift_evidence
 from tclib.greater_than.task import GreaterThan
@@ -19,7 +20,7 @@ from tclib.replication.case_studies import studied
 from tclib.replication.comparison import Hits, interpretability
 from tclib.replication.greater_than import PAPER_KEPT, measured_evidence
 from tclib.replication.paper import paper_table
-from tclib.replication.sweep import ce_gap, paper_sweep, shared_l0
+from tclib.replication.sweep import paper_sweep
 from tclib.replication.verdicts import (
     COLUMNS,
     RULES,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tclib.support.errors import InputError
 from tclib.support.statistics import (
     fisher_p,
     newcombe_interval,
     ratio_interval,
+    student_interval,
     wilson_interval,
 )
 
@@ -62,3 +64,12 @@ def test_a_ratio_of_means_covers_what_it_was_made_of() -> None:
     assert low < 0.4 < high and high - low < 0.06 and low < value < high
     same = ratio_interval(whole, whole, rng)
     assert same == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_students_interval_is_the_one_computed_by_hand() -> None:
+    # Mean 2, standard deviation 1, three runs: 2 ± 4.303 / √3.
+    assert student_interval(np.array([1.0, 2.0, 3.0])) == pytest.approx(
+        (2.0, -0.4843, 4.4843), abs=1e-4
+    )
+    with pytest.raises(InputError, match="1 runs: expected two or more"):
+        student_interval(np.array([1.0]))

@@ -76,6 +76,26 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module._Run, "_step", step_or_die)
 
 
+def test_a_dictionary_of_its_own_rate_and_tokens_is_as_if_trained_with_them(tmp_path: Path) -> None:
+    own = replace(SPECS[0], learning_rate=1e-3, n_tokens=64 * 30)
+    together = train(tiny_lm(), ROWS, [SPECS[0], own], CONFIG, tmp_path / "together")
+    shorter = replace(CONFIG, n_tokens=64 * 30, learning_rate=1e-3, warmup_steps=2, decay_steps=5)
+    (alone,) = train(tiny_lm(), ROWS, [SPECS[0]], shorter, tmp_path / "alone")
+    for name, tensor in alone.parameters().items():
+        assert torch.equal(tensor, together[1].parameters()[name]), name
+    assert not torch.equal(together[0].W_enc, together[1].W_enc)
+    log = pd.read_csv(tmp_path / "together" / LOG)
+    assert log[log["dictionary"] == own.name]["step"].max() == 30
+    assert log[log["dictionary"] == SPECS[0].name]["step"].max() == 60
+
+
+def test_more_tokens_than_the_training_has_are_refused_before_any_work(tmp_path: Path) -> None:
+    for n_tokens, said in ((10**6, "at most the training's 3840"), (10, "at least one batch")):
+        with pytest.raises(InputError, match=said):
+            train(tiny_lm(), ROWS, [replace(SPECS[0], n_tokens=n_tokens)], CONFIG, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
