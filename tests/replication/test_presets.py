@@ -104,7 +104,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        ("companions 'gpt3': expected one of demo-neox, gpt2", {"companions": ["gpt3"]}),
+        ("companions 'gpt3': expected one of demo-neox, demo-wide, gpt2", {"companions": ["gpt3"]}),
         ("companions 'demo': expected one of demo-neox", {"companions": ["demo"]}),
         ("skipped '3': expected one of 00, 01, .*, 07$", {"skipped": {"3": "why"}}),
         (
@@ -235,6 +235,7 @@ def test_every_hyperparameter_can_be_given_in_a_preset_and_families_share_the_sw
         "initial_norm": 1.0,
         "auxk_coefficient": 0.03,
         "auxk_k": 7,
+        "learning_rate": 0.02,
     }
     assert list(given) == [field.name for field in fields(Recipe)]
     spec = DictionarySpec("transcoder", 1, **given)  # type: ignore[arg-type]
