@@ -37,6 +37,7 @@ from tclib.text.documents import bundled_dump, text_documents
 from tclib.text.hub_datasets import locate_dataset
 
 STEP = "00_model_and_data"
+SAMPLES = "00_sampled_text"  # folder of what the model writes, block by block
 TRANSCODERS_STEP = "01_train_transcoders"
 STRONG_ENOUGH = 0.8  # probability difference from which on the behaviour counts as present
 
@@ -99,15 +100,18 @@ def make_corpus(run: Run) -> Corpus:
 
     def make() -> Mapping[str, Any]:
         state = source_state(source_files(config))
-        corpus = build_corpus(config, run.lm)
+        corpus = build_corpus(config, run.lm, run.preset.folder / SAMPLES)
         check_disjoint(corpus.train, corpus.evaluation)
         for name in ("train", "evaluation"):
             with new_file(step.folder / f"{name}.npy") as path, open(path, "wb") as file:
                 np.save(file, getattr(corpus, name).numpy(), allow_pickle=False)
         return {**corpus.summary(), SOURCE_STATE: state}
 
+    text = asdict(config)
+    if not config.n_sampled_tokens:  # runs from before there was such text stay good
+        del text["n_sampled_tokens"]
     inputs = {"model": run.model_hash, **text_input(run)}
-    ensure(step, {"corpus": asdict(config)}, inputs, make)
+    ensure(step, {"corpus": text}, inputs, make)
     return Corpus(_rows(step, "train"), _rows(step, "evaluation"), run.lm.bos_id)
 
 

@@ -1,8 +1,9 @@
-"""Text to rows of tokens: the demo world, text, docstrings, Wikipedia, Hugging Face datasets.
+"""Text to rows of tokens: the demo world, text, docstrings, Wikipedia, Hugging Face datasets, a model's own.
 
 Documents are split into training and evaluation by a hash of their text, before they are packed, so
 no document (nor any copy of it) is in both. Rows are packed with BOS (`packing.pack`), shuffled by
-seed, and named by a content hash.
+seed, and named by a content hash. What the model itself writes (`sampling`) stands behind the training
+rows of text, and in no evaluation row.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from tclib.models.language_model import LanguageModel
 from tclib.support.checked import checked
-from tclib.support.declared import NUMBER, WHOLE, Count, Seed, declared
+from tclib.support.declared import NUMBER, WHOLE, Count, Natural, Seed, declared
 from tclib.support.errors import InputError
 from tclib.support.paths import expanded
 from tclib.support.progress import progress
@@ -39,6 +40,7 @@ from tclib.text.documents import (
 )
 from tclib.text.hub_datasets import dataset_documents, dataset_files
 from tclib.text.packing import pack
+from tclib.text.sampling import sampled_documents
 
 CorpusKind = Literal["demo", "text", "docstrings", "wikipedia", "huggingface"]
 Split = Literal["train", "evaluation"]
@@ -66,6 +68,9 @@ class CorpusConfig:
     """Tokens a row. Paper: 128."""
     n_train_tokens: Count = 1_000_000
     """Tokens of the training split, at most. Paper: 60 million."""
+    n_sampled_tokens: Natural = 0
+    """Tokens of further training rows, which the model itself writes: its documents, sampled at temperature 1.
+    Paper: none."""
     n_eval_tokens: Count = 100_000
     """Tokens of the evaluation split, at most. Paper: 3.2 million."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1), NUMBER] = 0.1
@@ -88,6 +93,10 @@ class CorpusConfig:
                 raise InputError(
                     f"{name} {getattr(self, name)}: expected at least one row of n_ctx"
                 )
+        if 0 < self.n_sampled_tokens < self.n_ctx:
+            raise InputError(
+                f"n_sampled_tokens {self.n_sampled_tokens}: expected 0, or at least one row of n_ctx"
+            )
 
 
 @checked
@@ -119,9 +128,12 @@ class Corpus:
 
 
 @checked
-def build_corpus(config: CorpusConfig, lm: LanguageModel) -> Corpus:
-    """Tokenise, split, pack and shuffle.
+def build_corpus(
+    config: CorpusConfig, lm: LanguageModel, cache_folder: Path | None = None
+) -> Corpus:
+    """Tokenise, split, pack and shuffle; have the model write what is asked for.
 
+    What it writes is kept below `cache_folder`, from where a sampling that was stopped goes on.
     Errors: `InputError` for a context longer than the model's, a missing or empty source, or a
     source too short for one row of either split.
     """
@@ -138,6 +150,8 @@ def build_corpus(config: CorpusConfig, lm: LanguageModel) -> Corpus:
                 f"corpus {config.kind} {config.source}: not enough text for one row of "
                 f"{config.n_ctx} tokens in the {name} split; give it more text"
             )
+    if config.n_sampled_tokens:
+        rows["train"] = torch.cat([rows["train"], _sampled_rows(config, lm, cache_folder)])
     return Corpus(rows["train"], rows["evaluation"], lm.bos_id)
 
 
@@ -190,6 +204,16 @@ def _pack_split(
     rows = pack(iter(encoded), config.n_ctx, lm.bos_id, n_rows)
     order = np.random.default_rng(config.seed).permutation(len(rows))
     return torch.from_numpy(rows[order])
+
+
+def _sampled_rows(
+    config: CorpusConfig, lm: LanguageModel, cache_folder: Path | None
+) -> Int[Tensor, "row pos"]:
+    """Rows of what the model writes, in the order in which it was drawn."""
+    documents = sampled_documents(lm, config.n_ctx, config.seed, cache_folder)
+    written = progress(documents, f"text by {lm.name}", unit="doc", leave=False)
+    n_rows = config.n_sampled_tokens // config.n_ctx
+    return torch.from_numpy(pack(iter(written), config.n_ctx, lm.bos_id, n_rows))
 
 
 def _token_ids(texts: Iterator[str], lm: LanguageModel) -> Iterator[list[int]]:
