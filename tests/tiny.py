@@ -157,6 +157,24 @@ def random_transcoder(layer: int, kind: str, dtype: torch.dtype = torch.float64)
     )
 
 
+def relu_gpt2() -> tuple[LanguageModel, list[Dictionary]]:
+    """A GPT-2 whose MLPs are ReLU layers, and the transcoders that equal them, one a layer."""
+    lm, exact = tiny_lm("gpt2"), []
+    for layer, block in enumerate(lm.model.transformer.h):
+        block.mlp.act = torch.nn.ReLU()
+        weight, out = block.mlp.c_fc.weight.detach(), lm.neuron_weights(layer)
+        exact.append(
+            Dictionary(
+                DictionaryConfig("transcoder", layer, D_MODEL, D_MODEL, weight.shape[1]),
+                block.ln_2.weight.detach()[:, None] * weight,
+                block.ln_2.bias.detach() @ weight + block.mlp.c_fc.bias.detach(),
+                out.W_out.detach(),
+                out.b_out.detach(),
+            )
+        )
+    return lm, exact
+
+
 def make_lm(geometry: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
     lm = tiny_lm(geometry)
     lm.model.to(dtype)

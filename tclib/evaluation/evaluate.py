@@ -6,11 +6,11 @@ and the mean- and zero-ablated MLP. Differences in cross-entropy are paired by r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,7 @@ COLUMNS = (
 DICTIONARY, BASELINE = "dictionary", "baseline"
 ORIGINAL = (BASELINE, "original")
 Key = tuple[str, str]
+K = TypeVar("K", bound=Hashable)
 
 
 class Condition(NamedTuple):
@@ -47,6 +48,20 @@ class Condition(NamedTuple):
 
     layer: int
     change: Callable[[], AbstractContextManager[None]]
+
+
+UNCHANGED = Condition(0, nullcontext)
+
+
+class Losses(NamedTuple):
+    """What a condition costs: each row's mean CE; from the original, KL and the share of equal top tokens.
+
+    CE and KL are in nats a token; all three are over the positions whose next token is known.
+    """
+
+    row_ce: Float[np.ndarray, "row"]
+    kl: float
+    agreement: float
 
 
 @dataclass(frozen=True)
@@ -88,16 +103,16 @@ def evaluate(
         check_disjoint(train_rows, rows)
     reconstructions = _reconstruction_sums(lm, dictionaries, rows, rows_per_forward)
     conditions = _conditions(lm, dictionaries, rows, rows_per_forward)
-    ce, kl = _losses(lm, conditions, rows, rows_per_forward)
+    found = losses_under(lm, conditions, rows, rows_per_forward)
     row_ce, baseline_ce = (
-        pd.DataFrame({name: values for (of, name), values in ce.items() if of == kind})
+        pd.DataFrame({name: losses.row_ce for (of, name), losses in found.items() if of == kind})
         for kind in (DICTIONARY, BASELINE)
     )
     lines = [
         {
             **_own_columns(name, dictionary, reconstructions[name]),
             **_ce_columns(row_ce[name], baseline_ce, dictionary.config.layer),
-            "kl": kl[DICTIONARY, name],
+            "kl": found[DICTIONARY, name].kl,
             "n_tokens": reconstructions[name].n_tokens,
         }
         for name, dictionary in dictionaries.items()
@@ -148,7 +163,7 @@ def _conditions(
     lm: LanguageModel, dictionaries: Mapping[str, Dictionary], rows: Tensor, rows_per_forward: int
 ) -> dict[Key, Condition]:
     """What is done to the model under each key: the baselines, then each dictionary."""
-    conditions = {ORIGINAL: Condition(0, nullcontext)}
+    conditions = {ORIGINAL: UNCHANGED}
     layers = sorted({d.config.layer for d in dictionaries.values()})
     means = mean_mlp_outs(lm, layers, rows, rows_per_forward)
     for layer, mean in means.items():
@@ -162,13 +177,16 @@ def _conditions(
 
 
 @torch.no_grad()
-def _losses(
-    lm: LanguageModel, conditions: dict[Key, Condition], rows: Tensor, rows_per_forward: int
-) -> tuple[dict[Key, np.ndarray], dict[Key, float]]:
-    """Mean CE of each row under each condition, and mean KL from the original under each."""
-    ce: dict[Key, list[Tensor]] = {key: [] for key in conditions}
-    zero = torch.zeros((), dtype=torch.float64, device=lm.device)
-    kl_sums = dict.fromkeys(conditions, zero)
+def losses_under(
+    lm: LanguageModel,
+    conditions: Mapping[K, Condition],
+    rows: Int[Tensor, "row pos"],
+    rows_per_forward: int = 16,
+) -> dict[K, Losses]:
+    """The losses on `rows` under each condition, beside the unchanged model."""
+    ce: dict[K, list[Tensor]] = {key: [] for key in conditions}
+    zero = torch.zeros(2, dtype=torch.float64, device=lm.device)
+    sums = dict.fromkeys(conditions, zero)
     batches = rows.split(rows_per_forward)
     for batch in progress(batches, "cross-entropy", unit="batch", leave=False):
         tokens = batch.long().to(lm.device)
@@ -176,13 +194,21 @@ def _losses(
         streams = lm.streams(tokens, {condition.layer for condition in conditions.values()})
         for key, (layer, change) in conditions.items():
             with lm.start_at(layer, streams[layer]), change():
-                logits = original if key == ORIGINAL else lm.logits(tokens)
+                logits = original if change is nullcontext else lm.logits(tokens)
             ce[key].append(metrics.next_token_losses(logits, tokens).mean(1))
-            kl = metrics.kl_divergence(original[:, :-1], logits[:, :-1])
-            kl_sums[key] = kl_sums[key] + kl.double().sum()
+            sums[key] = sums[key] + _from_original(original[:, :-1], logits[:, :-1])
     n_predictions = len(rows) * (rows.shape[1] - 1)
-    row_ce = {key: to_numpy(torch.cat(parts)) for key, parts in ce.items()}
-    return row_ce, {key: float(total) / n_predictions for key, total in kl_sums.items()}
+    means = {key: (total / n_predictions).tolist() for key, total in sums.items()}
+    return {key: Losses(to_numpy(torch.cat(ce[key])), *means[key]) for key in conditions}
+
+
+def _from_original(
+    original: Float[Tensor, "batch pos d_vocab"], logits: Float[Tensor, "batch pos d_vocab"]
+) -> Float[Tensor, "2"]:
+    """Summed over positions: KL from the original, and where the most likely tokens are the same."""
+    same = original.argmax(-1) == logits.argmax(-1)
+    kl = metrics.kl_divergence(original, logits)
+    return torch.stack([kl.double().sum(), same.double().sum()])
 
 
 def _own_columns(
@@ -212,15 +238,24 @@ def _ce_columns(own: pd.Series, baseline_ce: pd.DataFrame, layer: int) -> dict[s
         for name in ("original", f"mean_ablated L{layer}", f"zero_ablated L{layer}")
     )
     ce = own.mean()
-    increase = (own - baseline_ce["original"]).to_numpy()
-    low, high = interval(bootstrap_means(increase, np.random.default_rng(BOOTSTRAP_SEED)))
     return {
         "ce": ce,
         "ce_original": original,
         "ce_mean_ablated": mean_ablated,
         "ce_zero_ablated": zero_ablated,
         "ce_recovered": metrics.ce_recovered(ce, original, mean_ablated),
-        "ce_increase": increase.mean(),
+        **ce_increase(own.to_numpy(), baseline_ce["original"].to_numpy()),
+    }
+
+
+def ce_increase(
+    row_ce: Float[np.ndarray, "row"], original: Float[np.ndarray, "row"]
+) -> dict[str, float]:
+    """The mean increase over the original's CE with its 95 % bootstrap interval, paired by row."""
+    increase = row_ce - original
+    low, high = interval(bootstrap_means(increase, np.random.default_rng(BOOTSTRAP_SEED)))
+    return {
+        "ce_increase": float(increase.mean()),
         "ce_increase_low": float(low),
         "ce_increase_high": float(high),
     }

@@ -18,8 +18,9 @@ from torch import Tensor
 from tclib.circuits.frozen import FrozenPrompts
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.dictionaries.published import NEVER_FIRED, load_frequencies
-from tclib.evaluation import metrics
-from tclib.evaluation.replace import replace_mlp, set_mlp_out
+from tclib.evaluation.evaluate import UNCHANGED, Condition, losses_under
+from tclib.evaluation.replace import replace_mlp
+from tclib.evaluation.whole_model import ablated_together, replaced_together
 from tclib.features.connections import MIN_QUANTILE
 from tclib.features.examples import firing_frequency
 from tclib.models.language_model import LanguageModel
@@ -282,47 +283,38 @@ def _closure_lines(
 # Text: losses, overlaps, dead and live features
 
 
-@torch.no_grad()
 def whole_model_table(
     lm: LanguageModel, transcoders: Mapping[int, Dictionary], rows: Int[Tensor, "row pos"]
 ) -> pd.DataFrame:
-    """Loss with the MLPs of many layers replaced, or zero-ablated, at once."""
+    """Loss with the MLPs of many layers replaced, or zero-ablated, at once.
+
+    KL is over the positions whose next token is known; theirs has each row's last one too.
+    """
+    published = {
+        f"{row['what']}, layers {row['layers']}": row for row in paper_table("whole_model")
+    }
+    conditions = {
+        name: _whole_model(lm, transcoders, row["what"], layer_range(row["layers"].split(" ")[0]))
+        for name, row in published.items()
+    }
+    losses = losses_under(lm, conditions, rows, ROWS_PER_FORWARD)
     lines = []
-    for row in paper_table("whole_model"):
-        layers = layer_range(row["layers"].split(" ")[0])
-        ce, kl = _loss_with(lm, transcoders, layers, row["what"], rows)
-        name = f"{row['what']}, layers {row['layers']}"
-        tolerance = WHOLE_MODEL_TOLERANCE
-        lines.append(check_line("whole_model", f"CE, {name}", float(row["ce"]), ce, tolerance))
-        if row["kl"]:
-            lines.append(check_line("whole_model", f"KL, {name}", float(row["kl"]), kl, tolerance))
+    for name, row in published.items():
+        for what, ours in (("ce", float(losses[name].row_ce.mean())), ("kl", losses[name].kl)):
+            if row[what]:
+                one = ("whole_model", f"{what.upper()}, {name}", float(row[what]), ours)
+                lines.append(check_line(*one, WHOLE_MODEL_TOLERANCE))
     return _table(lines)
 
 
-def _loss_with(
-    lm: LanguageModel,
-    transcoders: Mapping[int, Dictionary],
-    layers: Iterable[int],
-    what: str,
-    rows: Int[Tensor, "row pos"],
-) -> tuple[float, float]:
-    """CE and KL from the original, nats a token; KL at every position, as the authors take it."""
-    ce = kl = 0.0
-    batches = rows.split(ROWS_PER_FORWARD)
-    for batch in progress(batches, f"{what}, whole model", unit="batch", leave=False):
-        tokens = batch.long().to(lm.device)
-        original = lm.logits(tokens)
-        with ExitStack() as stack:
-            for layer in layers:
-                is_ablated = what == "zero-ablated"
-                stack.enter_context(
-                    set_mlp_out(lm, layer) if is_ablated else replace_mlp(lm, transcoders[layer])
-                )
-            logits = lm.logits(tokens)
-        weight = len(batch) / len(rows)
-        ce += weight * float(metrics.next_token_losses(logits, tokens).mean())
-        kl += weight * float(metrics.kl_divergence(original, logits).mean())
-    return ce, kl
+def _whole_model(
+    lm: LanguageModel, transcoders: Mapping[int, Dictionary], what: str, layers: range
+) -> Condition:
+    if not layers:
+        return UNCHANGED
+    if what == "zero-ablated":
+        return ablated_together(lm, dict.fromkeys(layers))
+    return replaced_together(lm, [transcoders[layer] for layer in layers])
 
 
 def overlap_table(

@@ -9,6 +9,7 @@ import pandas as pd
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.evaluate import Evaluation
+from tclib.evaluation.whole_model import WholeModel
 from tclib.models.identity import kept_hash
 from tclib.models.language_model import LanguageModel
 from tclib.models.locate import locate
@@ -49,6 +50,7 @@ class Run:
         run = open_run("demo", seed=7)
         run.lm, run.corpus                     00  the model, its rows of tokens
         run.trained, run.transcoders, run.layers   01  one transcoder a layer, and their losses
+        run.whole_model                        01  all of them at once
         run.swept, run.sweep, run.sweeps       02  transcoders and SAEs over sparsities (and the companions')
         run.prompt, run.circuits               03  a prompt and its target; its graph
         run.studies                            04  blind case studies
@@ -145,6 +147,13 @@ class Run:
         from tclib.replication.transcoders import evaluate_transcoders
 
         return evaluate_transcoders(self)
+
+    @cached_property
+    def whole_model(self) -> WholeModel:
+        """Losses with all transcoders in their MLPs' places at once."""
+        from tclib.replication.transcoders import evaluate_all_at_once
+
+        return evaluate_all_at_once(self)
 
     @cached_property
     def swept(self) -> Trained:

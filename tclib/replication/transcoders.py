@@ -14,13 +14,21 @@ from matplotlib.figure import Figure
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.dictionaries.published import N_LAYERS, load_published, locate_published
 from tclib.evaluation.evaluate import Evaluation, evaluate
+from tclib.evaluation.whole_model import (
+    MEAN,
+    ORIGINAL,
+    REPLACED,
+    ZERO,
+    WholeModel,
+    evaluate_whole_model,
+)
 from tclib.figures.style import save_figure
 from tclib.figures.training import layer_faithfulness, training_curves
 from tclib.replication.artifacts import Trained
 from tclib.replication.model_and_data import TRANSCODERS_STEP as STEP
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
-from tclib.replication.verdicts import Line, claim_line
+from tclib.replication.verdicts import Line, Measured, claim_line, decided
 from tclib.support.errors import InputError
 from tclib.support.files import exclusive, json_ready, new_file
 from tclib.support.paths import expanded
@@ -40,6 +48,10 @@ from tclib.training.train import CACHE, train
 
 EVALUATION_STEP = f"{STEP}_evaluation"
 EVALUATION_TABLES = tuple(field.name for field in fields(Evaluation))
+WHOLE_MODEL_STEP = f"{STEP}_whole_model"
+WHOLE_MODEL_TABLES = tuple(field.name for field in fields(WholeModel))
+PUBLISHED = ("original", "transcoders", "zero-ablated")  # as data/paper calls them
+MIN_WORTH = 0.1  # nats a token that the MLPs are worth together, for a verdict
 
 
 def make_transcoders(run: Run) -> Trained:
@@ -53,6 +65,21 @@ def make_transcoders(run: Run) -> Trained:
 def evaluate_transcoders(run: Run) -> Evaluation:
     """Each layer's transcoder in its MLP's place."""
     return evaluate_once(run, EVALUATION_STEP, run.trained)
+
+
+def evaluate_all_at_once(run: Run) -> WholeModel:
+    """Every transcoder in its MLP's place at the same time, measured if it has not been yet."""
+    step, rows = run.step(WHOLE_MODEL_STEP), run.corpus.evaluation[: run.preset.n_evaluation_rows]
+
+    def make() -> Mapping[str, Any]:
+        with exclusive(step.folder):
+            found = evaluate_whole_model(run.lm, run.transcoders.values(), rows, run.corpus.train)
+        for name in WHOLE_MODEL_TABLES:
+            write_csv(getattr(found, name), step, name)
+        return {"n_dictionaries": len(run.transcoders)}
+
+    ensure(step, {"n_eval_rows": len(rows)}, run.inputs(run.trained), make)
+    return WholeModel(*(pd.read_csv(step.folder / f"{name}.csv") for name in WHOLE_MODEL_TABLES))
 
 
 def _released(run: Run) -> Trained:
@@ -197,9 +224,26 @@ def layers_in_words(run: Run) -> str:
     )
 
 
+def whole_model_in_words(run: Run) -> str:
+    """Paper and ours, of all transcoders at once (Markdown)."""
+    of = run.whole_model.lines
+    original, theirs, ablated = (_published_ce(what) for what in PUBLISHED)
+    return (
+        f"*Paper:* CE {original:.3f} → {theirs:.3f} with GPT-2's layers 0 to 10 replaced, {ablated:.3f} "
+        f"zero-ablated. *Ours:* {of[ORIGINAL]['ce']:.3f} → {of[REPLACED]['ce']:.3f} with "
+        f"{of[REPLACED]['n_layers']} layers of {run.lm.n_layers}, {of[MEAN]['ce']:.3f} mean-ablated, "
+        f"{of[ZERO]['ce']:.3f} zero-ablated; the most likely token stays the same on "
+        f"{of[REPLACED]['agreement']:.1%} of tokens ({of[MEAN]['agreement']:.1%} mean-ablated)."
+    )
+
+
 def claims(run: Run) -> list[Line]:
-    """How much of each MLP its transcoder stands in for, and the features that never fire."""
-    return [layer_claim(run.layers), dead_feature_claim(run.layers)]
+    """How much of the MLPs the transcoders stand in for, and the features that never fire."""
+    return [
+        layer_claim(run.layers),
+        whole_model_claim(run.whole_model),
+        dead_feature_claim(run.layers),
+    ]
 
 
 def layer_claim(evaluation: Evaluation) -> Line:
@@ -212,6 +256,34 @@ def layer_claim(evaluation: Evaluation) -> Line:
         recovered,
         "no counterpart",
     )
+
+
+def whole_model_claim(found: WholeModel) -> Line:
+    """How much of all MLPs together their transcoders stand in for."""
+    replaced, measured = found.lines[REPLACED], whole_model_measured(found)
+    return decided(
+        "whole_model",
+        f"{paper_recovered():.3f} (GPT-2, layers 0 to 10)",
+        f"{measured.in_words}; CE {replaced['ce_increase']:+.3f}, KL {replaced['kl']:.3f}, the same top token on "
+        f"{replaced['agreement']:.0%} ({replaced['n_layers']} layers)",
+        measured,
+    )
+
+
+def whole_model_measured(found: WholeModel) -> Measured:
+    """The statistic of the rule "whole_model"."""
+    return Measured(*found.recovered(), found.worth >= MIN_WORTH)
+
+
+def paper_recovered() -> float:
+    """The same share, of the paper's numbers."""
+    original, replaced, ablated = (_published_ce(what) for what in PUBLISHED)
+    return (ablated - replaced) / (ablated - original)
+
+
+def _published_ce(what: str) -> float:
+    """The first CE of `what` in data/paper/whole_model.csv."""
+    return next(float(row["ce"]) for row in paper_table("whole_model") if row["what"] == what)
 
 
 def dead_feature_claim(evaluation: Evaluation) -> Line:

@@ -59,6 +59,13 @@ RULES = {
         -0.005,
         "mean ablation costs at least 0.01 nats; both kinds share L0s, and recover half of it at one of them",
     ),
+    "whole_model": Rule(
+        "All transcoders at once stand in for their MLPs",
+        "share of the cross-entropy that zero ablation of the same MLPs costs which the transcoders bring back",
+        0.5,
+        0.9,
+        "zero ablation of them costs at least 0.1 nats",
+    ),
     "behaviour": Rule(
         "Greater-than: the model puts later years above earlier ones",
         "probability difference of the unmodified model",

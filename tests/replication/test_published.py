@@ -12,6 +12,7 @@ from tiny import authors_file, random_rows, random_transcoder, small_preset
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.dictionaries.published import FILE_NAME, FREQUENCIES_NAME
+from tclib.evaluation import metrics
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
 from tclib.replication import published
@@ -163,9 +164,7 @@ def test_the_whole_preset_runs_on_files_of_the_published_format(
     lm, corpus = run.lm, run.corpus
     with torch.no_grad():
         logits = lm.logits(corpus.evaluation.long())
-        original = float(
-            published.metrics.next_token_losses(logits, corpus.evaluation.long()).mean()
-        )
+        original = float(metrics.next_token_losses(logits, corpus.evaluation.long()).mean())
     assert by_quantity["CE, original, layers none"] == pytest.approx(original, rel=1e-5)
     assert by_quantity["KL, transcoders, layers 0-2 (all)"] > 0
     one = run.transcoders["transcoder-L2-published"]

@@ -12,6 +12,8 @@ from tiny import tiny_hf_model  # noqa: F401  the shapes' checks are installed w
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.evaluation.equal_l0 import ce_gap, shared_l0
+from tclib.evaluation.evaluate import mean_mlp_outs
+from tclib.evaluation.whole_model import evaluate_whole_model
 from tclib.greater_than.analysis import FEATURES, NEURONS, prepare
 from tclib.greater_than.evidence import best_lags, kept_evidence, mean_interval, shift_evidence
 from tclib.greater_than.task import GreaterThan
@@ -21,6 +23,7 @@ from tclib.replication.comparison import Hits, interpretability
 from tclib.replication.greater_than import PAPER_KEPT, measured_evidence
 from tclib.replication.paper import paper_table
 from tclib.replication.sweep import paper_sweep
+from tclib.replication.transcoders import paper_recovered, whole_model_measured
 from tclib.replication.verdicts import (
     COLUMNS,
     RULES,
@@ -31,6 +34,7 @@ from tclib.replication.verdicts import (
     smallest_effect,
     verdict,
 )
+from tclib.text.corpus import CorpusConfig, build_corpus
 
 
 def exactly(value: float) -> Measured:
@@ -58,6 +62,7 @@ def paper() -> dict[str, Measured]:
         "harmful": exactly((without - everything) / worth),
         "interpretability": interpretability(Hits(int(table["transcoder"]), 50), Hits(sae, 50)),
         "case_studies": studied(7, 9),
+        "whole_model": exactly(paper_recovered()),
     }
 
 
@@ -93,6 +98,28 @@ def demo() -> LanguageModel:
 
 
 LAYER = 2
+
+
+def whole_model_verdict(lm: LanguageModel, W_dec: torch.Tensor, rows: torch.Tensor) -> str:
+    """With a transcoder of these directions, and the MLP's mean as its bias, in the place of every MLP."""
+    means = mean_mlp_outs(lm, range(lm.n_layers), rows)
+    every = [transcoder_of(W_dec, mean, layer) for layer, mean in means.items()]
+    return verdict("whole_model", whole_model_measured(evaluate_whole_model(lm, every, rows)))
+
+
+@pytest.mark.slow
+def test_no_whole_model_of_means_or_random_directions_or_weights_is_reproduced(
+    demo: LanguageModel,
+) -> None:
+    config = CorpusConfig(n_train_tokens=128, n_eval_tokens=8 * 128)
+    rows = build_corpus(config, demo).evaluation
+    W_dec = torch.randn(256, demo.d_model, generator=torch.Generator().manual_seed(0))
+    W_dec = demo.final_norm.centre(W_dec / W_dec.norm(dim=1, keepdim=True))
+    for directions in (torch.zeros(64, demo.d_model), W_dec):
+        assert whole_model_verdict(demo, directions, rows) == "not reproduced"
+    torch.manual_seed(0)
+    random = LanguageModel(type(demo.model)(demo.model.config), demo.tokenizer, "random")
+    assert whole_model_verdict(random, W_dec, rows) == "not applicable"
 
 
 def test_a_mean_ablated_mlp_keeps_nothing(demo: LanguageModel) -> None:
