@@ -28,7 +28,13 @@ NOTEBOOKS = {
     "05": comparison,
     "06": greater_than,
 }  # in the order of the table
-MEASURED = {"02": sweep, "04": case_studies, "05": comparison, "06": greater_than}
+MEASURED = {
+    "02": sweep,
+    "01": transcoders,
+    "04": case_studies,
+    "05": comparison,
+    "06": greater_than,
+}
 
 
 def make_results(run: Run) -> pd.DataFrame:

@@ -237,6 +237,11 @@ def whole_model_in_words(run: Run) -> str:
     )
 
 
+def measured(run: Run) -> dict[str, Measured]:
+    """The statistic of all transcoders at once."""
+    return {"whole_model": whole_model_measured(run.whole_model)}
+
+
 def claims(run: Run) -> list[Line]:
     """How much of the MLPs the transcoders stand in for, and the features that never fire."""
     return [
