@@ -272,7 +272,7 @@ COMMANDS = {
     "train {out} --seed -1": "seed -1: expected at least 0",
     "evaluate": "Missing argument",
     "evaluate {files}/none.safetensors": "none.safetensors: no such file or folder",
-    "evaluate {files}": "cfg.json cannot be read",
+    "evaluate {files}": "cfg.json does not exist",
     "evaluate {files}/text.safetensors": "no safetensors file",
     "evaluate {files}/unknown_key.safetensors": "colour: no such name",
     "evaluate {files}/good.safetensors {files}/again/good.safetensors": "more than one file of this name",

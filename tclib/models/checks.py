@@ -21,6 +21,7 @@ from torch import Tensor
 from tclib.support.declared import shown
 from tclib.support.errors import InputError, listed
 from tclib.support.foreign import read_json
+from tclib.support.paths import check_file
 
 if TYPE_CHECKING:
     from tclib.models.running import ForwardCache, Running
@@ -87,6 +88,7 @@ def check_files(location: str, name: str) -> None:
 
 def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
     """Type and shape of every tensor of a safetensors file, by name."""
+    check_file(path, "take a complete copy of the model")
     with safe_open(path, framework="pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         return {key: (one.get_dtype(), one.get_shape()) for key, one in slices.items()}

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from tclib.support.errors import InputError
+from tclib.support.paths import check_file
 
 MAX_TEXT = 100_000  # bytes of a configuration, and of a pickle, whose tensors lie beside it
 MAX_HEADER = 1_000_000  # bytes of a safetensors header
@@ -37,13 +38,23 @@ def read_json(path: Path) -> Any:
 def parse_json(text: str, where: Path) -> Any:
     """What a text in JSON says. Errors: `InputError` for another text, or one nested deeper than 50."""
     try:
-        held = json.loads(text)
+        held = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {_line(error)}") from error
     level, n_levels = [held], 0
     while level := [inner for value in level for inner in _inside(value)]:
         n_levels += 1
         _Value().hold([_Value(depth=n_levels)], where)
+    return held
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which lets the last of two equal names win, in silence."""
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in held if names.count(name) > 1)
+        raise ValueError(f"{twice[:60]} stands there twice")
     return held
 
 
@@ -84,6 +95,7 @@ class _Strict(yaml.SafeLoader):
 
 
 def _text(path: Path, language: str) -> str:
+    check_file(path, f"give a file in {language}")
     try:
         with open(path, "rb") as file:
             held = file.read(MAX_TEXT + 1)
@@ -124,10 +136,12 @@ def pickled_names(path: Path) -> set[str]:
     """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
-        inflated = sum(member.file_size for member in archive.infolist())
-        if inflated > size:
+        members = archive.infolist()
+        inflated = sum(member.file_size for member in members)
+        # The sizes are the file's own word, which the reader of a compressed member does not go by.
+        if inflated > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise InputError(
-                f"{path} has {size:,} bytes, and would unpack to {inflated:,}: torch.save compresses "
+                f"{path} has {size:,} bytes, and would unpack to {inflated:,} or more: torch.save compresses "
                 "nothing, so that no file of weights grows; do not use it"
             )
         (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]

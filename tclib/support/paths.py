@@ -35,11 +35,12 @@ def expanded(path: str | Path) -> Path:
 
 
 def check_file(path: Path, remedy: str) -> None:
-    """Raise `InputError` unless `path` is a file."""
+    """Raise `InputError` unless `path` is a plain file: a pipe or a device would be read for ever."""
     if path.is_dir():
         raise InputError(f"{path} is a folder: expected a file; {remedy}")
     if not path.is_file():
-        raise InputError(f"{path} does not exist: {remedy}")
+        what = "is a pipe or a device: expected a file;" if path.exists() else "does not exist:"
+        raise InputError(f"{path} {what} {remedy}")
 
 
 def check_folder(path: Path) -> None:

@@ -32,7 +32,8 @@ def text_files(path: Path) -> list[Path]:
     """The files of `text_documents`. Errors: `InputError` if there is none, or no text in them."""
     if not path.exists():
         raise InputError(f"text {path}: no such file or folder")
-    files = [path] if path.is_file() else sorted([*path.rglob("*.txt"), *path.rglob("*.md")])
+    every = [path, *sorted([*path.rglob("*.txt"), *path.rglob("*.md")])]
+    files = [file for file in every if file.is_file()]  # a pipe or a device has no end
     if not any(file.stat().st_size for file in files):
         raise InputError(f"text {path}: empty; expected at least one non-empty .txt or .md file")
     return files
@@ -59,7 +60,7 @@ def python_files(root: Path) -> list[Path]:
     """The files of `docstring_documents`. Errors: `InputError` if there is none."""
     if not root.exists():
         raise InputError(f"docstrings of {root}: no such folder")
-    files = sorted(root.rglob("*.py"))
+    files = sorted(file for file in root.rglob("*.py") if file.is_file())
     if not files:
         raise InputError(f"docstrings of {root}: no Python files there")
     return files

@@ -107,6 +107,28 @@ def deep_pickle(folder: Path) -> Path:
     return torch_file(folder / "deep.pt", b"\x80\x02" + b")" + b"\x85" * 50_000 + b".")
 
 
+def lying_sizes(folder: Path) -> Path:
+    """A pickle of a quarter of a gigabyte, of which its archive says that it has a thousand bytes."""
+    path = folder / "lies.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("one/data.pkl", b"\x80\x02(" + b"N" * 2**28 + b"t.")
+    held = path.read_bytes()
+    size = held.rindex(b"PK\x01\x02") + 24  # where the directory says it
+    path.write_bytes(held[:size] + struct.pack("<I", 1000) + held[size + 4 :])
+    return path
+
+
+def later_protocol(folder: Path) -> Path:
+    return torch_file(folder / "protocol.pt", b"\x80\x04" + b"N0" + b".")
+
+
+def pipe(path: Path) -> Path:
+    """Nobody writes into it: a reader would wait for ever."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
 def long_pickle(folder: Path) -> Path:
     return torch_file(folder / "long.pt", b"\x80\x02(" + b"N" * 2_000_000 + b"t.")
 
@@ -181,6 +203,20 @@ def preset(folder: Path) -> Path:
     return folder / "laughs.yaml"
 
 
+def piped_lens(folder: Path) -> Path:
+    return pipe(lens(folder, "pipe", "") / "cfg.json").parent
+
+
+def piped_layer(folder: Path) -> Path:
+    said = {
+        "model_kind": "transcoder_set",
+        "model_name": "x",
+        "feature_output_hook": "hook_mlp_out",
+    }
+    said["feature_input_hook"] = "ln2.hook_normalized"
+    return pipe(tracer(folder, "layer", yaml.safe_dump(said)) / "layer_0.safetensors").parent
+
+
 def bare_number(folder: Path) -> Path:
     """A width in sixties, of more digits than Python writes."""
     config = {"model_kind": "transcoder_set", "model_name": "x"}
@@ -195,6 +231,11 @@ ATTACKS: dict[Callable[[Path], Path], str] = {
     doubling_keys: WRITTEN_OUT,
     filled_from_outside: "hook_point is a list; expected a text",
     deep_pickle: "values nested more than 50 deep",
+    lying_sizes: "or more: torch.save compresses nothing",
+    later_protocol: "no torch file (",
+    lambda folder: pipe(folder / "pipe.pt"): "pipe.pt is a pipe or a device",
+    piped_lens: "cfg.json is a pipe or a device",
+    piped_layer: "layer_0.safetensors is a pipe or a device",
     long_pickle: "a pickle of more than 100,000 bytes",
     allocating: "asks for __builtin__.bytearray",
     repeated_number: "holds 4 bytes of it",
@@ -207,6 +248,7 @@ ATTACKS: dict[Callable[[Path], Path], str] = {
     lambda folder: tracer(folder, "itself", "a: &a [*a]"): WRITTEN_OUT,
     lambda folder: tracer(folder, "deep", "[" * 90_000): "values nested more than 50 deep",
     lambda folder: lens(folder, "json", "[" * 90_000): "is not JSON",
+    lambda folder: lens(folder, "twice", '{"d_in": 1, "d_in": 2}'): "d_in stands there twice",
     lambda folder: lens(folder, "json60", "[" * 60 + "]" * 60): "values nested more than 50 deep",
     bare_number: "a value of 5,999 characters",
     endless: "has more than 100,000 bytes",
@@ -221,11 +263,11 @@ def test_each_is_refused_in_one_sentence_in_little_time_and_memory(tmp_path: Pat
     process = subprocess.run(
         [sys.executable, "-c", READ, *paths], capture_output=True, text=True, timeout=200
     )
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0 and not process.stderr, process.stderr
     lines = [json.loads(line) for line in process.stdout.splitlines()]
     assert [line[0] for line in lines] == list(paths)
     for path, said, seconds, megabytes in lines:
         print(Path(path).name, f"{seconds:.2f} s, {megabytes:.0f} MB:", said)
         assert paths[path] in said and said.startswith(path) and "\n" not in said, said
-        assert len(said) < len(path) + 1000, said
+        assert len(said) < len(path) + 1000 and "arbitrary code" not in said, said
         assert seconds < SECONDS and megabytes < MEGABYTES, (path, seconds, megabytes)

@@ -184,6 +184,13 @@ def test_a_model_of_transformer_lens_is_no_model_of_transformers(tmp_path: Path)
 # Tokenizers and tokens
 
 
+def test_a_pipe_among_the_weights_is_named_and_not_read(tmp_path: Path) -> None:
+    folder = saved("gpt2", tmp_path / "gpt2")
+    os.mkfifo(folder / "more.safetensors")
+    with pytest.raises(InputError, match="more.safetensors is a pipe or a device"):
+        LanguageModel.load(str(folder))
+
+
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     folder = saved("gpt2", tmp_path / "model")
     for path in folder.glob("*token*"):

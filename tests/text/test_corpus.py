@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import itertools
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,9 @@ def test_missing_empty_and_short_sources_are_named(tmp_path: Path, demo_lm: Lang
     (tmp_path / "short.txt").write_text("The war lasted.")
     with pytest.raises(InputError, match="not enough text for one row"):
         build_corpus(replace(text, source=str(tmp_path / "short.txt")), demo_lm)
+    for name in ("pipe.txt", "pipe.py"):  # nobody writes into them
+        os.mkfifo(tmp_path / name)
+    assert len(list(module.text_documents(tmp_path))) == 1
     with pytest.raises(InputError, match="no Python files"):
         list(module.docstring_documents(tmp_path))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tclib.dictionaries.formats.parts import FLOATS, Tensors, entry, place_of
 from tclib.models.locate import first_line
 from tclib.support.errors import InputError
 from tclib.support.foreign import pickled_names
+from tclib.support.paths import check_file
 
 NAMES = Tensors({"b_dec": "b_dec_out"})  # their b_dec is subtracted from the input
 
@@ -95,18 +97,24 @@ _NAMES = {
 _INERT: list[Any] = [(_Configuration, _CLASS), (_Configuration, "builtins.str")]
 
 
+def _reason(error: Exception) -> str:
+    """What torch's reader did not like, without its advice, which is to run what the file says."""
+    own = str(error).partition("WeightsUnpickler error: ")[2]
+    return own.strip().split("\n")[0] or first_line(error)
+
+
 def _loaded(path: Path) -> Any:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    check_file(path, "give a .pt of the authors")
     try:
         strangers = sorted(pickled_names(path) - _NAMES)
-        with safe_globals(_INERT):
+        with safe_globals(_INERT), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it reads all the same, or refuses below
             held = None if strangers else torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:
         raise InputError(
-            f"{path} is truncated or no torch file ({first_line(error)}): download it again"
+            f"{path} is truncated or no torch file ({_reason(error)}): download it again"
         ) from error
     if strangers:
         raise InputError(

@@ -18,6 +18,7 @@ from tclib.dictionaries.kinds import Activation
 from tclib.support.declared import shown
 from tclib.support.errors import InputError, listed
 from tclib.support.foreign import check_header, read_json, read_yaml
+from tclib.support.paths import check_file
 
 T = TypeVar("T")
 HOOK_IN: dict[Basis, str] = {"processed": "ln2.hook_normalized", "raw": "mlp.hook_in"}
@@ -169,8 +170,7 @@ def _check_tensors(
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Errors: `InputError` if it is missing or damaged."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: expected the weights there")
+    check_file(path, "expected the weights there")
     try:
         check_header(path)
         return load_file(path)
