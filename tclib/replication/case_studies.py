@@ -88,7 +88,9 @@ def _study_all(run: Run, folder: Path) -> pd.DataFrame:
         session = session_on(run, feature, restricted=restricted, acts=acts[i], lone=lone)
         hypothesis = investigate(session)
         dashboard = session.unblind(N_SHOWN)
-        session.save_ledger(folder / f"ledger_{feature}.jsonl")
+        ledger = folder / f"ledger_{feature}.jsonl"
+        ledger.unlink(missing_ok=True)  # that of a run which was killed before the step was made
+        session.save_ledger(ledger)
         pages.append(dashboard_html(dashboard))
         save_page(folder / f"dashboard_{feature}.html", pages[-1:], dashboard.title)
         line = {"layer": layer, "feature": feature, "kind": "restricted" if restricted else "full"}

@@ -26,7 +26,7 @@ from tclib.support.errors import InputError
 from tclib.support.files import TEMPORARY, exclusive, new_file, temporary_path
 from tclib.support.places import NOTEBOOKS
 from tclib.support.progress import progress
-from tclib.support.steps import MANIFEST
+from tclib.support.steps import MAKING, MANIFEST
 from tclib.training.log import LOG
 from tclib.training.train import CACHE, CHECKPOINT
 
@@ -35,7 +35,8 @@ PROGRESS = "progress.json"
 # Names of what runs, and who looks at them, leave in a run's folder, at its top and anywhere.
 _MADE = re.compile(rf"\d\d_.*|{EXECUTED}|{CACHE}")
 _HIDDEN = re.compile(rf"\..*\.(lock|{TEMPORARY})|\.ipynb_checkpoints|\.DS_Store")
-_KINDS = (".safetensors", ".npy", ".csv", ".json", ".jsonl", ".html", ".png", ".md", ".parquet")
+_KINDS = (".safetensors", ".npy", ".csv", ".json", ".jsonl", ".html", ".png", ".parquet")
+_STEPS = (*(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")), "07_published_checks")
 
 
 def check_all_ready(preset: Preset, notebooks: Sequence[Path]) -> None:
@@ -78,8 +79,12 @@ def _is_made(inside: Path, path: Path) -> bool:
     top, hidden = inside.parts[0], any(_HIDDEN.fullmatch(part) for part in inside.parts)
     if path.is_dir():
         return len(inside.parts) > 1 or hidden or bool(_MADE.fullmatch(top))
-    if hidden or top == CACHE and len(inside.parts) > 1 or inside == Path(PROGRESS):
+    if not (path.is_file() or path.is_symlink()):
+        return False  # a pipe, which would be read for ever
+    if hidden or inside == Path(PROGRESS):
         return True
+    if top == CACHE:
+        return len(inside.parts) == 3 and path.suffix == ".npy"
     if top == EXECUTED:
         is_ours = (NOTEBOOKS / inside.name).is_file()
         return len(inside.parts) == 2 and (
@@ -97,24 +102,29 @@ def _is_steps(path: Path, step: Path) -> bool:
         held = json.loads((step / MANIFEST).read_text(encoding="utf-8"))
         return path.relative_to(step).as_posix() in {**held["outputs"], **held.get("extras", {})}
     except (OSError, ValueError, LookupError, TypeError):
-        return path.suffix in _KINDS and not path.name.startswith("ratings_")
+        is_known = step.name.startswith(_STEPS) and not path.name.startswith("ratings_")
+        return is_known and path.suffix in _KINDS or path.name == "results.md"
 
 
 def delete(folders: Iterable[Path]) -> None:
-    """Delete runs, each of them at once or not at all. Errors: `InputError` if one is at work or stays."""
+    """Delete runs, all of them at once or none. Errors: `InputError` if one is at work or stays."""
     there = [folder for folder in folders if folder.is_dir()]
     with ExitStack() as locks:
         for step in (path for folder in there for path in folder.iterdir() if path.is_dir()):
-            locks.enter_context(exclusive(step))
-    for folder in there:
-        gone = temporary_path(folder)
-        try:
-            os.replace(folder, gone)
-            shutil.rmtree(gone)
-        except OSError as error:
-            raise InputError(
-                f"{folder} could not be deleted ({error}): delete it yourself, or choose another runs_dir"
-            ) from error
+            for purpose in ("", MAKING):
+                locks.enter_context(exclusive(step, purpose=purpose))
+    aside = {folder: temporary_path(folder) for folder in there}
+    try:
+        for folder in there:
+            os.replace(folder, aside[folder])
+        for folder in there:
+            shutil.rmtree(aside[folder])
+    except OSError as error:
+        for earlier in there[: there.index(folder)] if folder.exists() else ():
+            os.replace(aside[earlier], earlier)
+        raise InputError(
+            f"{folder} could not be deleted ({error}): delete it yourself, or choose another runs_dir"
+        ) from error
 
 
 def stopped_at(preset: Preset) -> str | None:

@@ -30,7 +30,7 @@ from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, Measured, claim_line, decided
 from tclib.support.errors import InputError
-from tclib.support.files import exclusive, json_ready, new_file
+from tclib.support.files import json_ready, new_file
 from tclib.support.paths import expanded
 from tclib.support.steps import (
     MANIFEST,
@@ -72,8 +72,7 @@ def evaluate_all_at_once(run: Run) -> WholeModel:
     step, rows = run.step(WHOLE_MODEL_STEP), run.corpus.evaluation[: run.preset.n_evaluation_rows]
 
     def make() -> Mapping[str, Any]:
-        with exclusive(step.folder):
-            found = evaluate_whole_model(run.lm, run.transcoders.values(), rows, run.corpus.train)
+        found = evaluate_whole_model(run.lm, run.transcoders.values(), rows, run.corpus.train)
         for name in WHOLE_MODEL_TABLES:
             write_csv(getattr(found, name), step, name)
         return {"n_dictionaries": len(run.transcoders)}
@@ -186,8 +185,7 @@ def evaluate_once(run: Run, step_name: str, trained: Trained) -> Evaluation:
     rows = run.corpus.evaluation[: run.preset.n_evaluation_rows]
 
     def make() -> Mapping[str, Any]:
-        with exclusive(step.folder):
-            evaluation = evaluate(run.lm, trained.dictionaries, rows, run.corpus.train)
+        evaluation = evaluate(run.lm, trained.dictionaries, rows, run.corpus.train)
         for name in EVALUATION_TABLES:
             write_csv(getattr(evaluation, name), step, name)
         return {"n_dictionaries": len(trained.dictionaries)}

@@ -145,15 +145,16 @@ def _is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def exclusive(folder: Path, is_patient: bool = False) -> Iterator[None]:
+def exclusive(folder: Path, is_patient: bool = False, purpose: str = "") -> Iterator[None]:
     """Hold `folder` for one run; a second run at the same time waits, or gets an `InputError`.
 
+    Holders for different purposes do not wait for each other.
     Temporary files that killed runs have left in it are removed. Where nothing can be written, no run can
     be at work, and a finished one can be read: there is no lock then. Errors: `InputError` for a file in
     the folder's place.
     """
     check_folder(folder)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = FileLock(folder.with_name(f".{folder.name}{purpose and '.' + purpose}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _acquire(lock, folder, is_patient)

@@ -18,12 +18,13 @@ from typing import Any
 import pandas as pd
 
 from tclib.support.errors import InputError
-from tclib.support.files import file_hash, json_ready, new_file
+from tclib.support.files import exclusive, file_hash, json_ready, new_file
 from tclib.support.paths import read_json
 from tclib.support.places import CHECKOUT
 
 MANIFEST = "manifest.json"
 SOURCE, SOURCE_STATE = "source", "source_state"
+MAKING, NOTING = "step", "manifest"  # what a step's folder is held for, besides training
 RECORDED_PACKAGES = ("tclib", "torch", "transformers", "datasets", "safetensors", "numpy", "pandas")
 
 
@@ -55,23 +56,28 @@ def ensure(
     """Call `make` unless the step is there already; return its manifest.
 
     `make` writes its outputs into step.folder, each of them whole or not at all, and returns a
-    summary for the manifest, which is written last. Errors: `InputError` if the folder holds the
-    step made from other parameters or inputs: nothing is overwritten.
+    summary for the manifest, which is written last. A second run waits for one that is making the step,
+    and loads what that made. Errors: `InputError` if the folder holds the step made from other parameters
+    or inputs: nothing is overwritten.
     """
-    if (step.folder / MANIFEST).is_file():
-        manifest = read_manifest(step)
-        held = _what_it_is_of(manifest["parameters"], manifest["inputs"])
-        wanted = _what_it_is_of(json_ready(parameters), inputs)
-        if held == wanted:
-            return manifest
-        other = sorted(name for name in {*held, *wanted} if held.get(name) != wanted.get(name))
-        raise InputError(
-            f"{step.folder} was made with other parameters or inputs ({', '.join(other[:5])}): keep it by "
-            f"choosing another runs_dir, or {step.remedy} (--fresh makes every step anew)"
-        )
-    began = time.perf_counter()
-    summary = make()
-    return write_manifest(step, parameters, inputs, time.perf_counter() - began, summary)
+    path = step.folder / MANIFEST
+    if not path.is_file():
+        with exclusive(step.folder, is_patient=True, purpose=MAKING):
+            if not path.is_file():  # which another run may have written meanwhile
+                began = time.perf_counter()
+                summary = make()
+                wall_seconds = time.perf_counter() - began
+                return write_manifest(step, parameters, inputs, wall_seconds, summary)
+    manifest = read_manifest(step)
+    held = _what_it_is_of(manifest["parameters"], manifest["inputs"])
+    wanted = _what_it_is_of(json_ready(parameters), inputs)
+    if held == wanted:
+        return manifest
+    other = sorted(name for name in {*held, *wanted} if held.get(name) != wanted.get(name))
+    raise InputError(
+        f"{step.folder} was made with other parameters or inputs ({', '.join(other[:5])}): keep it by "
+        f"choosing another runs_dir, or {step.remedy} (--fresh makes every step anew)"
+    )
 
 
 def _what_it_is_of(parameters: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
@@ -199,11 +205,18 @@ def save_extra(step: Step, name: str, write: Callable[[Path], object]) -> None:
         return
     with new_file(step.folder / name) as temporary:
         write(temporary)
-    manifest_path = step.folder / MANIFEST
-    manifest = _manifest(manifest_path, step.remedy)
-    manifest.setdefault("extras", {})[name] = file_hash(step.folder / name)
-    with new_file(manifest_path) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+        # Before the file has its name, so that no kill leaves a file there that nobody knows.
+        _note(step, name, file_hash(temporary))
+
+
+def _note(step: Step, name: str, digest: str) -> None:
+    """Add a file's hash to the manifest; two runs that draw at once do it one after the other."""
+    path = step.folder / MANIFEST
+    with exclusive(step.folder, is_patient=True, purpose=NOTING):
+        manifest = _manifest(path, step.remedy)
+        manifest.setdefault("extras", {})[name] = digest
+        with new_file(path) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def package_versions() -> dict[str, str]:

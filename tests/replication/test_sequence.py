@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -18,9 +19,9 @@ from tclib.replication.executed import execute, is_current
 from tclib.replication.presets import Preset, load_preset
 from tclib.replication.sequence import check_all_ready, delete, earlier_runs, stopped_at
 from tclib.support.errors import InputError
-from tclib.support.files import exclusive
+from tclib.support.files import exclusive, file_hash
 from tclib.support.places import NOTEBOOKS
-from tclib.support.steps import is_whole
+from tclib.support.steps import ensure, is_whole
 
 MADE = (
     *("00_model_and_data/train.npy", "05_interpretability_comparison/items.csv"),
@@ -61,6 +62,9 @@ def test_a_run_is_deleted_and_nothing_beside_it(preset: Preset) -> None:
         "05_interpretability_comparison/ratings_a.json",
         "00_model_and_data/my_notes.txt",
         "03_my_own/p.jpg",
+        "03_my_own/table.csv",
+        "04_blind_case_studies/notes.md",
+        "activations/notes.md",
         "notebooks/my_analysis.ipynb",
     ],
 )
@@ -92,6 +96,41 @@ def test_a_run_that_cannot_be_deleted_is_not_taken_for_deleted(
             with pytest.raises(InputError, match="demo could not be deleted .*Permission denied"):
                 delete([preset.folder])
         assert preset.folder.exists() == stays
+
+
+def test_of_two_runs_of_which_one_cannot_be_deleted_both_stay(
+    preset: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.replace
+
+    def refuses(source: Path, target: Path) -> None:
+        if source == preset.runs_dir / "other":
+            raise PermissionError(13, "Permission denied")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", refuses)
+    with pytest.raises(InputError, match="other could not be deleted .*Permission denied"):
+        delete([preset.folder, preset.runs_dir / "other"])
+    assert (preset.folder / MADE[0]).exists() and left(preset) == {"demo", "other"}
+
+
+def test_a_run_whose_step_is_being_made_is_not_deleted(preset: Preset) -> None:
+    one = preset.step("00_model_and_data")
+
+    def make() -> dict[str, Any]:
+        with pytest.raises(InputError, match="another run is working in .*00_model"):
+            delete([preset.folder])
+        return {}
+
+    assert ensure(one, {}, {}, make)["outputs"] == {
+        "train.npy": file_hash(one.folder / "train.npy")
+    }
+
+
+def test_a_pipe_in_a_run_is_not_read(preset: Preset) -> None:
+    os.mkfifo(preset.folder / "notebooks" / "own.ipynb")
+    with pytest.raises(InputError, match="own.ipynb was not made by a run"):
+        earlier_runs(preset, own=True, companions=False)
 
 
 def test_a_kill_amid_deletion_leaves_no_half_of_a_run(preset: Preset) -> None:

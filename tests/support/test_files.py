@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
@@ -16,6 +18,7 @@ import torch
 from filelock import FileLock
 
 from tclib.replication.paper import paper_table
+from tclib.support import steps
 from tclib.support.errors import InputError
 from tclib.support.files import (
     copy_folder,
@@ -282,6 +285,50 @@ def test_figures_join_the_manifest_without_making_it_stale(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     save_extra(one, "figure.png", lambda path: path.write_bytes(b"where nothing can be written"))
     assert (one.folder / "figure.png").read_bytes() == b"drawn again"
+
+
+def side_by_side(*calls: Callable[[], object]) -> None:
+    threads = [Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_of_two_runs_one_makes_a_step_and_the_other_waits_and_loads_it(tmp_path: Path) -> None:
+    one, made, manifests = step(tmp_path), [], []
+
+    def make() -> dict[str, int]:
+        made.append(1)
+        time.sleep(0.3)
+        return {"n": len(made)}
+
+    side_by_side(*[lambda: manifests.append(ensure(one, {}, {}, make))] * 2)
+    assert len(made) == 1 and manifests[0] == manifests[1]
+
+
+def test_of_two_runs_that_draw_at_once_neither_loses_its_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = step(tmp_path)
+    one.folder.mkdir()
+    write_manifest(one, {}, {}, 0.0)
+    original = steps._manifest
+    monkeypatch.setattr(steps, "_manifest", lambda *a: (original(*a), time.sleep(0.2))[0])
+    names = ["a.png", "b.png"]
+    side_by_side(*(partial(save_extra, one, name, Path.touch) for name in names))
+    held = json.loads((one.folder / "manifest.json").read_text())
+    assert sorted(held["extras"]) == names
+
+
+def test_a_figure_that_the_manifest_cannot_name_is_not_there(tmp_path: Path) -> None:
+    """Else a kill between the two would leave a file that nobody can tell from a user's."""
+    one = step(tmp_path)
+    one.folder.mkdir()
+    (one.folder / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match="manifest.json is truncated"):
+        save_extra(one, "a.png", Path.touch)
+    assert not (one.folder / "a.png").exists()
 
 
 def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
