@@ -19,7 +19,7 @@ from tclib.replication.executed import (
     fingerprint,
     is_current,
 )
-from tclib.replication.model_and_data import check_ready
+from tclib.replication.model_and_data import SAMPLES, check_ready
 from tclib.replication.presets import Preset
 from tclib.replication.run import Run
 from tclib.support.errors import InputError
@@ -36,7 +36,10 @@ PROGRESS = "progress.json"
 _MADE = re.compile(rf"\d\d_.*|{EXECUTED}|{CACHE}")
 _HIDDEN = re.compile(rf"\..*\.(lock|{TEMPORARY})|\.ipynb_checkpoints|\.DS_Store")
 _KINDS = (".safetensors", ".npy", ".csv", ".json", ".jsonl", ".html", ".png", ".parquet")
-_STEPS = (*(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")), "07_published_checks")
+_STEPS = (
+    *(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")),
+    *(SAMPLES, "07_published_checks", "08_seeds"),
+)
 
 
 def check_all_ready(preset: Preset, notebooks: Sequence[Path]) -> None:
