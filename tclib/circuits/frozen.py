@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.models.architectures import AttentionWeights
+from tclib.models.architectures import AttentionWeights, Norm
 from tclib.models.checks import check_parts
 from tclib.models.language_model import HALF_PRECISION, LanguageModel
-from tclib.models.running import ForwardCache
+from tclib.models.running import ForwardCache, NormedPart
 from tclib.support.checked import checked
 from tclib.support.errors import InputError
 
@@ -67,8 +67,21 @@ def node_name(kind: str, layer: int, head: int, feature: int, pos: int) -> str:
 class ReadSite:
     """Where the stream is read through a norm: in front of a layer's part, or at the end."""
 
-    part: Literal["attention", "mlp", "final"]
+    part: NormedPart
     layer: int
+
+    def norm(self, lm: LanguageModel) -> Norm:
+        """The norm that stands there."""
+        if self.part == "final":
+            return lm.final_norm
+        return lm.mlp_norm(self.layer) if self.part == "mlp" else lm.attention_norm(self.layer)
+
+    def scale(self, cache: ForwardCache) -> Float[Tensor, "batch pos"]:
+        """σ of that norm in a forward pass."""
+        if self.part == "final":
+            return cache.final_scale
+        scales = cache.mlp_scale if self.part == "mlp" else cache.attention_scale
+        return scales[self.layer]
 
 
 @dataclass(frozen=True)
@@ -270,10 +283,7 @@ class FrozenPrompts:
 
     def scale(self, site: ReadSite, prompt: int, pos: int) -> float:
         """1 / σ at a site: the input-dependent factor that all sources of a target share."""
-        if site.part == "final":
-            return 1.0 / float(self.cache.final_scale[prompt, pos])
-        scales = self.cache.mlp_scale if site.part == "mlp" else self.cache.attention_scale
-        return 1.0 / float(scales[site.layer][prompt, pos])
+        return 1.0 / float(site.scale(self.cache)[prompt, pos])
 
     def attention_layers(self, site: ReadSite) -> range:
         """Layers whose attention has written to the stream before `site`."""
@@ -300,6 +310,16 @@ def target_values(cache: ForwardCache, target: Target) -> Float[Tensor, "batch"]
         read = cache.mlp_in if target.site.part == "mlp" else cache.attention_in
         normalised = read[layer][:, pos]
     return target.constant + normalised @ target.direction
+
+
+def read_running(
+    lm: LanguageModel, tokens: Int[Tensor, "batch pos"], site: ReadSite, pos: int
+) -> Float[Tensor, "batch d_model"]:
+    """What the running model reads at a site and token, behind the division by the norm's own scale.
+
+    A target's value there is constant + this · u. Gradients flow unless switched off.
+    """
+    return site.norm(lm).normalise(lm.stream_into(tokens, site.part, site.layer)[:, pos])
 
 
 def by_layer(lm: LanguageModel, transcoders: Iterable[Dictionary]) -> dict[int, Dictionary]:

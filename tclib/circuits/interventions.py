@@ -2,14 +2,13 @@
 
 The graph's edges hold with attention, norms and other features frozen; the model freezes nothing. Taking
 feature i at a token out of the real MLP's output (minus z d) moves a root by some amount, beside which stand
-two predictions: minus the direct edge, and minus the total effect over all paths. Measured once more with the
-norm scales alone frozen, the change shows how much of a miss is the norms' doing.
+three predictions (`derivatives`): minus the graph's total effect over all paths, in which norms are frozen;
+the same with the norms' derivative in it; and activation times gradient in the running model.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -18,52 +17,64 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tclib.circuits.frozen import FrozenPrompts, Target, target_values
+from tclib.circuits.derivatives import (
+    FOLLOWS,
+    Follow,
+    predicted_changes,
+    root_gradients,
+    written_by,
+)
+from tclib.circuits.frozen import FrozenPrompts, ReadSite, Target, read_running
 from tclib.circuits.graph import AttributionGraph, total_effects
-from tclib.models.running import ForwardCache
 from tclib.support.checked import checked
-from tclib.support.declared import Count, Natural
 from tclib.support.errors import InputError
+from tclib.support.progress import progress
+from tclib.support.statistics import slope_through_origin, spearman
 
 ROWS_PER_FORWARD = 32
+PREDICTIONS: dict[Follow, str] = {
+    "frozen norms": "predicted_frozen",
+    "norms follow": "predicted_norms",
+    "everything": "predicted_gradient",
+}
 
 
 @torch.no_grad()
 def ablated_values(
-    frozen: FrozenPrompts, features: pd.DataFrame, root: Target, freeze_norms: bool = False
+    frozen: FrozenPrompts, features: pd.DataFrame, root: Target
 ) -> Float[np.ndarray, "feature"]:
-    """The root's value in the running model with each feature (layer, pos, feature) taken out.
+    """The root's value in the running model with each feature (layer, pos, feature, activation) taken out.
 
-    One row of a batch a feature: z d is subtracted from the MLP's output at its token. Nothing is
-    frozen, or the norm scales alone.
+    One row of a batch a feature: z d is subtracted from the MLP's output at its token. Nothing is frozen;
+    what lies below the feature's layer is as it was, and not run again.
     """
-    found = []
-    for start in range(0, len(features), ROWS_PER_FORWARD):
-        batch = features.iloc[start : start + ROWS_PER_FORWARD]
-        shape = (len(batch), *frozen.cache.final_in.shape[1:])
-        removed = {layer: frozen.cache.final_in.new_zeros(shape) for layer in set(batch["layer"])}
-        columns = (batch[name] for name in ("layer", "pos", "feature", "activation"))
-        for row, (layer, pos, feature, z) in enumerate(zip(*columns, strict=True)):
-            removed[layer][row, pos] = z * frozen.transcoders[layer].decoder_direction(feature)
-        tokens = frozen.cache.tokens[root.prompt].expand(len(batch), -1)
-        with ExitStack() as stack:
-            for layer, vectors in removed.items():
-                stack.enter_context(frozen.lm.override_mlp(layer, partial(_minus, vectors)))
-            if freeze_norms:
-                stack.enter_context(frozen.lm.frozen_norms(frozen.cache, root.prompt))
-            cache = frozen.lm.cache(tokens)
-        if freeze_norms:
-            cache = _with_scales(cache, frozen.cache, root.prompt)
-        found.append(target_values(cache, root).double().cpu().numpy())
-    return np.concatenate(found)
+    found = np.zeros(len(features))
+    lm, (n_pos, d_model) = frozen.lm, frozen.cache.final_in.shape[1:]
+    for layer, rows in progress(list(_batches(features["layer"].to_numpy())), "ablations"):
+        lines = features.iloc[rows]
+        removed = frozen.cache.final_in.new_zeros(len(rows), n_pos, d_model)
+        removed[range(len(rows)), lines["pos"].tolist()] = written_by(frozen, layer, lines)
+        tokens = frozen.cache.tokens[root.prompt].expand(len(rows), -1)
+        first = min(layer, root.site.layer)
+        stream = _stream_into_block(frozen, first, root.prompt).expand(len(rows), -1, -1)
+        with lm.override_mlp(layer, partial(_minus, removed)), lm.start_at(first, stream):
+            read = read_running(lm, tokens, root.site, root.pos)
+        found[rows] = (root.constant + read @ root.direction).double().cpu().numpy()
+    return found
 
 
-def _with_scales(cache: ForwardCache, frozen: ForwardCache, prompt: int) -> ForwardCache:
-    """What roots read, over the frozen scales instead of those of the run."""
-    pairs = zip(cache.mlp_in, cache.mlp_scale, frozen.mlp_scale, strict=True)
-    mlp_in = [x * (own / kept[prompt])[..., None] for x, own, kept in pairs]
-    final_scale = frozen.final_scale[prompt].expand_as(cache.final_scale)
-    return replace(cache, mlp_in=mlp_in, final_scale=final_scale)
+def _batches(layers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Places of the features of one layer, a batch at a time."""
+    for layer in sorted(set(layers.tolist())):
+        places = (layers == layer).nonzero()[0]
+        for start in range(0, len(places), ROWS_PER_FORWARD):
+            yield layer, places[start : start + ROWS_PER_FORWARD]
+
+
+def _stream_into_block(frozen: FrozenPrompts, layer: int, prompt: int) -> Tensor:
+    """What enters a block, centred: nothing reads the rest."""
+    scale = ReadSite("attention", layer).scale(frozen.cache)[prompt]
+    return frozen.cache.attention_in[layer][prompt] * scale[:, None]
 
 
 def _minus(vectors: Tensor, _mlp_in: Tensor, mlp_out: Tensor) -> Tensor:
@@ -71,18 +82,12 @@ def _minus(vectors: Tensor, _mlp_in: Tensor, mlp_out: Tensor) -> Tensor:
 
 
 @checked
-def ablation_table(
-    frozen: FrozenPrompts,
-    graph: AttributionGraph,
-    root: Target,
-    n_features: Count,
-    seed: Natural,
-) -> pd.DataFrame:
-    """Features of the graph, drawn by seed, with predicted and measured change of the root.
+def ablation_table(frozen: FrozenPrompts, graph: AttributionGraph, root: Target) -> pd.DataFrame:
+    """Every feature of the graph, with predicted and measured change of the root when it is taken out.
 
-    Columns: name, layer, pos, feature, activation, predicted_direct, predicted_total, actual,
-    actual_norms_frozen. The graph must explain `root` alone, and have a feature. Errors: `InputError`
-    otherwise.
+    Columns: name, layer, pos, feature, activation, predicted_frozen, predicted_norms,
+    predicted_gradient, actual. The graph must explain `root` alone, and have a feature. Errors:
+    `InputError` otherwise.
     """
     names = graph.nodes["name"][graph.is_root].tolist()
     if names != [root.name]:
@@ -90,15 +95,41 @@ def ablation_table(
     features = graph.nodes[graph.nodes["kind"] == "feature"]
     if features.empty:
         raise InputError("no feature is active on the prompt: expected transcoders less sparse")
-    generator = np.random.default_rng(seed)
-    chosen = generator.permutation(len(features))[:n_features]
-    table = features.iloc[np.sort(chosen)][["name", "layer", "pos", "feature", "activation"]]
-    direct = graph.edges[-1].double().numpy()[table.index]
-    total = total_effects(graph)[table.index]
-    before = frozen.value(root)
-    return table.assign(
-        predicted_direct=-direct,
-        predicted_total=-total,
-        actual=ablated_values(frozen, table, root) - before,
-        actual_norms_frozen=ablated_values(frozen, table, root, freeze_norms=True) - before,
+    table = features[["name", "layer", "pos", "feature", "activation"]]
+    norms, everything = (
+        predicted_changes(frozen, table, root_gradients(frozen, root, follow))
+        for follow in FOLLOWS[1:]
     )
+    return table.assign(
+        predicted_frozen=-total_effects(graph)[table.index],
+        predicted_norms=norms,
+        predicted_gradient=everything,
+        actual=ablated_values(frozen, table, root) - frozen.value(root),
+    )
+
+
+def prediction_table(ablations: pd.DataFrame) -> pd.DataFrame:
+    """How well each prediction does, layer by layer and over all of them.
+
+    Columns: layer ("all" last), follows, n_features, rank_correlation (Spearman's), slope (measured over
+    predicted, through the origin, by least absolute deviations: 1 is exact), median_change and median_miss
+    (of magnitudes). `ablations` is what `ablation_table` gives.
+    """
+    groups = [(str(layer), lines) for layer, lines in ablations.groupby("layer")]
+    found = []
+    for layer, lines in [*groups, ("all", ablations)]:
+        actual = lines["actual"].to_numpy()
+        for follows, column in PREDICTIONS.items():
+            predicted = lines[column].to_numpy()
+            found.append(
+                {
+                    "layer": layer,
+                    "follows": follows,
+                    "n_features": len(lines),
+                    "rank_correlation": spearman(predicted, actual),
+                    "slope": slope_through_origin(predicted, actual),
+                    "median_change": float(np.median(np.abs(actual))),
+                    "median_miss": float(np.median(np.abs(actual - predicted))),
+                }
+            )
+    return pd.DataFrame(found)

@@ -162,19 +162,38 @@ def mean_pullbacks(
 ) -> Float[Tensor, "feature n_features"]:
     """Mean over tokens where a feature exceeds its minimum of z × pullback / σ, BOS left out.
 
-    This is the paper's mean input-times-gradient, with the norm scale of each token in it; one pass
-    over the rows serves all features. Errors: `InputError` for a feature that never exceeds its minimum.
+    This is the paper's mean input-times-gradient, with the norm scale of each token in it. Errors:
+    `InputError` for a feature that never exceeds its minimum.
     """
     weights = torch.stack([pullback(lm, later, feature, earlier) for feature in features])
+    return weights * mean_inputs(
+        lm, later, features, earlier, rows, min_activations, rows_per_forward
+    )
+
+
+@torch.no_grad()
+def mean_inputs(
+    lm: LanguageModel,
+    later: Dictionary,
+    features: Sequence[int],
+    earlier: Dictionary,
+    rows: Int[Tensor, "row pos"],
+    min_activations: Sequence[float] | None = None,
+    rows_per_forward: int = 16,
+) -> Float[Tensor, "feature n_features"]:
+    """`mean_pullbacks` without the pullback: the mean of z / σ, whatever the earlier decoder is.
+
+    One pass over the rows serves all features.
+    """
     minimum = torch.tensor(list(min_activations or [0.0] * len(features)), device=lm.device)
-    total = torch.zeros_like(weights, dtype=torch.float64)
+    total = torch.zeros(len(features), earlier.config.n_features, device=lm.device).double()
     n_tokens = total.new_zeros(len(features))
     reads, writes = Site("mlp_in", later.config.layer), Site("mlp_in", earlier.config.layer)
     for batch in rows.split(rows_per_forward):
         acts, scales = lm.read_with_scale(batch.long(), {reads, writes})
         is_text = (batch != lm.bos_id).to(lm.device)
         z_later = later.encode(acts[reads])[..., list(features)][is_text]
-        fires = (z_later > minimum).to(weights)
+        fires = (z_later > minimum).to(acts[reads])
         z = earlier.encode(acts[writes][is_text]) / scales[reads][is_text][:, None]
         total += (fires.T @ z).double()
         n_tokens += fires.sum(0)
@@ -184,7 +203,7 @@ def mean_pullbacks(
                 f"feature {feature} never exceeds {least:g} on these rows: "
                 "give more rows, or a live feature"
             )
-    return (total / n_tokens[:, None]).to(weights.dtype) * weights
+    return (total / n_tokens[:, None]).to(lm.dtype)
 
 
 def activation_quantiles(

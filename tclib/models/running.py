@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tclib.models.weights import ProcessedWeights
+from tclib.models.overrides import Overrides, attached, forwarding
 from tclib.support.checked import checked
 from tclib.support.declared import Natural, declared, shown
 from tclib.support.errors import InputError
 
 ID_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 SiteName = Literal["mlp_in", "mlp_out"]
-MlpOverride = Callable[[Tensor, Tensor], Tensor]
+NormedPart = Literal["attention", "mlp", "final"]
 
 
 @declared(frozen=True)
@@ -90,38 +89,11 @@ def _recording(
         (module.register_forward_hook, lambda _m, _args, output, name=name: note(name, output))
         for name, module in outputs.items()
     ]
-    with _attached(*hooks), suppress(_StopForward):
+    with attached(*hooks), suppress(_StopForward):
         yield found
 
 
-@contextmanager
-def _attached(*hooks: tuple[Callable[[Any], Any], Any]) -> Iterator[None]:
-    """While active, hooks are on, each a pair (how to register it, hook); afterwards they are off."""
-    handles: list[Any] = []
-    try:
-        for register, hook in hooks:
-            handles.append(register(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _forwarding(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """While active, `module` is not run: `forward` is called in its place."""
-    # An attribute of the module itself hides the method of its class.
-    hidden = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if hidden is not None:
-            module.forward = hidden
-
-
-class Running(ProcessedWeights):
+class Running(Overrides):
     """Forward passes of the model, whole or in part; whatever a hook changes is put back afterwards."""
 
     def check_tokens(self, tokens: Tensor) -> Tensor:
@@ -229,9 +201,7 @@ class Running(ProcessedWeights):
         tokens = self._ids(tokens)
         modules = self._norm_modules()
         mlps = {("mlp", layer): self._block(layer).mlp for layer in range(self.n_layers)}
-        # transformers' RMSNorm falls back to float32: in float64 the norms are ours.
-        own = zip(modules, [None] * len(modules), strict=True)
-        exact = self._renormed(own if self.dtype == torch.float64 else [])
+        exact = self._exact_norms(modules)
         with _recording(dict(enumerate(modules)), mlps) as found, exact, self._eager_attention():
             output = self.model(tokens, use_cache=False, output_attentions=True)
         return self._assemble(tokens, found, output)
@@ -242,20 +212,15 @@ class Running(ProcessedWeights):
         norms = [*(b.attention_norm for b in blocks), *(b.mlp_norm for b in blocks)]
         return [*norms, self._final_norm]
 
-    def _renormed(
-        self, scales: Iterable[tuple[nn.Module, Tensor | None]]
-    ) -> AbstractContextManager[None]:
-        """While active, norms divide by the scales given (None: their own), in the stream's precision."""
+    def _exact_norms(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """While active, norms are computed by ours: transformers' RMSNorm falls back to float32."""
 
-        def after(
-            scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor
-        ) -> Tensor:
+        def after(module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
             norm = self._norm(module)
-            if scale is None:
-                return norm.affine(norm.normalise(inputs[0]))
-            return norm.affine(norm.centre(inputs[0]) / scale)
+            return norm.affine(norm.normalise(inputs[0]))
 
-        return _attached(*((m.register_forward_hook, partial(after, scale)) for m, scale in scales))
+        inexact = modules if self.dtype == torch.float64 else ()
+        return attached(*((module.register_forward_hook, after) for module in inexact))
 
     def _assemble(self, tokens: Tensor, found: dict[Any, Tensor], output: Any) -> ForwardCache:
         n, centre = self.n_layers, self.final_norm.centre
@@ -281,12 +246,6 @@ class Running(ProcessedWeights):
             logits=output.logits,
         )
 
-    def frozen_norms(self, cache: ForwardCache, prompt: int) -> AbstractContextManager[None]:
-        """While active, every norm divides by the scale that it had on `prompt` of `cache`."""
-        scales = [*cache.attention_scale, *cache.mlp_scale, cache.final_scale]
-        kept = [scale[prompt, :, None] for scale in scales]
-        return self._renormed(zip(self._norm_modules(), kept, strict=True))
-
     @contextmanager
     def _eager_attention(self) -> Iterator[None]:
         """While active, attention patterns are computed explicitly, so that they can be returned."""
@@ -297,78 +256,20 @@ class Running(ProcessedWeights):
         finally:
             self.model.set_attn_implementation(before)
 
-    def override_mlp(self, layer: int, override: MlpOverride) -> AbstractContextManager[None]:
-        """While active, the MLP of `layer` returns `override(mlp_in, mlp_out)`.
+    def stream_into(
+        self, tokens: Int[Tensor, "batch pos"], part: NormedPart, layer: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What enters the norm in front of a part (of the unembedding, whatever the layer, for "final").
 
-        Both arguments and the result are in the processed basis, [batch, pos, d_model].
+        The pass ends there. Gradients flow unless switched off.
         """
-        block = self._block(self.check_layer(layer))
-        norm = self.mlp_norm(layer)
-        mlp_in: list[Tensor] = []
-
-        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            mlp_in[:] = [norm.normalise(inputs[0])]
-
-        def after(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return override(mlp_in.pop(), norm.centre(output)).to(output.dtype)
-
-        return _attached(
-            (block.mlp_norm.register_forward_pre_hook, before),
-            (block.mlp.register_forward_hook, after),
-        )
-
-    @contextmanager
-    def stand_in_for_mlp(self, layer: int, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """While active, the MLP of `layer` is not run: `stand_in(mlp_in)` is what it returns.
-
-        As `override_mlp`, for what has no use for mlp_out; the MLP is most of a block's work.
-        """
-        block = self._block(self.check_layer(layer))
-        norm = self.mlp_norm(layer)
-        mlp_in: list[Tensor] = []
-
-        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            mlp_in[:] = [norm.normalise(inputs[0])]
-
-        def forward(x: Tensor) -> Tensor:
-            return stand_in(mlp_in.pop()).to(x.dtype)
-
-        with (
-            _forwarding(block.mlp, forward),
-            _attached((block.mlp_norm.register_forward_pre_hook, before)),
-        ):
-            yield
-
-    def override_heads(
-        self, layer: int, override: Callable[[Tensor], Tensor]
-    ) -> AbstractContextManager[None]:
-        """While active, the heads of `layer` put out `override(z)`, z of shape [batch, pos, head, d_head].
-
-        z is each head's weighted mean of values, before W_O.
-        """
-        attention = self._block(self.check_layer(layer)).attention
-
-        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            z = inputs[0].unflatten(-1, (self.n_heads, -1))
-            return (override(z).flatten(-2).to(inputs[0]),)
-
-        projection = getattr(attention, self._architecture.heads_out)
-        return _attached((projection.register_forward_pre_hook, before))
-
-    def override_mlp_input(
-        self, layer: int, override: Callable[[Tensor], Tensor]
-    ) -> AbstractContextManager[None]:
-        """While active, the MLP of `layer` runs on `override(mlp_in)` instead of mlp_in.
-
-        The norm's gain and bias are applied behind the override, as the model does.
-        """
-        block = self._block(self.check_layer(layer))
-        norm = self.mlp_norm(layer)
-
-        def after(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return norm.affine(override(norm.normalise(inputs[0]))).to(output.dtype)
-
-        return _attached((block.mlp_norm.register_forward_hook, after))
+        if part == "final":
+            module = self._final_norm
+        else:
+            block = self._block(self.check_layer(layer))
+            module = block.attention_norm if part == "attention" else block.mlp_norm
+        with self._exact_norms(self._norm_modules()):
+            return self._run_until("read", tokens, {"read": module}, {})["read"]
 
     @torch.no_grad()
     def streams(
@@ -393,7 +294,7 @@ class Running(ProcessedWeights):
         """While active, `stream` comes out of the first `n_below` blocks, which are not run."""
         with ExitStack() as fed:
             for block in self._blocks[:n_below]:
-                fed.enter_context(_forwarding(block, lambda *_inputs, **_options: stream))
+                fed.enter_context(forwarding(block, lambda *_inputs, **_options: stream))
             yield
 
     @torch.no_grad()
@@ -431,7 +332,7 @@ class Running(ProcessedWeights):
         What the MLP adds to the other positions, nothing above reads.
         """
         mlp = self._block(self.n_layers - 1).mlp
-        return _attached((mlp.register_forward_pre_hook, lambda _mlp, inputs: (inputs[0][:, -1:],)))
+        return attached((mlp.register_forward_pre_hook, lambda _mlp, inputs: (inputs[0][:, -1:],)))
 
     @property
     def extended_embedding(self) -> Float[Tensor, "d_vocab d_model"]:

@@ -132,9 +132,23 @@ def top_k_overlap(one: Float[Tensor, "item"], other: Float[Tensor, "item"], k: i
     return len(tops[0] & tops[1]) / k
 
 
-def spearman(one: Float[Tensor, "item"], other: Float[Tensor, "item"]) -> float:
-    """Rank correlation; ties share their mean rank. NaN for fewer than three items."""
-    if len(one) < 3:
+def spearman(one: Float[np.ndarray, "item"], other: Float[np.ndarray, "item"]) -> float:
+    """Rank correlation; ties share their mean rank. NaN for fewer than three items, or all alike."""
+    ranks = [pd.Series(values).rank().to_numpy() for values in (one, other)]
+    if len(one) < 3 or any(np.ptp(values) == 0 for values in ranks):
         return float("nan")
-    ranks = [pd.Series(to_numpy(scores)).rank().to_numpy() for scores in (one, other)]
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def slope_through_origin(x: Float[np.ndarray, "item"], y: Float[np.ndarray, "item"]) -> float:
+    """The s that makes Σ |y − s x| least: the median of y / x, weighted by |x|. NaN where all x are 0.
+
+    A few items that lie far off move it no more than any others.
+    """
+    counted = x != 0
+    if not counted.any():
+        return float("nan")
+    ratios, weights = y[counted] / x[counted], np.abs(x[counted])
+    order = np.argsort(ratios, kind="stable")
+    reached = np.searchsorted(weights[order].cumsum(), weights.sum() / 2)
+    return float(ratios[order][min(int(reached), len(order) - 1)])

@@ -24,7 +24,7 @@ from tclib.features.connections import compare_connections
 from tclib.features.from_weights import Head, LoneTokens
 from tclib.models.running import Site
 from tclib.support.errors import InputError
-from tclib.support.statistics import spearman, top_k_overlap
+from tclib.support.statistics import top_k_overlap
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -161,7 +161,7 @@ def test_a_feature_that_fires_once_or_always_alike_has_connections(n_rows: int) 
     minima = features.activation_quantiles(lm, later, [4], rows, 0.2)
     assert minima == [0.0]
     assert features.mean_pullbacks(lm, later, [4], earlier, rows, minima).abs().max() > 0
-    assert len(compare_connections(lm, later, [4], earlier, rows)) == 1
+    assert len(compare_connections(lm, later, [4], earlier, rows, torch.Generator())) == 1
 
 
 def test_tables_are_sorted_and_name_tokens() -> None:
@@ -175,13 +175,10 @@ def test_tables_are_sorted_and_name_tokens() -> None:
     assert strongest["score"].tolist() == [-3.0, 1.0]
 
 
-def test_overlap_and_rank_correlation_by_hand() -> None:
+def test_overlap_by_hand() -> None:
     one = torch.tensor([4.0, 3.0, 2.0, 1.0])
     other = torch.tensor([4.0, 1.0, 2.0, 3.0])
     assert top_k_overlap(one, other, 2) == 0.5
-    assert spearman(one, one) == pytest.approx(1.0)
-    assert spearman(one, -one) == pytest.approx(-1.0)
-    assert spearman(one, other) == pytest.approx(0.2)
 
 
 def test_bad_input_is_named() -> None:

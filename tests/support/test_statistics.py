@@ -10,6 +10,8 @@ from tclib.support.statistics import (
     fisher_p,
     newcombe_interval,
     ratio_interval,
+    slope_through_origin,
+    spearman,
     student_interval,
     wilson_interval,
 )
@@ -73,3 +75,21 @@ def test_students_interval_is_the_one_computed_by_hand() -> None:
     )
     with pytest.raises(InputError, match="1 runs: expected two or more"):
         student_interval(np.array([1.0]))
+
+
+def test_ranks_and_slopes_by_hand() -> None:
+    one, other = np.array([4.0, 3.0, 2.0, 1.0]), np.array([4.0, 1.0, 2.0, 3.0])
+    assert spearman(one, one) == pytest.approx(1.0)
+    assert spearman(one, -one) == pytest.approx(-1.0)
+    assert spearman(one, other) == pytest.approx(0.2)
+    assert np.isnan(spearman(one, np.ones(4))) and np.isnan(spearman(one[:2], one[:2]))
+    assert slope_through_origin(one, 3 * one) == 3.0
+    assert slope_through_origin(np.append(one, 0.5), np.append(3 * one, -1e9)) == 3.0  # an outlier
+    assert np.isnan(slope_through_origin(np.zeros(3), np.ones(3)))
+
+
+def test_the_slope_has_the_least_absolute_deviations() -> None:
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=31), generator.normal(size=31)
+    found = np.abs(y - slope_through_origin(x, y) * x).sum()
+    assert all(found <= np.abs(y - s * x).sum() + 1e-12 for s in np.linspace(-3, 3, 601))
