@@ -392,10 +392,10 @@ GRAPHS = {
     "layered_graph(graph.nodes)": "expected an AttributionGraph",
     "layered_graph(graph, max_edges=-1)": "max_edges -1: expected at least",
     "layered_graph(graph, title=3)": "title 3: expected",
-    "ablation_table(frozen, graph, frozen.feature_target(0, 0, 0), 3, 0)": "the graph explains",
-    "ablation_table(frozen, graph, root, 0, 0)": "n_features 0: expected at least 1",
-    "ablation_table(frozen, graph, root, 3, -1)": "seed -1: expected at least 0",
-    "ablation_table(frozen, graph, root, 3, 'x')": "seed 'x': expected a whole number",
+    "ablation_table(frozen, graph, frozen.feature_target(0, 0, 0))": "the graph explains",
+    "faithfulness_curves(frozen, graph, graph, root, {}, 0, 0)": "n_draws 0: expected at least 1",
+    "faithfulness_curves(frozen, graph, graph, root, {}, 3, -1)": "seed -1: expected at least 0",
+    "faithfulness_curves(frozen, graph, graph, root, {}, 3, 'x')": "seed 'x': expected a whole",
 }
 
 FEATURES = {

@@ -23,6 +23,7 @@ import tclib as tc
 from tclib.blind.ledger import GENESIS, digest_of
 from tclib.blind.predicates import Predicate
 from tclib.blind.ratings import RatingStore
+from tclib.circuits.faithfulness import faithfulness_curves
 from tclib.circuits.files import load_json, load_parquet, save_for_viewer, save_json, save_parquet
 from tclib.circuits.interventions import ablation_table
 from tclib.circuits.paths import NodeFilter as node_filter
@@ -366,7 +367,15 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in paths.items()}
 
 
-__all__ = ["Kit", "Predicate", "RatingStore", "ablation_table", "build_dashboard", "snapshot"]
+__all__ = [
+    "Kit",
+    "Predicate",
+    "RatingStore",
+    "ablation_table",
+    "build_dashboard",
+    "faithfulness_curves",
+    "snapshot",
+]
 __all__ += ["feature_activations", "head_heatmap", "layered_graph", "load_json", "load_parquet"]
 __all__ += ["node_filter", "read_manifest"]
 __all__ += ["np", "pack", "save_for_viewer", "score_bars", "top_examples"]

@@ -269,7 +269,12 @@ SIZES: dict[str, Any] = {
     "corpus": {"n_ctx": 32, "n_train_tokens": 2_048, "n_eval_tokens": 256},
     "transcoders": {"expansion": 1, "training": _TRAINING},
     "sweep": {"expansion": 1, "training": _TRAINING},
-    "circuits": {"n_connection_features": 2, "n_connection_rows": 2, "n_ablations": 10},
+    "circuits": {
+        "n_connection_features": 2,
+        "n_connection_rows": 2,
+        "n_prompts": 1,
+        "n_random_circuits": 2,
+    },
     "greater_than": {"components_every": 30, "templates": [PAPER_TEMPLATE]},
     "case_studies": {**_ROWS, "n_full": 1, "n_restricted": 0},
     "comparison": {**_ROWS, "n_features": 4},

@@ -62,7 +62,7 @@ LEGITIMATE = (
     "drawn(layered_graph(graph, 'costs $5 and $\\\\frac{'))",
     "drawn(score_bars({'$x$ $\\\\no': tc.token_table(lm, scores)}, unit='$\\\\no$'))",
     "drawn(head_heatmap(tc.ov_norms(lm, d1, 0).numpy(), 'a $ and $\\\\no'))",
-    "ablation_table(frozen, graph, root, 3, np.int64(0))",
+    "ablation_table(frozen, graph, root)",
     "tc.de_embedding(lm, d1, np.int64(3), (0, 1))",
     "tc.de_embedding(lm, d1, torch.tensor(3), tc.Head(np.int64(0), np.int64(1)))",
     "tc.direct_logit_attribution(lm, sae, 3)",

@@ -252,7 +252,11 @@ def small_preset(runs_dir: Path) -> Preset:
         ),
         comparison=replace(preset.comparison, n_features=4, n_rows=60, n_held_out_rows=20),
         circuits=replace(
-            preset.circuits, n_connection_features=3, n_connection_rows=8, n_ablations=20
+            preset.circuits,
+            n_connection_features=3,
+            n_connection_rows=8,
+            n_prompts=2,
+            n_random_circuits=2,
         ),
         corpus=replace(preset.corpus, n_train_tokens=12_800, n_eval_tokens=2_560),
         transcoders=replace(preset.transcoders, expansion=2, training=training),

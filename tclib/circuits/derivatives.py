@@ -1,13 +1,14 @@
-"""How a root changes to first order with what an MLP, or a neuron, puts out: three answers.
+"""How a root changes to first order with what an MLP, or a neuron, puts out.
 
 Taking a feature's z d out of the MLP's output at (layer, pos) changes the root by −z d · g, to first order,
-where g is the root's gradient there. What follows the change decides what g is:
+where g is the root's gradient there. What follows the change decides what g is; each line adds one thing:
 
     frozen norms   attention patterns and norm scales stay as they are on the prompt, and later MLPs are their
                    transcoders with errors (opaque ones stay): the graph's own model, so that −z d · g is
                    minus the graph's total effect
-    norms follow   the same, but norm scales follow the stream that they divide
-    everything     the running model: patterns, scales and the MLPs themselves follow
+    norms follow   norm scales follow the stream that they divide
+    MLPs follow    later MLPs are themselves: their own slopes stand in place of the transcoders'
+    everything     attention patterns follow too: the running model
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tclib.circuits.frozen import FrozenPrompts, ReadSite, Target, read_running
 from tclib.models.running import NormedPart
 from tclib.support.statistics import to_numpy
 
-Follow = Literal["frozen norms", "norms follow", "everything"]
+Follow = Literal["frozen norms", "norms follow", "MLPs follow", "everything"]
 FOLLOWS: tuple[Follow, ...] = get_args(Follow)
 
 
@@ -40,7 +41,7 @@ def root_gradients(
         if follow == "everything":
             value = _running_value(frozen, root, added)
         else:
-            value = local_value(frozen, root, added, norms_follow=follow == "norms follow")
+            value = local_value(frozen, root, added, follow)
         value.backward()
     assert added.grad is not None
     return added.grad
@@ -108,29 +109,25 @@ def _plus(more: Tensor, _mlp_in: Tensor, mlp_out: Tensor) -> Tensor:
 
 
 def local_value(
-    frozen: FrozenPrompts,
-    root: Target,
-    added: Float[Tensor, "layer pos d_model"],
-    norms_follow: bool,
+    frozen: FrozenPrompts, root: Target, added: Float[Tensor, "layer pos d_model"], follow: Follow
 ) -> Float[Tensor, ""]:
-    """The root in the graph's model, run forward, with something added to every MLP's output.
+    """The root with attention patterns frozen, and something added to every MLP's output.
 
         x   ← x + Σ_h A_h (x̂ W_V + b_V) W_O + b_O              A as on the prompt
         mlp = z W_dec + b_dec (+ x̂ W_skip) + error             z = act(x̂ W_enc + b_enc); opaque: as on the prompt
         x   ← x + mlp + added
 
-    x̂ is P x over the prompt's σ, or over its own if norms follow.
+    x̂ is P x over the prompt's σ, or over its own if norms follow; mlp is MLP(x̂) if MLPs follow.
     """
     lm, cache, prompt = frozen.lm, frozen.cache, root.prompt
+    run_mlp = lm.run_mlp if follow == "MLPs follow" else partial(_transcoded, frozen, prompt)
 
     def normalised(part: NormedPart, layer: int, x: Tensor) -> Tensor:
         site = ReadSite(part, layer)
         norm = site.norm(lm)
-        return (
-            norm.normalise(x)
-            if norms_follow
-            else norm.centre(x) / site.scale(cache)[prompt, :, None]
-        )
+        if follow == "frozen norms":
+            return norm.centre(x) / site.scale(cache)[prompt, :, None]
+        return norm.normalise(x)
 
     def read(x_hat: Tensor) -> Tensor:
         return root.constant + x_hat[root.pos] @ root.direction
@@ -145,7 +142,7 @@ def local_value(
         x_hat = normalised("mlp", layer, before if lm.is_parallel else x)
         if root.site == ReadSite("mlp", layer):
             return read(x_hat)
-        x = x + _transcoded(frozen, prompt, layer, x_hat) + added[layer]
+        x = x + run_mlp(layer, x_hat) + added[layer]
     return read(normalised("final", lm.n_layers, x))
 
 

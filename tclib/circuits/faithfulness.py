@@ -15,9 +15,10 @@ active features together are the model itself, without it the features must do b
 *Neuron circuits* are sets of (layer, token, neuron) of the same MLPs, all others zero-ablated; their MLPs put
 out Σ a_i w_i + b_out. There is nothing that neurons miss.
 
-    score = (value − value of the empty circuit) / (value of the full one − value of the empty one)
+    score = gain / whole,   gain = value − value of the empty circuit,   whole = value of the full one − the same
 
-of the same kind of unit, with or without errors: 0 is what biases (and errors) do alone, 1 is everything.
+of the same kind of unit, with or without errors: 0 is what biases (and errors) do alone, 1 is everything. Over
+several prompts it is Σ gain / Σ whole, which no single prompt with hardly a whole can blow up.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from tclib.support.checked import checked
 from tclib.support.declared import Count, Natural
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.statistics import interval, to_numpy
+from tclib.support.statistics import interval, ratio_interval, to_numpy
 
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
 Metric = Callable[[Float[Tensor, "circuit d_model"]], Float[Tensor, "circuit"]]
@@ -51,12 +52,13 @@ Alone = Callable[[Bool[Tensor, "circuit *unit"]], AbstractContextManager[None]]
 
 
 class Ranking(NamedTuple):
-    """An order of units, by name, and the numbers of first units that make a circuit each."""
+    """An order of units, by name; its first k units make a circuit, as do as many as the pruned graph has."""
 
     kind: str
     draw: int
     order: Int[np.ndarray, "unit"]
     ks: Sequence[int]
+    n_pruned: int
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,8 +158,9 @@ def faithfulness_curves(
         n_draws: random orders.
         seed: of the orders.
 
-    Columns: errors ("kept", "dropped", "none" of neurons), kind, draw, direction ("keep", "remove"), k,
-    n_units, metric, value, score. Errors: `InputError` for a graph without features.
+    Columns: errors ("kept", "dropped", "none" of neurons), kind ("all" with k = 0 and all units), draw,
+    direction ("keep", "remove"), k, is_pruned_size (as many units as the pruned graph has features), metric,
+    value, gain, whole. Errors: `InputError` for a graph without features.
     """
     features = graph.nodes[graph.nodes["kind"] == "feature"]
     if features.empty:
@@ -168,9 +171,8 @@ def faithfulness_curves(
         alone = partial(_features_alone, frozen, features, errors == "kept", root.prompt)
         found.append(_curves(frozen, root, metrics, alone, rankings).assign(errors=errors))
     strength = neuron_attributions(frozen, root)
-    ranking = Ranking(
-        "neurons", 0, _strongest(to_numpy(strength).ravel()), _sizes(strength.numel())
-    )
+    order, ks = _strongest(to_numpy(strength).ravel()), _sizes(strength.numel())
+    ranking = Ranking("neurons", 0, order, ks, rankings[0].n_pruned)
     shape, layers = strength.shape, list(frozen.transcoders)
     alone = partial(_neurons_alone, frozen.lm, layers, shape)
     found.append(_curves(frozen, root, metrics, alone, [ranking]).assign(errors="none"))
@@ -197,18 +199,21 @@ def _feature_rankings(
     n_draws: int,
     seed: int,
 ) -> list[Ranking]:
-    ks = _sizes(len(features))
+    n_features, ks = len(features), _sizes(len(features))
     in_pruned = features["name"].isin(pruned.nodes["name"]).to_numpy()
+    n_pruned = int(in_pruned.sum())
     gradients = root_gradients(frozen, root, "everything")
-    strength = {
-        "graph": features["influence"].to_numpy(),
-        "gradient": predicted_changes(frozen, features, gradients),
-    }
-    found = [Ranking(kind, 0, _strongest(size), ks) for kind, size in strength.items()]
-    found.append(Ranking("pruned graph", 0, _strongest(in_pruned * 1.0), [int(in_pruned.sum())]))
+    by_gradient = _strongest(predicted_changes(frozen, features, gradients))
     generator = np.random.default_rng(seed)
-    draws = [generator.permutation(len(features)) for _ in range(n_draws)]
-    return found + [Ranking("random", i, order, ks) for i, order in enumerate(draws)]
+    return [
+        Ranking("graph", 0, _strongest(features["influence"].to_numpy()), ks, n_pruned),
+        Ranking("gradient", 0, by_gradient, ks, n_pruned),
+        Ranking("pruned graph", 0, _strongest(in_pruned * 1.0), (), n_pruned),
+        *(
+            Ranking("random", draw, generator.permutation(n_features), ks, n_pruned)
+            for draw in range(n_draws)
+        ),
+    ]
 
 
 def _strongest(size: Float[np.ndarray, "unit"]) -> Int[np.ndarray, "unit"]:
@@ -229,44 +234,65 @@ def _curves(
     rankings: Sequence[Ranking],
 ) -> pd.DataFrame:
     """Every circuit of the rankings, kept and taken out, and the empty and the full one."""
-    n_units = len(rankings[0].order)
-    ends = Ranking("all", 0, np.arange(n_units), [0, n_units])
-    lines, masks = [], []
-    for kind, draw, order, ks in (ends, *rankings):
-        rank = np.empty(n_units, dtype=np.int64)
-        rank[order] = np.arange(n_units)
-        for direction in ("keep", "remove") if kind != "all" else ("keep",):
-            for k in ks:
-                lines.append({"kind": kind, "draw": draw, "direction": direction, "k": k})
-                masks.append((rank < k) == (direction == "keep"))
+    lines, masks = _circuits(rankings)
     readings = circuit_readings(frozen, root, alone, torch.tensor(np.stack(masks)))
-    table = pd.DataFrame(lines).assign(n_units=n_units)
+    table = pd.DataFrame(lines)
     found = []
     for name, metric in metrics.items():
         value = to_numpy(metric(readings))
         empty, full = value[:2]
-        score = (value - empty) / (full - empty) if full != empty else np.full(len(value), np.nan)
-        found.append(table.assign(metric=name, value=value, score=score))
+        measured = table.assign(metric=name, value=value, gain=value - empty, whole=full - empty)
+        found.append(measured)
     return pd.concat(found, ignore_index=True)
 
 
-def faithfulness_summary(curves: pd.DataFrame) -> pd.DataFrame:
-    """Mean score and value over prompts and draws, by circuits that all prompts have.
+def _circuits(
+    rankings: Sequence[Ranking],
+) -> tuple[list[dict[str, object]], list[Bool[np.ndarray, "unit"]]]:
+    """Which circuits there are, the empty and the full one first, and what each keeps."""
+    n_units = len(rankings[0].order)
+    masks = [np.zeros(n_units, dtype=bool), np.ones(n_units, dtype=bool)]
+    same = {"draw": 0, "direction": "keep", "is_pruned_size": False}
+    lines = [{"kind": "all", "k": k, **same} for k in (0, n_units)]
+    for kind, draw, order, ks, n_pruned in rankings:
+        rank = np.empty(n_units, dtype=np.int64)
+        rank[order] = np.arange(n_units)
+        for direction in ("keep", "remove"):
+            line = same | {"kind": kind, "draw": draw, "direction": direction}
+            sizes = [(k, False) for k in ks] + [(n_pruned, True)]
+            lines += [line | {"k": k, "is_pruned_size": is_pruned} for k, is_pruned in sizes]
+            masks += [(rank < k) == (direction == "keep") for k, _ in sizes]
+    return lines, masks
+
+
+def faithfulness_summary(curves: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Score over prompts, of circuits that all prompts have.
 
     `curves` are those of one or several prompts (column `prompt`). Columns: errors, kind, direction, metric,
-    k (of pruned graphs, which differ in size, the mean), n_prompts, value, score, low, high: the 2.5 and 97.5
-    percentiles of scores over prompts and draws.
+    is_pruned_size, k (where it is, the mean: pruned graphs differ), n_prompts, value (mean), score, low, high:
+    the 2.5 and 97.5 percentiles over random orders, or, for the other kinds, over prompts resampled by seed.
     """
-    is_pruned = curves["kind"] == "pruned graph"
+    is_pruned = curves["is_pruned_size"]
     size = round(curves["k"][is_pruned].mean()) if is_pruned.any() else 0
     table = curves.assign(k=curves["k"].mask(is_pruned, size))
-    by = ["errors", "kind", "direction", "metric", "k"]
+    by = ["errors", "kind", "direction", "metric", "is_pruned_size", "k"]
+    n_prompts = curves["prompt"].nunique()
     found = []
     for keys, lines in table[table["kind"] != "all"].groupby(by, sort=False):
-        if lines["prompt"].nunique() < curves["prompt"].nunique():
-            continue
-        low, high = interval(lines["score"].to_numpy())
-        line = dict(zip(by, keys, strict=True)) | {"n_prompts": lines["prompt"].nunique()}
-        means = lines[["value", "score"]].mean().to_dict()
-        found.append(line | means | {"low": float(low), "high": float(high)})
+        if lines["prompt"].nunique() == n_prompts:
+            score, low, high = _pooled(lines, seed)
+            line = dict(zip(by, keys, strict=True)) | {"n_prompts": n_prompts}
+            value = float(lines["value"].mean())
+            found.append(line | {"value": value, "score": score, "low": low, "high": high})
     return pd.DataFrame(found)
+
+
+def _pooled(lines: pd.DataFrame, seed: int) -> tuple[float, float, float]:
+    """Σ gain / Σ whole over prompts, of the mean of all orders, and its spread."""
+    parts = ["gain", "whole"]
+    if lines["draw"].nunique() > 1:
+        by_draw = lines.groupby("draw")[parts].sum()
+        low, high = interval((by_draw["gain"] / by_draw["whole"]).to_numpy())
+        return float(lines["gain"].sum() / lines["whole"].sum()), float(low), float(high)
+    gain, whole = (lines[name].to_numpy() for name in parts)
+    return ratio_interval(gain, whole, np.random.default_rng(seed))

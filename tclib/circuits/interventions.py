@@ -2,8 +2,9 @@
 
 The graph's edges hold with attention, norms and other features frozen; the model freezes nothing. Taking
 feature i at a token out of the real MLP's output (minus z d) moves a root by some amount, beside which stand
-three predictions (`derivatives`): minus the graph's total effect over all paths, in which norms are frozen;
-the same with the norms' derivative in it; and activation times gradient in the running model.
+predictions to first order (`derivatives`): minus the graph's total effect over all paths, in which norms are
+frozen; the same with the norms' derivative in it; with the real MLPs' as well; and activation times gradient
+in the running model.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ ROWS_PER_FORWARD = 32
 PREDICTIONS: dict[Follow, str] = {
     "frozen norms": "predicted_frozen",
     "norms follow": "predicted_norms",
+    "MLPs follow": "predicted_mlps",
     "everything": "predicted_gradient",
 }
 
@@ -85,8 +87,8 @@ def _minus(vectors: Tensor, _mlp_in: Tensor, mlp_out: Tensor) -> Tensor:
 def ablation_table(frozen: FrozenPrompts, graph: AttributionGraph, root: Target) -> pd.DataFrame:
     """Every feature of the graph, with predicted and measured change of the root when it is taken out.
 
-    Columns: name, layer, pos, feature, activation, predicted_frozen, predicted_norms,
-    predicted_gradient, actual. The graph must explain `root` alone, and have a feature. Errors:
+    Columns: name, layer, pos, feature, activation, predicted_frozen, predicted_norms, predicted_mlps,
+    predicted_gradient (see `derivatives`), actual. The graph must explain `root` alone, and have a feature. Errors:
     `InputError` otherwise.
     """
     names = graph.nodes["name"][graph.is_root].tolist()
@@ -96,16 +98,13 @@ def ablation_table(frozen: FrozenPrompts, graph: AttributionGraph, root: Target)
     if features.empty:
         raise InputError("no feature is active on the prompt: expected transcoders less sparse")
     table = features[["name", "layer", "pos", "feature", "activation"]]
-    norms, everything = (
-        predicted_changes(frozen, table, root_gradients(frozen, root, follow))
+    total = pd.Series(-total_effects(graph), name=PREDICTIONS["frozen norms"])[table.index]
+    others = {
+        PREDICTIONS[follow]: predicted_changes(frozen, table, root_gradients(frozen, root, follow))
         for follow in FOLLOWS[1:]
-    )
-    return table.assign(
-        predicted_frozen=-total_effects(graph)[table.index],
-        predicted_norms=norms,
-        predicted_gradient=everything,
-        actual=ablated_values(frozen, table, root) - frozen.value(root),
-    )
+    }
+    actual = ablated_values(frozen, table, root) - frozen.value(root)
+    return table.assign(**{str(total.name): total, **others, "actual": actual})
 
 
 def prediction_table(ablations: pd.DataFrame) -> pd.DataFrame:

@@ -46,7 +46,7 @@ def compare_connections(
     lines = []
     for feature, mean_input in zip(features, inputs, strict=True):
         reading = lm.final_norm.centre(later.encoder_direction(feature))
-        line = {
+        line: dict[str, float] = {
             "layer": later.config.layer,
             "feature": feature,
             "earlier_layer": earlier.config.layer,
@@ -63,7 +63,8 @@ def random_directions(
 ) -> Float[Tensor, "row d_model"]:
     """Gaussian directions, each of the norm of its row."""
     drawn = torch.randn(rows.shape, generator=generator).to(rows)
-    return drawn * (rows.norm(dim=1) / drawn.norm(dim=1))[:, None]
+    lengths: Tensor = rows.norm(dim=1) / drawn.norm(dim=1)
+    return drawn * lengths[:, None]
 
 
 def _overlaps(

@@ -12,7 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tclib.figures.style import BLUE, VERMILION, plain, styled, write_cells
+from tclib.figures.style import (
+    BLUE,
+    GREEN,
+    PINK,
+    VERMILION,
+    legend_below,
+    plain,
+    styled,
+    write_cells,
+)
 
 
 @styled
@@ -53,35 +62,112 @@ def head_heatmap(norms: np.ndarray, title: str, unit: str = "‖W_V W_O f‖") -
 
 
 @styled
-def predicted_against_actual(table: pd.DataFrame, unit: str) -> Figure:
-    """Change of the root when a feature is taken out, against its total effect over all paths.
+def predicted_against_actual(
+    table: pd.DataFrame, panels: Mapping[str, str], unit: str, measured: str = "actual"
+) -> Figure:
+    """Change of the root when a feature is taken out, against predictions to first order, colours by layer.
 
-    Left with nothing frozen, right with the norm scales frozen.
+    Axes are linear up to a hundredth of the change that a tenth of all exceed, and logarithmic beyond, so that
+    small changes are seen.
 
-    The table is that of `circuits.interventions.ablation_table`.
+    Args:
+        table: that of `circuits.interventions.ablation_table`.
+        panels: the column of a prediction by the panel's title.
+        unit: of the root.
+        measured: the column of measured changes.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.1), sharex=True, sharey=True)
-    titles = {"actual": "nothing frozen", "actual_norms_frozen": "norm scales frozen"}
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(0.8 + 2.9 * len(panels), 3.6), sharex=True, sharey=True
+    )
     layers = sorted(table["layer"].unique())
-    markers = dict(zip(layers, "os^Dv*Xph<>P" * (1 + len(layers) // 12), strict=False))
-    for axis, (column, title) in zip(axes, titles.items(), strict=True):
-        for layer, points in table.groupby("layer"):
-            x, y, marker = points["predicted_total"], points[column], markers[layer]
-            axis.scatter(x, y, s=18, marker=marker, alpha=0.7, label=f"layer {layer}")
-        both = table[["predicted_total", column]].to_numpy()
-        ends = [both.min(), both.max()]
-        axis.plot(ends, ends, color="black", linewidth=0.8, linestyle="--", label="exact")
-        r = np.corrcoef(both.T)[0, 1]
-        axis.set_title(f"{title}: r = {r:.3f}, {len(table)} features")
-        axis.set_xlabel("Predicted change, all paths (logits)")
+    colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.95, len(layers)))
+    values = table[[measured, *panels.values()]].to_numpy()
+    largest = float(np.abs(values).max())
+    linear = float(np.quantile(np.abs(values), 0.9)) / 100 or 1.0
+    decades = 10.0 ** np.arange(
+        np.ceil(np.log10(linear)) + 1, np.log10(max(largest, linear)) + 1, 2
+    )
+    shuffled = table.sample(frac=1.0, random_state=0)  # no layer lies on top of all others
+    for axis, (title, column) in zip(axes, panels.items(), strict=True):
+        rows = [layers.index(layer) for layer in shuffled["layer"]]
+        axis.scatter(
+            shuffled[column],
+            shuffled[measured],
+            s=7,
+            c=colours[rows],
+            alpha=0.7,
+            linewidths=0,
+            rasterized=len(table) > 2_000,
+        )
+        axis.plot([-largest, largest], [-largest, largest], "k--", linewidth=0.8)
+        axis.set_xscale("symlog", linthresh=linear)
+        axis.set_yscale("symlog", linthresh=linear)
+        ticks = [*-decades[::-1], 0.0, *decades]
+        axis.set(xticks=ticks, yticks=ticks)
+        axis.set_title(plain(title))
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"Change of {plain(unit)}")
-    axes[0].legend()
+    axes[0].set_ylabel(f"Measured change of {plain(unit)}")
+    figure.supxlabel("Predicted change (dashed: exact)", fontsize=9)
+    for layer, colour in zip(layers, colours, strict=True):
+        axes[-1].scatter([], [], s=14, color=colour, label=str(layer))
+    axes[-1].legend(title="layer", loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
+
+
+CIRCUITS: dict[str, dict[str, Any]] = {
+    "graph": {"color": BLUE, "marker": "o", "label": "features by influence in the graph"},
+    "gradient": {"color": GREEN, "marker": "^", "label": "features by activation × gradient"},
+    "random": {"color": "0.45", "marker": "", "label": "random active features"},
+    "neurons": {"color": VERMILION, "marker": "s", "label": "neurons by activation × gradient"},
+    "pruned graph": {
+        "color": "black",
+        "marker": "*",
+        "markersize": 11,
+        "label": "the pruned graph",
+    },
+}
+
+
+@styled
+def faithfulness_over_size(summary: pd.DataFrame) -> Figure:
+    """Score of circuits kept alone (left) and taken out (right) over their size, errors dropped and kept.
+
+    `summary` is `circuits.faithfulness.faithfulness_summary` of one metric. Bands are its low and high.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(9.4, 6.4), sharex=True, sharey=True)
+    titles = {"keep": "kept alone", "remove": "taken out"}
+    for row, errors in zip(axes, ("dropped", "kept"), strict=True):
+        for axis, (direction, title) in zip(row, titles.items(), strict=True):
+            shown = summary["errors"].isin([errors, "none"]) & (summary["direction"] == direction)
+            _circuit_curves(axis, summary[shown])
+            axis.set_title(f"{title}, errors {errors}")
+        row[0].set_ylabel("Score (0: empty circuit, 1: full)")
+    for axis in axes[1]:
+        axis.set_xlabel("Features or neurons of the circuit")
+    legend_below(figure, axes[0, 0], ncols=3)
+    return figure
+
+
+def _circuit_curves(axis: Axes, lines: pd.DataFrame) -> None:
+    for kind, style in CIRCUITS.items():
+        here = lines["is_pruned_size"] if kind == "pruned graph" else ~lines["is_pruned_size"]
+        own = lines[here & (lines["kind"] == kind)].sort_values("k")
+        axis.plot(own["k"], own["score"], linewidth=1.3, **{"markersize": 4, **style})
+        if kind == "pruned graph":
+            axis.vlines(own["k"], own["low"], own["high"], color="black", linewidth=1)
+        else:
+            axis.fill_between(
+                own["k"], own["low"], own["high"], color=style["color"], alpha=0.13, linewidth=0
+            )
+    for level in (0, 1):
+        axis.axhline(level, color="black", linewidth=0.6, linestyle=":")
+    axis.set(xscale="log", ylim=(-1.0, 2.0))
+    axis.grid(alpha=0.25)
 
 
 OF_ALL: dict[str, Any] = {"marker": "o"}
 OF_ACTIVE: dict[str, Any] = {"marker": "o", "mfc": "white", "linestyle": "-."}
+RANDOM: dict[str, Any] = {"color": PINK, "linewidth": 2, "markersize": 3}
 MANY_PAIRS, FAINT = 6, {"alpha": 0.25, "linewidth": 1, "markersize": 0}
 
 
@@ -95,41 +181,53 @@ def _overlap_curves(axis: Axes, lines: pd.DataFrame, ks: Sequence[int], **style:
 def connection_agreement(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     """Top-k overlap of pullback and mean pullback: ours by pair of layers, the paper's two features.
 
-    `table` is that of `features.connections.compare_connections`; `paper` has feature, earlier_layer, k, overlap.
+    Beside it that of random decoder directions. `table` is that of `features.connections.compare_connections`;
+    `paper` has feature, earlier_layer, k, overlap.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.8))
     ks = [int(str(c).removeprefix("overlap_")) for c in table if str(c).startswith("overlap_")]
     pairs = list(table.groupby(["layer", "earlier_layer"]))
     are_many = len(pairs) > MANY_PAIRS
     colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.85, len(pairs)))
-    for i, ((_, lines), colour) in enumerate(zip(pairs, colours, strict=True)):
+    for (_, lines), colour in zip(pairs, colours, strict=True):
         _overlap_curves(left, lines, ks, color=colour, **(FAINT if are_many else {}))
-        spread = np.linspace(-0.15, 0.15, len(lines)) if len(lines) > 1 else np.zeros(1)
-        right.scatter(i + spread, lines["spearman"], s=16, color=colour)
-        right.hlines(lines["spearman"].mean(), i - 0.3, i + 0.3, color="black", linewidth=1)
     if are_many:
         _overlap_curves(left, table, ks, color="black", linewidth=2.5)
-    for style, (name, lines) in zip(("--", ":"), paper.groupby("name", sort=False), strict=False):
-        left.plot(
-            lines["k"],
-            lines["overlap"],
-            color=VERMILION,
-            marker="x",
-            linestyle=style,
-            label=f"paper, {name}",
-        )
+    drawn = table[[c for c in table if str(c).startswith("random_")]]
+    _overlap_curves(left, drawn.rename(columns=lambda c: c.removeprefix("random_")), ks, **RANDOM)
+    _paper_overlaps(left, paper)
     left.set(xlabel="k", ylabel="Overlap of the top k (mean over features)", xticks=ks, ylim=(0, 1))
     left.yaxis.set_major_formatter(PercentFormatter(1.0))
     which = f" (bold: mean of {len(pairs)} pairs)" if are_many else ""
     left.plot([], [], color="black", label=f"ours, of all features{which}", **OF_ALL)
     left.plot([], [], color="black", label=f"ours, of co-active features{which}", **OF_ACTIVE)
-    left.legend()
-    right.set_xticks(range(len(pairs)), [f"{layer} ← {earlier}" for (layer, earlier), _ in pairs])
+    left.plot([], [], label="of both, random decoders", **RANDOM)
+    legend_below(figure, left, ncols=3)
+    _overlaps_by_pair(right, pairs, colours, ks[0])
     if are_many:
         right.tick_params(axis="x", rotation=90, labelsize=7)
-    right.set_xlabel("Layers of the feature ← of its sources")
-    right.set_ylabel("Spearman (a dot a feature, bar: mean)")
-    right.axhline(0, color="grey", linewidth=0.6)
     for axis in (left, right):
         axis.grid(alpha=0.25)
     return figure
+
+
+def _paper_overlaps(axis: Axes, paper: pd.DataFrame) -> None:
+    for style, (name, lines) in zip(("--", ":"), paper.groupby("name", sort=False), strict=False):
+        x, y, label = lines["k"], lines["overlap"], f"paper, {name}"
+        axis.plot(x, y, color=VERMILION, marker="x", linestyle=style, label=label)
+
+
+def _overlaps_by_pair(
+    axis: Axes, pairs: Sequence[tuple[Any, pd.DataFrame]], colours: np.ndarray, k: int
+) -> None:
+    """Every feature's overlap of all features at one k, by pair of layers, with means of ours and of random."""
+    for i, ((_, lines), colour) in enumerate(zip(pairs, colours, strict=True)):
+        spread = np.linspace(-0.25, 0.25, len(lines)) if len(lines) > 1 else np.zeros(1)
+        axis.scatter(i + spread, lines[f"overlap_{k}"], s=14, color=colour)
+        axis.hlines(lines[f"overlap_{k}"].mean(), i - 0.35, i + 0.35, color="black", linewidth=1.2)
+        random = lines[f"random_overlap_{k}"].mean()
+        axis.hlines(random, i - 0.35, i + 0.35, color=PINK, linewidth=1.2, linestyle="--")
+    axis.set_xticks(range(len(pairs)), [f"{layer} ← {earlier}" for (layer, earlier), _ in pairs])
+    axis.set_xlabel("Layers of the feature ← of its sources")
+    axis.set_ylabel(f"Top {k} (bars: means, dashed: random)")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))

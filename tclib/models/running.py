@@ -182,11 +182,10 @@ class Running(Overrides):
             self._backbone(self._ids(tokens), use_cache=False)
         return found
 
-    @torch.no_grad()
     def run_mlp(
         self, layer: int, mlp_in: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_model"]:
-        """mlp_out of `layer` for a given mlp_in."""
+        """mlp_out of `layer` for a given mlp_in. Gradients flow unless switched off."""
         norm = self.mlp_norm(self.check_layer(layer))
         is_given = isinstance(mlp_in, Tensor) and mlp_in.dtype == self.dtype
         if not is_given or mlp_in.shape[-1:] != (self.d_model,):

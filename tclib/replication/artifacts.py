@@ -41,12 +41,13 @@ class Explained(NamedTuple):
 
 @dataclass(frozen=True)
 class Circuits:
-    """Step 03: the full graph of a prompt, the pruned one, connections and ablations."""
+    """Step 03: the full graph of a prompt, the pruned one, connections, ablations, circuits kept alone."""
 
     graph: AttributionGraph
     small: AttributionGraph
     connections: pd.DataFrame
     ablations: pd.DataFrame
+    faithfulness: pd.DataFrame
     step: Step
 
 

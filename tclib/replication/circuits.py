@@ -2,7 +2,8 @@
 
 closure.csv       value, sum of sources and residual of every node of the graph
 connections.csv   pullback against mean pullback, features of every layer against every layer below
-ablations.csv     features taken out of the model with nothing frozen, beside the graph's predictions
+ablations.csv     every feature of the graph taken out of the model by itself, beside four predictions
+faithfulness.csv  circuits kept alone and taken out, on several prompts, over their size
 nodes.parquet, edges.parquet   the full graph; graph.json the pruned one; viewer/ for circuit-tracer
 """
 
@@ -16,12 +17,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from tclib.circuits.derivatives import FOLLOWS
+from tclib.circuits.faithfulness import Metric, faithfulness_curves, faithfulness_summary
 from tclib.circuits.files import load_json, load_parquet, save_for_viewer, save_json, save_parquet
-from tclib.circuits.frozen import FrozenPrompts
-from tclib.circuits.graph import BIAS_KINDS, INPUT_KINDS, attribution_graph
-from tclib.circuits.interventions import ablation_table
+from tclib.circuits.frozen import FrozenPrompts, Target
+from tclib.circuits.graph import (
+    BIAS_KINDS,
+    INPUT_KINDS,
+    AttributionGraph,
+    attribution_graph,
+)
+from tclib.circuits.interventions import PREDICTIONS, ablation_table, prediction_table
 from tclib.circuits.prune import prune_to_size
 from tclib.circuits.sources import Sources
 from tclib.features.connections import compare_connections
@@ -38,12 +48,15 @@ from tclib.features.from_weights import (
 )
 from tclib.figures.circuits import (
     connection_agreement,
+    faithfulness_over_size,
     head_heatmap,
     predicted_against_actual,
     score_bars,
 )
 from tclib.figures.graph import layered_graph
 from tclib.figures.style import save_figure
+from tclib.greater_than.task import GreaterThan
+from tclib.models.language_model import LanguageModel
 from tclib.replication.artifacts import Circuits, Explained
 from tclib.replication.model_and_data import first_sentence
 from tclib.replication.paper import paper_table
@@ -53,6 +66,7 @@ from tclib.support.errors import InputError
 from tclib.support.steps import ensure, write_csv
 
 STEP = "03_circuit_tools"
+LOGITS, PROBABILITIES = "logit difference", "probability difference"
 WITH_BIASES = INPUT_KINDS | BIAS_KINDS  # nodes of the pruned graph, so that none goes unseen
 
 
@@ -65,8 +79,10 @@ def explain_prompt(run: Run) -> Explained:
         raise InputError(
             f"{len(run.transcoders)} transcoders at preset {run.preset.name}: circuits need two layers or more"
         )
-    year = run.preset.circuits.year
-    task = first_sentence(run)
+    return _explain(run, first_sentence(run), run.preset.circuits.year)
+
+
+def _explain(run: Run, task: GreaterThan, year: int) -> Explained:
     frozen = FrozenPrompts(run.lm, task.tokens[[task.prompt_index(year)]], run.transcoders.values())
     return Explained(
         frozen, frozen.logit_target(task.root_weights(year), -1, name="later − earlier")
@@ -99,13 +115,11 @@ def make_circuits(run: Run) -> Circuits:
 
     def make() -> Mapping[str, Any]:
         frozen, root = run.prompt
-        graph = attribution_graph(frozen, [root])
-        rule = (config.max_nodes, config.node_threshold, config.edge_threshold)
-        small = prune_to_size(graph, *rule, counted=WITH_BIASES)
-        ablations = ablation_table(frozen, graph, root, config.n_ablations, run.preset.seed)
+        graph, small = _graphs(run, run.prompt)
         write_csv(graph.closure(), step, "closure")
         write_csv(connection_table(run), step, "connections")
-        write_csv(ablations, step, "ablations")
+        write_csv(ablation_table(frozen, graph, root), step, "ablations")
+        write_csv(faithfulness_table(run), step, "faithfulness")
         save_parquet(graph, step.folder)
         save_json(small, step.folder / "graph.json")
         save_for_viewer(small, step.folder / "viewer", "greater-than")
@@ -117,8 +131,45 @@ def make_circuits(run: Run) -> Circuits:
         small=load_json(step.folder / "graph.json"),
         connections=pd.read_csv(step.folder / "connections.csv"),
         ablations=pd.read_csv(step.folder / "ablations.csv"),
+        faithfulness=pd.read_csv(step.folder / "faithfulness.csv"),
         step=step,
     )
+
+
+def _graphs(run: Run, explained: Explained) -> tuple[AttributionGraph, AttributionGraph]:
+    """The full graph, and the pruned one."""
+    config = run.preset.circuits
+    graph = attribution_graph(explained.frozen, [explained.root])
+    rule = (config.max_nodes, config.node_threshold, config.edge_threshold)
+    return graph, prune_to_size(graph, *rule, counted=WITH_BIASES)
+
+
+def faithfulness_table(run: Run) -> pd.DataFrame:
+    """`faithfulness_curves` of the preset's prompt and of others, drawn by a random order of all."""
+    config, seed, task = run.preset.circuits, run.preset.seed, first_sentence(run)
+    years = np.random.default_rng(seed).permutation(task.scored().numbers).tolist()
+    years = [config.year, *(year for year in years if year != config.year)]
+    found = []
+    for year in years[: config.n_prompts]:
+        explained = run.prompt if year == config.year else _explain(run, task, year)
+        metrics = circuit_metrics(run.lm, task.subset([task.prompt_index(year)]), explained.root)
+        graphs = _graphs(run, explained)
+        n_draws = config.n_random_circuits
+        curves = faithfulness_curves(
+            explained.frozen, *graphs, explained.root, metrics, n_draws, seed
+        )
+        found.append(curves.assign(prompt=year))
+    return pd.concat(found, ignore_index=True)
+
+
+def circuit_metrics(lm: LanguageModel, task: GreaterThan, root: Target) -> dict[str, Metric]:
+    """The root's value and the probability difference of one prompt, of what the unembedding reads."""
+    W_U, b_U = lm.W_U[:, task.answer_ids], lm.b_U[task.answer_ids]
+
+    def difference(read: Float[Tensor, "circuit d_model"]) -> Float[Tensor, "circuit"]:
+        return task.differences((read @ W_U + b_U).softmax(-1)[:, None])[:, 0]
+
+    return {LOGITS: lambda read: root.constant + read @ root.direction, PROBABILITIES: difference}
 
 
 def connection_table(run: Run) -> pd.DataFrame:
@@ -130,7 +181,7 @@ def connection_table(run: Run) -> pd.DataFrame:
     n, least = config.n_connection_features, config.min_log10_frequency
     drawn = {d.config.layer: live_features(lm, d, rows, n, generator, least) for d in by_layer[1:]}
     tables = [
-        compare_connections(lm, later, drawn[later.config.layer], earlier, rows)
+        compare_connections(lm, later, drawn[later.config.layer], earlier, rows, generator)
         for earlier, later in combinations(by_layer, 2)
     ]
     return pd.concat(tables, ignore_index=True)
@@ -180,8 +231,33 @@ def connections_figure(run: Run) -> Figure:
 
 def prediction_figure(run: Run) -> Figure:
     """Predicted against measured change of the root."""
-    figure = predicted_against_actual(run.circuits.ablations, f"{run.prompt.root.name}, logits")
+    panels = {follow: PREDICTIONS[follow] for follow in FOLLOWS}
+    unit = f"{run.prompt.root.name}, logits"
+    figure = predicted_against_actual(run.circuits.ablations, panels, unit)
     return save_figure(figure, run.circuits.step, "predictions")
+
+
+def faithfulness_figure(run: Run) -> Figure:
+    """Circuits kept alone and taken out, over their size."""
+    summary = faithfulness_summary(run.circuits.faithfulness)
+    figure = faithfulness_over_size(summary[summary["metric"] == LOGITS])
+    return save_figure(figure, run.circuits.step, "faithfulness")
+
+
+def faithfulness_shown(run: Run) -> pd.DataFrame:
+    """Scores of circuits of the pruned graph's size, with their spread: kinds by direction, metric, errors."""
+    summary = faithfulness_summary(run.circuits.faithfulness).query("is_pruned_size")
+    scores = [_score(line) for line in summary.to_dict("records")]
+    columns = ["direction", "metric", "errors"]
+    return summary.assign(score=scores).pivot(index=columns, columns="kind", values="score")
+
+
+def predictions_shown(run: Run) -> pd.DataFrame:
+    """How well each prediction does: rows of layers, columns of what follows a change."""
+    table = prediction_table(run.circuits.ablations).drop(columns="median_change")
+    wide = table.pivot(index=["layer", "n_features"], columns="follows")
+    shown = wide[["rank_correlation", "slope", "median_miss"]].reindex(columns=FOLLOWS, level=1)
+    return shown.loc[table["layer"].unique()].map(lambda value: f"{value:.2g}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,34 +284,50 @@ def connections_in_words(run: Run) -> str:
     connections = run.circuits.connections
     claim = connections_claim(connections)
     n_features = connections.groupby("layer")["feature"].nunique().sum()
-    active = [name for name in map(str, connections) if name.startswith("active_overlap_")]
     return (
         f"*Paper:* {claim['paper']}, of 24,576 features. *Ours:* {claim['ours']}; {n_features} features drawn "
-        "by seed, tokens where a feature exceeds the 20th percentile of its positive activations; rank "
-        "correlation over earlier features that are active there (on average "
-        f"{connections['n_candidates'].mean():.0f}). Among those alone the overlap is "
-        f"{'/'.join(f'{connections[name].mean():.0%}' for name in active)}."
+        "by seed, tokens where a feature exceeds the 20th percentile of its positive activations. Among the "
+        f"features that are active there (on average {connections['n_candidates'].mean():.0f}) the overlap is "
+        f"{_overlaps(connections, 'active_')}, with random decoders {_overlaps(connections, 'random_active_')}."
+    )
+
+
+def _overlaps(connections: pd.DataFrame, prefix: str = "") -> str:
+    ks = [name for name in map(str, connections) if name.startswith("overlap_")]
+    return "/".join(f"{connections[prefix + name].mean():.0%}" for name in ks)
+
+
+def faithfulness_in_words(run: Run) -> str:
+    """Ours, of the figure of circuits (Markdown)."""
+    curves = run.circuits.faithfulness
+    ends = curves[(curves["kind"] == "all") & (curves["metric"] == LOGITS)]
+    values = ends.assign(end=np.where(ends["k"] > 0, "all", "none"))
+    means = values.pivot_table(index="errors", columns="end", values="value")
+    said = {"kept": "features with errors", "dropped": "features alone", "none": "neurons"}
+    sizes = ", ".join(
+        f"{what} {means.loc[errors, 'none']:.2f} to {means.loc[errors, 'all']:.2f}"
+        for errors, what in said.items()
+    )
+    features = ends[(ends["errors"] == "kept") & (ends["k"] > 0)]["k"]
+    return (
+        f"*Paper:* not published. *Ours:* {curves['prompt'].nunique()} prompts of {features.min()} to "
+        f"{features.max()} active features, random circuits from {curves['draw'].max() + 1} orders each; "
+        "bands: 95 % over resampled prompts, of random circuits over their orders. From the empty circuit "
+        f"(score 0) to the full one (1) the root goes, in logits: {sizes}."
     )
 
 
 def predictions_in_words(run: Run) -> str:
     """Ours, of the intervention figure (Markdown)."""
-    ablations = run.circuits.ablations
-    frozen_change = ablations["actual_norms_frozen"]
-    sizes = {
-        "measured change": ablations["actual"],
-        "miss of the prediction": ablations["actual"] - ablations["predicted_total"],
-        "miss with norm scales frozen": frozen_change - ablations["predicted_total"],
-    }
-    means = ", ".join(f"{name} {values.abs().mean():.3f}" for name, values in sizes.items())
-    return f"*Ours:* {prediction_claim(ablations)['ours']}. Means in logits: {means}."
+    return f"*Ours:* {prediction_claim(run.circuits.ablations)['ours']}."
 
 
 def claims(run: Run) -> list[Line]:
-    """Sums that close, connections, predictions."""
+    """Sums that close, connections, circuits kept alone and taken out, predictions."""
     return [
         closure_claim(run.circuits.graph.closure()),
         connections_claim(run.circuits.connections),
+        *faithfulness_claims(run.circuits.faithfulness),
         prediction_claim(run.circuits.ablations),
     ]
 
@@ -266,33 +358,59 @@ def connections_claim(connections: pd.DataFrame) -> Line:
         for name, lines in paper_overlaps().groupby("name", sort=False)
     ]
     names = [name for name in map(str, connections) if name.startswith("overlap_")]
-    ours = "/".join(f"{connections[name].mean():.0%}" for name in names)
     ks = "/".join(name.removeprefix("overlap_") for name in names)
     return claim_line(
         f"{title} {ks}",
         "; ".join(paper),
-        f"{ours} over {len(connections)} pairs of a feature and a layer; "
-        f"Spearman {connections['spearman'].mean():.2f}",
+        f"{_overlaps(connections)} over {len(connections)} pairs of a feature and a layer; "
+        f"{_overlaps(connections, 'random_')} with random decoder directions",
         "weights alone find part of the connections",
     )
 
 
-def prediction_claim(ablations: pd.DataFrame) -> Line:
-    """How well a graph predicts the model with nothing frozen."""
-    r, r_direct, r_frozen = (
-        float(np.corrcoef(ablations[measured], ablations[predicted])[0, 1])
-        for measured, predicted in (
-            ("actual", "predicted_total"),
-            ("actual", "predicted_direct"),
-            ("actual_norms_frozen", "predicted_total"),
+def faithfulness_claims(curves: pd.DataFrame) -> list[Line]:
+    """Are the pruned graph's features enough by themselves, and are they needed?"""
+    summary = faithfulness_summary(curves).query("is_pruned_size")
+    claims = {"keep": "are enough: kept alone", "remove": "are needed: taken out"}
+    return [
+        claim_line(
+            f"The pruned graph's features {claim}, beside as many random ones and neurons",
+            "not published",
+            _scores(summary[(summary["direction"] == direction) & (summary["metric"] == LOGITS)]),
+            "no counterpart",
         )
+        for direction, claim in claims.items()
+    ]
+
+
+def _scores(summary: pd.DataFrame) -> str:
+    """Score by kind of circuit, of the same size."""
+    said = {
+        ("pruned graph", "dropped"): "features alone",
+        ("random", "dropped"): "random",
+        ("pruned graph", "kept"): "with errors",
+        ("random", "kept"): "random",
+        ("neurons", "none"): "neurons",
+    }
+    lines = summary.set_index(["kind", "errors"])
+    parts = ", ".join(f"{what} {_score(lines.loc[key])}" for key, what in said.items())
+    return f"score at {summary['k'].iloc[0]} on average: {parts}"
+
+
+def _score(line: Mapping[Any, Any] | pd.Series) -> str:
+    return f"{line['score']:.2f} ({line['low']:.2f} to {line['high']:.2f})"
+
+
+def prediction_claim(ablations: pd.DataFrame) -> Line:
+    """How well a graph predicts the model with nothing frozen, and what it lacks."""
+    overall = prediction_table(ablations).query("layer == 'all'").set_index("follows")
+    parts = ", ".join(
+        f"{follow} {line['rank_correlation']:.2f} (slope {line['slope']:.2f})"
+        for follow, line in overall.iterrows()
     )
-    columns = ["actual_norms_frozen", "predicted_total"]
-    ranks = float(ablations[columns].corr("spearman").to_numpy()[0, 1])
     return claim_line(
         "Taking a feature out of the running model moves the answer as the graph predicts",
         "not published",
-        f"r = {r:.3f} over all paths ({r_direct:.3f} by direct edges); {r_frozen:.3f} (ranks "
-        f"{ranks:.3f}) if norm scales stay; {len(ablations)} features",
-        "norm scales decide" if r_frozen - abs(r) > 0.2 else "no counterpart",
+        f"rank correlation by what follows a change: {parts}; {len(ablations)} features",
+        "no counterpart",
     )

@@ -192,8 +192,10 @@ class CircuitsConfig:
     """Corpus rows over which connections are measured."""
     min_log10_frequency: NonPositive = -4.0
     """Of the features drawn; higher where there are few rows. Published: -4."""
-    n_ablations: Count = 200
-    """Features of the graph whose predicted effect is held against their ablation."""
+    n_prompts: Count = 8
+    """Prompts on which circuits are kept alone and taken out: the year's, and others drawn by seed."""
+    n_random_circuits: Count = 20
+    """Random circuits of each size that a graph's are held against, on each prompt."""
     max_nodes: Count = 120
     """Nodes at most of the pruned graph that is saved and drawn."""
     node_threshold: Share = 0.75

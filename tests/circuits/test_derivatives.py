@@ -50,13 +50,13 @@ def test_nothing_added_leaves_the_root_as_it_is(geometry: str) -> None:
     frozen = freeze(geometry, layers=(0, 2))
     nothing = torch.zeros(3, *frozen.cache.final_in.shape[1:], dtype=torch.float64)
     for root in (frozen.logit_target({5: 1.0}, -1, 1), frozen.feature_target(2, 3, 5, 1)):
-        for norms_follow in (False, True):
-            value = local_value(frozen, root, nothing, norms_follow)
+        for follow in FOLLOWS[:-1]:
+            value = local_value(frozen, root, nothing, follow)
             assert float(value) == pytest.approx(frozen.value(root), rel=1e-9)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("follow", FOLLOWS[:2])
+@pytest.mark.parametrize("follow", FOLLOWS[:-1])
 def test_it_is_what_a_small_change_does_in_the_same_partly_frozen_model(
     geometry: str, follow: Follow
 ) -> None:
@@ -68,7 +68,7 @@ def test_it_is_what_a_small_change_does_in_the_same_partly_frozen_model(
         added = torch.zeros(3, *frozen.cache.final_in.shape[1:], dtype=torch.float64)
         decoder = frozen.transcoders[line.layer].decoder_direction(line.feature)
         added[line.layer, line.pos] = -EPSILON * line.activation * decoder
-        moved = local_value(frozen, root, added, follow == "norms follow") - frozen.value(root)
+        moved = local_value(frozen, root, added, follow) - frozen.value(root)
         assert float(moved) / EPSILON == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
@@ -92,10 +92,11 @@ def test_with_nothing_but_norms_to_follow_all_of_the_model_follows(geometry: str
     frozen = freeze(geometry, n_pos=1)
     root, features, totals = explained_alone(frozen)
     last = (features["layer"] == 2).to_numpy()
-    norms, everything = (
+    norms, mlps, everything = (
         predicted_changes(frozen, features, root_gradients(frozen, root, follow))
         for follow in FOLLOWS[1:]
     )
+    np.testing.assert_allclose(mlps, everything, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(norms[last], everything[last], rtol=1e-6)
     assert not np.allclose(norms[last], -totals[last], rtol=1e-2)
     assert not np.allclose(norms[~last], everything[~last], rtol=1e-2)

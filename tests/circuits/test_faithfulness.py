@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -129,7 +128,8 @@ def curves_of(frozen: FrozenPrompts, n_draws: int = 3) -> pd.DataFrame:
         return root.constant + readings @ root.direction
 
     metrics = {"value": value, "doubled": lambda readings: 2 * value(readings) + 1}
-    return faithfulness_curves(frozen, graph, prune(graph, 0.5), root, metrics, n_draws, 0)
+    curves = faithfulness_curves(frozen, graph, prune(graph, 0.5), root, metrics, n_draws, 0)
+    return curves.assign(score=curves["gain"] / curves["whole"])
 
 
 def test_curves_run_from_the_empty_circuit_to_the_full_one() -> None:
@@ -145,6 +145,9 @@ def test_curves_run_from_the_empty_circuit_to_the_full_one() -> None:
     np.testing.assert_allclose(doubled["score"], value["score"], rtol=1e-6)
     own = value[(value["kind"] == "pruned graph") & (value["errors"] == "kept")]
     assert set(own["direction"]) == {"keep", "remove"} and own["k"].nunique() == 1
+    equal = value[value["is_pruned_size"]]
+    assert set(equal["k"]) == set(own["k"])
+    assert set(equal["kind"]) == {"graph", "gradient", "pruned graph", "random", "neurons"}
     assert 0 < own["k"].iloc[0] < len(features)
     assert set(value[value["kind"] == "random"]["draw"]) == {0, 1, 2}
     pd.testing.assert_frame_equal(table, curves_of(frozen))
@@ -158,7 +161,7 @@ def test_what_is_taken_out_and_the_rest_kept_alone_are_one_circuit() -> None:
     keep[0, strongest.tolist()] = False
     (expected,) = values_alone(frozen, root, features, keep, True)
     found = curves_of(frozen).query(
-        "kind == 'graph' and direction == 'remove' and k == 10 and metric == 'value' and errors == 'kept'"
+        "kind == 'graph' and direction == 'remove' and k == 10 and metric == 'value' and errors == 'kept' and not is_pruned_size"
     )
     assert found["value"].item() == pytest.approx(expected, rel=1e-9)
 
@@ -172,7 +175,9 @@ def test_a_planted_circuit_is_enough_and_is_needed() -> None:
     root, graph, features = explained(frozen)
     n_planted = int((features["influence"] > 0).sum())
     assert 10 < n_planted < 50 < len(features)
-    scores = curves_of(frozen).query("metric == 'value' and errors == 'kept' and k == 50")
+    scores = curves_of(frozen).query(
+        "metric == 'value' and errors == 'kept' and k == 50 and not is_pruned_size"
+    )
     kept, removed = (
         scores[scores["direction"] == d].set_index("kind")["score"] for d in ("keep", "remove")
     )
@@ -182,28 +187,32 @@ def test_a_planted_circuit_is_enough_and_is_needed() -> None:
 
 
 def test_the_summary_is_over_prompts_and_draws() -> None:
-    lines = [
-        ("kept", "random", "keep", "value", 1, prompt, draw, 0.0, score)
-        for prompt, draw, score in ((0, 0, 0.0), (0, 1, 1.0), (1, 0, 2.0), (1, 1, 3.0))
+    lines = [  # over both prompts the first order gains 2 of 4, the second 4 of 4
+        ("random", "keep", 1, False, prompt, draw, gain, whole)
+        for prompt, draw, gain, whole in (
+            (0, 0, 0.0, 1.0),
+            (0, 1, 1.0, 1.0),
+            (1, 0, 2.0, 3.0),
+            (1, 1, 3.0, 3.0),
+        )
     ]
-    lines += [("kept", "graph", "keep", "value", k, 0, 0, 1.0, 1.0) for k in (1, 2)]
-    lines += [("kept", "graph", "keep", "value", 1, 1, 0, 3.0, 0.5)]
-    lines += [
-        ("kept", "pruned graph", "keep", "value", k, p, 0, 0.0, 0.5) for p, k in ((0, 3), (1, 6))
-    ]
-    lines += [("kept", "all", "keep", "value", k, 0, 0, 0.0, k) for k in (0, 1)]
-    names = ["errors", "kind", "direction", "metric", "k", "prompt", "draw", "value", "score"]
-    found = faithfulness_summary(pd.DataFrame(lines, columns=names)).set_index("kind")
-    assert found.loc["random", ["score", "low", "high"]].tolist() == pytest.approx(
-        [1.5, 0.075, 2.925]
-    )
-    assert found.loc["graph", ["k", "value", "score", "n_prompts"]].tolist() == [1, 2.0, 0.75, 2]
+    lines += [("graph", "keep", k, False, 0, 0, 1.0, 1.0) for k in (1, 2)]
+    lines += [("graph", "keep", 1, False, 1, 0, 0.0, 3.0)]
+    lines += [("pruned graph", "keep", k, True, p, 0, 0.5, 1.0) for p, k in ((0, 3), (1, 6))]
+    lines += [("all", "keep", k, False, 0, 0, k, 1.0) for k in (0, 1)]
+    names = ["kind", "direction", "k", "is_pruned_size", "prompt", "draw", "gain", "whole"]
+    curves = pd.DataFrame(lines, columns=names).assign(errors="kept", metric="value")
+    found = faithfulness_summary(curves.assign(value=curves["gain"])).set_index("kind")
+    spread = ["score", "low", "high"]
+    assert found.loc["random", spread].tolist() == pytest.approx([0.75, 0.5125, 0.9875])
+    assert found.loc["graph", ["k", "value", "score", "n_prompts"]].tolist() == [1, 0.5, 0.25, 2]
+    assert found.loc["graph", ["low", "high"]].tolist() == [0.0, 1.0]
+    assert found.loc["pruned graph", spread].tolist() == [0.5, 0.5, 0.5]
     assert found.loc["pruned graph", "k"] == 4 and "all" not in found.index
 
 
 def test_without_features_there_is_no_circuit() -> None:
     frozen = freeze("gpt2", "relu", layers=())
     root, graph, _ = explained(frozen)
-    silent = SimpleNamespace(frozen=frozen, graph=graph, root=root)
     with pytest.raises(InputError, match="no feature is active on the prompt"):
-        faithfulness_curves(silent.frozen, silent.graph, silent.graph, silent.root, {}, 1, 0)
+        faithfulness_curves(frozen, graph, graph, root, {}, 1, 0)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tclib.figures.circuits import CIRCUITS, faithfulness_over_size, predicted_against_actual
 from tclib.figures.greater_than import probability_heatmap
 from tclib.figures.style import save_figure
 from tclib.figures.training import layer_faithfulness, sparsity_faithfulness, training_curves
@@ -66,6 +67,39 @@ def test_layer_bars_are_the_tables() -> None:
     )
     figure = layer_faithfulness(table)
     assert [bar.get_height() for bar in figure.axes[1].patches] == [0.1, 0.2]
+
+
+def test_predictions_have_a_panel_each_and_a_point_a_feature() -> None:
+    table = pd.DataFrame({"layer": [0, 0, 1], "actual": [1.0, -0.01, 0.0], "p": [0.5, -0.02, 0.1]})
+    figure = predicted_against_actual(table, {"one": "p", "itself": "actual"}, "logits")
+    for axis, column in zip(figure.axes, ("p", "actual"), strict=True):
+        points = {tuple(point) for point in axis.collections[0].get_offsets().tolist()}
+        assert points == set(zip(table[column], table["actual"], strict=True))
+        assert axis.get_xscale() == axis.get_yscale() == "symlog"
+
+
+def test_circuits_are_drawn_by_direction_and_errors() -> None:
+    lines = [
+        ("dropped", "graph", "keep", 1, False, 0.2),
+        ("dropped", "graph", "keep", 5, False, 0.6),
+        ("dropped", "graph", "keep", 3, True, 0.4),
+        ("kept", "pruned graph", "remove", 3, True, 0.1),
+        ("none", "neurons", "keep", 2, False, 0.05),
+    ]
+    names = ["errors", "kind", "direction", "k", "is_pruned_size", "score"]
+    summary = pd.DataFrame(lines, columns=names)
+    figure = faithfulness_over_size(summary.assign(low=summary["score"], high=summary["score"]))
+    panels = {
+        axis.get_title(): {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+        for axis in figure.axes
+    }
+    graph, neurons, pruned = (
+        CIRCUITS[kind]["label"] for kind in ("graph", "neurons", "pruned graph")
+    )
+    assert panels["kept alone, errors dropped"][graph] == [[1, 0.2], [5, 0.6]]
+    assert panels["kept alone, errors kept"][neurons] == [[2, 0.05]]
+    assert panels["taken out, errors kept"][pruned] == [[3, 0.1]]
+    assert panels["taken out, errors dropped"][graph] == []
 
 
 def test_a_saved_figure_is_in_the_manifest(tmp_path) -> None:

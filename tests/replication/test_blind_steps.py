@@ -163,7 +163,7 @@ def test_a_prompt_without_a_feature_over_another_is_said_to_lack_it(run: Run) ->
         with pytest.raises(InputError, match=f"features at the prompt's last token: {message}"):
             circuits.strongest_feature(sources(alone, [root])[0])
     with pytest.raises(InputError, match="no feature is active on the prompt"):
-        ablation_table(alone, attribution_graph(alone, [root]), root, 5, seed=0)
+        ablation_table(alone, attribution_graph(alone, [root]), root)
 
 
 def test_the_l0_of_a_pair_leaves_out_every_bos(run: Run) -> None:

@@ -74,7 +74,12 @@ def test_the_circuit_step_holds_a_graph_that_adds_up(small: Preset, results: pd.
     connections = pd.read_csv(folder / "connections.csv")
     assert len(connections) == 6 * 3
     assert connections["overlap_10"].between(0, 1).all()
-    assert len(pd.read_csv(folder / "ablations.csv")) == 20
+    assert {"random_overlap_10", "random_active_overlap_10"} <= set(connections)
+    graph = load_parquet(folder)
+    features = graph.nodes[graph.nodes["kind"] == "feature"]
+    assert pd.read_csv(folder / "ablations.csv")["name"].tolist() == features["name"].tolist()
+    curves = pd.read_csv(folder / "faithfulness.csv")
+    assert curves["prompt"].nunique() == 2 and small.circuits.year in set(curves["prompt"])
     assert load_json(folder / "graph.json").closure()["residual"].abs().max() < 1e-4
     assert (folder / "viewer" / "greater-than.json").is_file()
 
@@ -270,6 +275,7 @@ def test_a_finished_run_is_opened_without_writing_anything(
     assert model_and_data.second_year_figure(run).axes
     assert transcoders.training_figure(run).axes and transcoders.layer_figure(run).axes
     assert circuits.graph_figure(run).axes and circuits.prediction_figure(run).axes
+    assert circuits.faithfulness_figure(run).axes and circuits.connections_figure(run).axes
     assert len(sweep.gap_table(run)) == 0 and sweep.figure_3(run).axes
 
 
