@@ -112,13 +112,20 @@ class ProcessedWeights:
 
     def neuron_weights(self, layer: int) -> NeuronWeights:
         """Output weights and bias of an MLP's neurons."""
-        mlp = self._block(self.check_layer(layer)).mlp
-        projection = getattr(mlp, self._architecture.neurons_out)
-        # GPT-2 keeps weights input first, the others output first.
-        is_input_first = self._architecture.backbone == "transformer"
-        weight = projection.weight if is_input_first else projection.weight.T
+        projection = self._neurons_out(layer)
+        weight = self.stored_W_out(layer)
         bias = weight.new_zeros(self.d_model) if projection.bias is None else projection.bias
         return NeuronWeights(self.final_norm.centre(weight), self.final_norm.centre(bias))
+
+    def stored_W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights of an MLP's neurons as the model holds them, not centred: a view."""
+        weight: Tensor = self._neurons_out(layer).weight
+        # GPT-2 keeps weights input first, the others output first.
+        return weight if self._architecture.backbone == "transformer" else weight.T
+
+    def _neurons_out(self, layer: int) -> Any:
+        mlp = self._block(self.check_layer(layer)).mlp
+        return getattr(mlp, self._architecture.neurons_out)
 
     @property
     def final_norm(self) -> Norm:
