@@ -27,9 +27,20 @@ STYLE: dict[str, dict[str, Any]] = {
     "transcoder features": {"color": BLUE, "linestyle": "-"},
     "neurons": {"color": VERMILION, "linestyle": "--"},
     "SAE features": {"color": GREEN, "linestyle": "-."},
-    "random directions": {"color": "#999999", "linestyle": ":"},
+    "random directions": {"color": "#777777", "linestyle": ":"},
+    "transcoder of the shuffled MLP": {"color": "#777777", "linestyle": (0, (1, 3))},
     "transcoder features, without the one that hurts": {"color": PINK, "linestyle": "-"},
+    "neurons, without the one that hurts": {"color": "#E69F00", "linestyle": "--"},
 }
+AT_MEAN, WITHOUT = ", others at their mean", "without the one that hurts"
+LEVELS = {
+    "original": "original",
+    "all features": "all_features",
+    "MLP's output bias alone": "mlp_bias_only",
+    "MLP at its mean": "mlp_mean_ablated",
+    "MLP at 0": "mlp_removed",
+}
+PAPER_K = 60  # to which the paper draws its curves
 CURVES = {
     "dla": ("direct logit attribution", BLUE, "-"),
     "de_embedding": ("de-embedding score (rescaled)", VERMILION, "--"),
@@ -129,25 +140,49 @@ def draw_feature_curves(axis: Axes, curves: pd.DataFrame, feature: int) -> None:
 
 @styled
 def ablation_figure(curves: pd.DataFrame, summary: dict[str, Any]) -> Figure:
-    """Figure 5 left: keep only the first k, by variance and by attribution; remove only the first k."""
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.4), sharey=True)
-    titles = {
-        "variance": "keep only the first k by variance (paper)",
-        "attribution": "keep only the first k by attribution",
-        "removed, attribution": "remove only the first k by attribution",
-    }
-    for axis, (ranking, title) in zip(axes, titles.items(), strict=True):
-        own = curves[(curves["ranking"] == ranking) & ~curves["units"].str.contains("without")]
-        draw_k_curves(axis, own)
+    """Figure 5 left: keep only the first k, to 60 as the paper draws it and to all; by other rules; remove them."""
+    figure, grid = plt.subplots(2, 3, figsize=(13.5, 8.0), sharey=True)
+    own = curves[~curves["units"].str.contains(WITHOUT)]
+    is_mean = own["units"].str.endswith(AT_MEAN)
+    zero = own[~is_mean]
+    by_mean = own[is_mean].assign(units=own["units"].str.removesuffix(AT_MEAN))
+    variance = zero[zero["ranking"] == "variance"]
+    panels = [
+        ("keep the first k by variance, others at 0 (the paper's axis)", variance, PAPER_K),
+        ("the same, all k", variance, None),
+        ("keep the first k by variance, others at their mean", by_mean, None),
+        (
+            "keep the first k by attribution, others at 0",
+            zero[zero["ranking"] == "attribution"],
+            None,
+        ),
+        (
+            "put the first k by attribution at 0",
+            zero[zero["ranking"].str.startswith("removed")],
+            None,
+        ),
+    ]
+    for axis, (title, shown, to_k) in zip(grid.flat, panels, strict=False):
+        draw_k_curves(axis, shown, to_k)
         _baselines(axis, summary)
         axis.set_title(title)
-    axes[0].set_ylabel("Probability difference")
-    legend_below(figure, axes[0], 4, fontsize=8)
+    _focus(grid[0, 0], zero, [summary[name] for name in LEVELS.values()])
+    for axis in grid[:, 0]:
+        axis.set_ylabel("Probability difference")
+    grid[1, 2].axis("off")
+    grid[1, 2].legend(*grid[0, 0].get_legend_handles_labels(), loc="center", fontsize=9)
     return figure
 
 
-def draw_k_curves(axis: Axes, curves: pd.DataFrame) -> None:
-    """Each kind of unit's curve with its band; the axis is linear to 10, logarithmic beyond."""
+def _focus(axis: Axes, curves: pd.DataFrame, levels: Sequence[float]) -> None:
+    """The range of features, of neurons and of what stands in for the MLP; a control may fall out of it below."""
+    main = curves[curves["units"].isin(["transcoder features", "neurons"])]
+    low, high = min(main["low"].min(), *levels), max(main["high"].max(), *levels)
+    axis.set_ylim(low - 0.25 * (high - low), high + 0.04 * (high - low))
+
+
+def draw_k_curves(axis: Axes, curves: pd.DataFrame, to_k: int | None = None) -> None:
+    """Each kind of unit's curve with its band; linear to `to_k`, else linear to 10 and logarithmic beyond."""
     for units, own in curves.groupby("units", sort=False):
         own = own.sort_values("k")
         style = STYLE[str(units)]
@@ -155,39 +190,73 @@ def draw_k_curves(axis: Axes, curves: pd.DataFrame) -> None:
         axis.fill_between(
             own["k"], own["low"], own["high"], color=style["color"], alpha=0.12, linewidth=0
         )
-    axis.set_xscale("symlog", linthresh=10, linscale=1.0)
+    if to_k is None:
+        axis.set_xscale("symlog", linthresh=10, linscale=1.0)
+    else:
+        axis.set_xlim(0, to_k)
     axis.set_xlabel("k")
     axis.grid(alpha=0.25)
 
 
 def _baselines(axis: Axes, summary: dict[str, Any]) -> None:
-    lines = {
-        "original": (summary["original"], "black", "-"),
-        "all features": (summary["all_features"], BLUE, "-"),
-        "MLP removed, its bias kept": (summary["mlp_bias_only"], VERMILION, "--"),
-        "MLP zero": (summary["mlp_removed"], "#666666", ":"),
-    }
-    for label, (value, colour, style) in lines.items():
-        axis.axhline(
-            value, color=colour, linestyle=style, linewidth=0.8, label=f"{label} ({value:.3f})"
-        )
+    """A line for the model as it is, and for each thing that can stand in for its MLP."""
+    looks = [("black", "-"), (BLUE, "-"), (VERMILION, "--"), ("#444444", "-."), ("#444444", ":")]
+    for (label, key), (colour, style) in zip(LEVELS.items(), looks, strict=True):
+        value, text = summary[key], f"{label} ({summary[key]:.3f})"
+        axis.axhline(value, color=colour, linestyle=style, linewidth=0.8, label=text)
 
 
 @styled
-def harmful_figure(curves: pd.DataFrame, features: pd.DataFrame, summary: dict[str, Any]) -> Figure:
-    """Figure 5 right: the feature that hurts, and the curve with and without it."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2))
+def harmful_figure(
+    curves: pd.DataFrame, features: pd.DataFrame, held_out: pd.DataFrame, summary: dict[str, Any]
+) -> Figure:
+    """Figure 5 right: the feature that hurts, the curves with and without it, the worst neuron beside it."""
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(14.5, 4.4), width_ratios=(1, 1.25, 0.9)
+    )
     draw_feature_curves(left, features, summary["harmful_feature"])
     left.set_ylabel("Logits a unit of activation")
-    left.legend()
-    names = ["transcoder features", "transcoder features, without the one that hurts", "neurons"]
+    left.legend(fontsize=8)
+    names = ["transcoder features", "neurons"]
+    names += [f"{name}, {WITHOUT}" for name in names]
     own = curves[(curves["ranking"] == "variance") & curves["units"].isin(names)]
-    draw_k_curves(right, own)
-    right.axvline(summary["harmful_rank"], color=PINK, linewidth=0.8, linestyle=":")
-    right.axhline(summary["original"], color="black", linewidth=0.8, label="original")
-    right.set_ylabel("Probability difference")
-    right.legend()
+    draw_k_curves(middle, own)
+    middle.axhline(summary["original"], color="black", linewidth=0.8, label="original")
+    middle.set_ylabel("Probability difference")
+    middle.legend(fontsize=8)
+    _draw_held_out(right, held_out)
     return figure
+
+
+def _draw_held_out(axis: Axes, held_out: pd.DataFrame) -> None:
+    """What leaving out the worst unit adds on prompts that did not choose it, with its interval."""
+    splits = held_out[["chosen_on", "tested_on"]].drop_duplicates()
+    labels = [
+        f"chosen on {one.chosen_on},\ntested on {one.tested_on}" for one in splits.itertuples()
+    ]
+    for kind, own in held_out.groupby("kind", sort=False):
+        places = np.arange(len(own)) + (-0.1 if kind == "neurons" else 0.1)
+        spread = [own["gain"] - own["low"], own["high"] - own["gain"]]
+        label = {"neurons": "worst neuron"}.get(str(kind), "worst feature")
+        marker = "s" if kind == "neurons" else "o"
+        colour = STYLE[str(kind)]["color"]
+        axis.errorbar(
+            own["gain"], places, xerr=spread, fmt=marker, color=colour, capsize=3, label=label
+        )
+        for place, line in zip(places, own.itertuples(), strict=True):
+            axis.annotate(
+                f"{line.unit}",
+                (line.gain, place),
+                (0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+    axis.axvline(0, color="grey", linewidth=0.6)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_ylim(-0.5, len(labels) - 0.5)
+    axis.set_xlabel("Gain without it (probability difference)")
+    axis.legend(fontsize=8, loc="upper left")
 
 
 @styled

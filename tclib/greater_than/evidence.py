@@ -5,29 +5,21 @@ Shares are of what the MLP adds to the metric: the original's mean less that of 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
 
-from tclib.greater_than.curves import Curve, steepest_drop, values_of
-from tclib.greater_than.task import GreaterThan
-from tclib.greater_than.units import Units
-from tclib.models.language_model import LanguageModel
-from tclib.models.running import LowerRun
+from tclib.greater_than.curves import Curve
 from tclib.support.statistics import (
     bootstrap_means,
     interval,
     ratio_interval,
-    wilson_interval,
 )
 
 FIRST_KS = range(1, 11)
 MIN_WORTH = 0.05  # of the metric, which an MLP must add for shares of it to mean anything
-MAX_LAG = 40  # years
-MIN_OVERLAP = 50  # answers on which two shifted curves are compared
 SEED = 0
 Interval = tuple[float, float, float]  # value, low, high
 
@@ -40,8 +32,8 @@ def kept_evidence(features: Curve, neurons: Curve) -> dict[str, Interval]:
     return {
         "original": mean_interval(original),
         "worth": mean_interval(worth),
-        "kept": ratio_interval(features.values[-1] - bias_only, worth, _generator()),
-        "first_features": ratio_interval(ahead, worth, _generator()),
+        "kept": ratio_interval(features.values[-1] - bias_only, worth, generator()),
+        "first_features": ratio_interval(ahead, worth, generator()),
     }
 
 
@@ -51,93 +43,16 @@ def is_worth_something(worth: Interval) -> bool:
     return value >= MIN_WORTH and low > 0
 
 
-def gain_without(
-    lm: LanguageModel,
-    task: GreaterThan,
-    below: LowerRun,
-    units: Units,
-    order: Int[Tensor, "unit"],
-    curve: Curve,
-) -> Float[np.ndarray, "prompt"]:
-    """What leaving out the unit that hurts even years most adds on each prompt of an odd year.
+def ahead_by_k(one: Curve, other: Curve, ks: Iterable[int] = FIRST_KS) -> pd.DataFrame:
+    """Which of two curves is ahead at each k: a lead counts where its paired interval leaves out 0, else it is a tie.
 
-    Chosen and measured on different prompts, so that it is no gain of the choice alone.
+    Columns: k, difference (mean over prompts), low, high (95 %, at each k by itself), lead (1, 0 or −1).
     """
-    is_odd = np.array([number % 2 == 1 for number in task.scored().numbers])
-    suspect = steepest_drop(replace(curve, values=curve.values[:, ~is_odd]), order)
-    without = values_of(lm, task, below, units.without(suspect).output())
-    return np.asarray((without - values_of(lm, task, below, units.output()))[is_odd])
-
-
-def harm_evidence(
-    feature_gain: Float[np.ndarray, "prompt"],
-    neuron_gain: Float[np.ndarray, "prompt"],
-    worth: Float[np.ndarray, "prompt"],
-) -> Interval:
-    """`gain_without` of features less that of neurons, as a share of the MLP's worth."""
-    return ratio_interval(feature_gain - neuron_gain, worth, _generator())
-
-
-def best_lags(curves: pd.DataFrame, n_features: int = 10) -> pd.DataFrame:
-    """How many years later a feature's attribution lies than its de-embedding (Figure 4).
-
-    For each of the first features the lag, of −40 to 40 years, at which the two curves correlate best
-    over the answers that both have. p is the share of correlations at least as good among the
-    attributions and de-embeddings of different features, each at its own best lag: a null that keeps the
-    curves as smooth as they are. Columns: feature, lag, r, p; empty where there are no de-embeddings or
-    too few answers.
-    """
-    wide = {
-        name: curves[curves["rank"] <= n_features].pivot(
-            index="rank", columns="answer", values=name
-        )
-        for name in ("dla", "de_embedding")
-    }
-    promoted, read = (table.to_numpy(float) for table in wide.values())
-    columns = ["feature", "lag", "r", "p"]
-    if not np.isfinite(read).all() or read.shape[1] < MIN_OVERLAP:
-        return pd.DataFrame(columns=columns)
-    found = [[_best_lag(one, other) for other in read] for one in promoted]
-    r = np.array([[one[1] for one in line] for line in found])
-    null = r[~np.eye(len(r), dtype=bool)]
-    own = curves.drop_duplicates("rank").set_index("rank")["feature"]
-    return pd.DataFrame(
-        {
-            "feature": own.loc[wide["dla"].index].to_numpy(),
-            "lag": [found[i][i][0] for i in range(len(r))],
-            "r": r.diagonal(),
-            "p": [float((np.append(null, one) >= one).mean()) for one in r.diagonal()],
-        },
-        columns=columns,
-    )
-
-
-def _best_lag(
-    promoted: Float[np.ndarray, "answer"], read: Float[np.ndarray, "answer"]
-) -> tuple[int, float]:
-    """The smallest lag of the best correlation of promoted[y + lag] with read[y]."""
-    n = len(promoted)
-    room = min(MAX_LAG, n - MIN_OVERLAP)
-    lags = sorted(range(-room, room + 1), key=abs)
-    scores = [
-        _correlation(promoted[max(0, lag) : n + min(0, lag)], read[max(0, -lag) : n - max(0, lag)])
-        for lag in lags
-    ]
-    best = int(np.argmax(np.round(scores, 9)))  # so that a tie goes to the smallest lag everywhere
-    return lags[best], scores[best]
-
-
-def _correlation(one: Float[np.ndarray, "answer"], other: Float[np.ndarray, "answer"]) -> float:
-    size = one.std() * other.std()
-    return float(((one - one.mean()) * (other - other.mean())).mean() / size) if size > 0 else 0.0
-
-
-def shift_evidence(lags: pd.DataFrame) -> Interval:
-    """The share of features with a positive lag, by Wilson's interval; NaN for none."""
-    if lags.empty:
-        return (float("nan"),) * 3
-    n_later = int((lags["lag"] > 0).sum())
-    return n_later / len(lags), *wilson_interval(n_later, len(lags))
+    lines = []
+    for k in ks:
+        difference, low, high = mean_interval(_at(one, k) - _at(other, k))
+        lines.append((k, difference, low, high, int(low > 0) - int(high < 0)))
+    return pd.DataFrame(lines, columns=["k", "difference", "low", "high", "lead"])
 
 
 def _at(curve: Curve, k: int) -> Float[np.ndarray, "prompt"]:
@@ -145,11 +60,12 @@ def _at(curve: Curve, k: int) -> Float[np.ndarray, "prompt"]:
     return np.asarray(curve.values[curve.ks.index(min(k, curve.ks[-1]))])
 
 
-def _generator() -> np.random.Generator:
+def generator() -> np.random.Generator:
+    """Of every bootstrap, the same each time."""
     return np.random.default_rng(SEED)
 
 
 def mean_interval(values: Float[np.ndarray, "prompt"]) -> Interval:
     """The mean with its interval over prompts."""
-    low, high = interval(bootstrap_means(values, _generator()))
+    low, high = interval(bootstrap_means(values, generator()))
     return float(values.mean()), float(low), float(high)

@@ -17,6 +17,7 @@ from tclib.greater_than.components import feature_contributions
 from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
 
+THIRDS = ("early", "middle", "late")
 N_LAYER_0_FEATURES = 10  # over which the authors' de-embedding score is summed
 
 
@@ -82,3 +83,17 @@ def _mean_by_answer(values: Float[Tensor, "prompt"], task: GreaterThan) -> dict[
     frame = pd.DataFrame({"answer": asked, "value": values.double().cpu().numpy()})
     means = frame.groupby("answer")["value"].mean()
     return {int(answer): float(mean) for answer, mean in zip(means.index, means, strict=True)}
+
+
+def highest_third(
+    curves: pd.DataFrame, feature: int, column: str
+) -> tuple[str, tuple[float, float, float]]:
+    """Which third of the answers a feature's curve is highest on, and its mean over each (early, middle, late).
+
+    What a curve has in common for all answers changes no probability among them: the thirds say what it prefers.
+    A tie, in three decimals, goes to the earlier one.
+    """
+    own = curves[curves["feature"] == feature].sort_values("answer")[column].to_numpy(float)
+    early, middle, late = (float(part.mean()) for part in np.array_split(own, 3))
+    highest = int(np.argmax(np.round([early, middle, late], 3)))
+    return THIRDS[highest], (early, middle, late)

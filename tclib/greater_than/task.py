@@ -294,9 +294,13 @@ def _misfit(
 @torch.no_grad()
 def mean_probability_difference(lm: LanguageModel, task: GreaterThan) -> float:
     """The paper's metric of a model: the mean difference over the prompts that count."""
-    scored = task.scored()
-    probabilities = scored.answer_probabilities(lm.last_logits(scored.tokens))
-    return float(scored.differences(probabilities).mean())
+    return float(probability_differences(lm, task.scored()).mean())
+
+
+@torch.no_grad()
+def probability_differences(lm: LanguageModel, task: GreaterThan) -> Float[Tensor, "prompt"]:
+    """The paper's metric of each prompt."""
+    return task.differences(task.answer_probabilities(lm.last_logits(task.tokens)))
 
 
 @torch.no_grad()

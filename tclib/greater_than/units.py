@@ -15,6 +15,8 @@ from tclib.models.language_model import LanguageModel
 from tclib.models.running import LowerRun
 from tclib.support.errors import InputError
 
+AT_MEAN = ", others at their mean"
+
 
 @dataclass(frozen=True)
 class Units:
@@ -64,6 +66,23 @@ def neuron_units(lm: LanguageModel, below: LowerRun) -> Units:
     weights = lm.neuron_weights(below.layer)
     rest = weights.b_out.expand_as(below.mlp_out)
     return Units("neurons", below.neuron_acts, weights.W_out, rest)
+
+
+def at_mean(units: Units, task: GreaterThan) -> Units:
+    """The same output, from which a unit that is ablated goes to its mean instead of to 0.
+
+        rest' = rest + Σ_i ā_i W_dec[i],   acts' = acts − ā
+
+    ā is a unit's mean over the scored prompts of one sentence, at each position by itself, so that what a unit
+    loses is what differs between years (as `ablation_effects` ablates an MLP).
+    """
+    is_scored = task.is_scored.to(units.acts.device)
+    sentence = torch.tensor(task.template_idx, device=units.acts.device)
+    mean = torch.zeros_like(units.acts)
+    for one in sorted(set(task.template_idx)):
+        mean[sentence == one] = units.acts[(sentence == one) & is_scored].mean(0)
+    rest = units.rest + mean @ units.W_dec
+    return replace(units, name=units.name + AT_MEAN, acts=units.acts - mean, rest=rest)
 
 
 def random_direction_units(units: Units, generator: torch.Generator) -> Units:

@@ -92,6 +92,9 @@ class GreaterThanResults:
     reading_heads: pd.DataFrame
     feature_curves: pd.DataFrame
     curves: pd.DataFrame
+    ahead: pd.DataFrame
     harmful: pd.DataFrame
+    held_out_harm: pd.DataFrame
+    controls: pd.DataFrame
     summary: dict[str, Any]
     step: Step

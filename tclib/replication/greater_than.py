@@ -4,7 +4,10 @@ components.csv   every MLP and head: mean and zero ablation, direct attribution
 reading_heads.csv   which heads carry the year into the chosen MLP's features
 feature_curves.csv   Figure 4: direct logit attribution and de-embedding of each feature over YY
 curves.csv   Figure 5 left: probability difference against k, mean and interval, every ranking and kind
-harmful.csv  Figure 5 right: what leaving single features out changes
+ahead.csv    at which of the first ten k features lead, neurons lead, or neither
+harmful.csv  Figure 5 right: what leaving single features, or single neurons, out changes
+held_out_harm.csv   the same for the one that hurts, chosen on some prompts and tested on others
+controls.csv the headline statistics for the transcoder, and for what must not pass for one
 summary.json the single figures (original, all features, without the harmful one, where the curves cross)
 """
 
@@ -12,11 +15,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -33,19 +35,19 @@ from tclib.figures.greater_than import (
 from tclib.figures.style import save_figure
 from tclib.greater_than.analysis import analyse, first_template
 from tclib.greater_than.components import ablation_effects, strongest_mlp
-from tclib.greater_than.evidence import (
-    Interval,
-    best_lags,
-    is_worth_something,
-    shift_evidence,
-)
+from tclib.greater_than.controls import STATISTICS
+from tclib.greater_than.evidence import Interval, is_worth_something
+from tclib.greater_than.feature_curves import highest_third
+from tclib.greater_than.kinds import FEATURES
+from tclib.greater_than.lags import best_lags, shift_evidence, shift_test
 from tclib.greater_than.task import GreaterThan, mean_probability_difference
+from tclib.models.controls import with_shuffled_mlp
 from tclib.replication.artifacts import GreaterThanResults, Trained
 from tclib.replication.checks import COLUMNS, check_line, printed_tolerance
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
-from tclib.replication.transcoders import train_once
-from tclib.replication.verdicts import Line, Measured, decided
+from tclib.replication.transcoders import Teacher, train_once
+from tclib.replication.verdicts import RULES, Line, Measured, decided, verdict
 from tclib.support.files import new_file
 from tclib.support.progress import progress
 from tclib.support.steps import ensure, save_table, write_csv
@@ -53,10 +55,22 @@ from tclib.support.steps import ensure, save_table, write_csv
 STEP = "06_greater_than"
 COMPONENTS_STEP = f"{STEP}_components"
 SAES_STEP = f"{STEP}_saes"
+CONTROL_STEP = f"{STEP}_control"
 REPLACEMENTS_STEP = f"{STEP}_replacements"
+CONTROL_SHARE = 4  # the control's transcoder sees a quarter of the tokens that the others see
 # (0.798 − 0.629) / (0.883 − 0.629): the value with the bias alone is read off Figure 5.
 PAPER_KEPT = 0.665
-TABLES = ("components", "reading_heads", "feature_curves", "curves", "harmful")
+TABLES = (
+    "components",
+    "reading_heads",
+    "feature_curves",
+    "curves",
+    "ahead",
+    "harmful",
+    "held_out_harm",
+    "controls",
+)
+THIRDS_OF = {"reads": "de_embedding", "promotes": "dla"}
 FIGURES = ("components", "graph", "figure_4", "figure_5_left", "figure_5_right")
 
 
@@ -122,14 +136,48 @@ def _task_saes(run: Run) -> Trained | None:
     return run.swept.only(names)
 
 
+def _control(run: Run) -> Trained | None:
+    """A transcoder of the same recipe, on a quarter of the tokens, of the chosen MLP with its neurons shuffled.
+
+    None where the transcoders are the released ones, whose recipe is not this run's, or none is of that MLP.
+    """
+    config, layer, seed = run.preset.transcoders, chosen_layer(run), run.preset.seed
+    if config.published or layer not in config.chosen_layers(run.lm):
+        return None
+    full = config.training
+    training = replace(
+        full,
+        n_tokens=max(full.batch_size, full.n_tokens // CONTROL_SHARE),
+        warmup_steps=full.warmup_steps // CONTROL_SHARE,
+        decay_steps=full.decay_steps // CONTROL_SHARE,
+        cache_activations=False,  # of a model that nothing else reads
+    )
+    teacher = Teacher(
+        f"MLP {layer} shuffled by seed {seed}", lambda: with_shuffled_mlp(run.lm, layer, seed)
+    )
+    return train_once(run, CONTROL_STEP, [config.at("transcoder", layer)], training, teacher)
+
+
+def _learned(trained: Trained) -> dict[str, float]:
+    """The end of a dictionary's training: its tokens, and L0 and FVU on its last batch."""
+    last = trained.log.iloc[-1]
+    return {"n_tokens": int(last["n_tokens"]), "l0": float(last["l0"]), "fvu": float(last["fvu"])}
+
+
 def make_greater_than(run: Run) -> GreaterThanResults:
     """The artifacts of step 06, made once; the SAE nearest in L0 is set beside the transcoder.
 
     Errors: `InputError` if the chosen layer has no transcoder.
     """
     step, config = run.step(STEP), run.preset.greater_than
-    trained = _task_saes(run)
-    saes, hashes = ({}, {}) if trained is None else (trained.dictionaries, trained.hashes)
+    trained, controls = _task_saes(run), _control(run)
+    saes = trained.dictionaries if trained else {}
+    control = next(iter(controls.dictionaries.values())) if controls else None
+    # The control's file may have the name of the transcoder's.
+    hashes = {
+        f"control {name}": value for name, value in (controls.hashes if controls else {}).items()
+    }
+    hashes |= trained.hashes if trained else {}
     inputs = {"model": run.model_hash, **run.trained.hashes, **hashes}
 
     def make() -> Mapping[str, Any]:
@@ -138,14 +186,18 @@ def make_greater_than(run: Run) -> GreaterThanResults:
         frozen = FrozenPrompts(run.lm, tokens, run.transcoders.values())
         head = None if config.head is None else Head(*config.head)
         layer = chosen_layer(run)
-        tables, summary = analyse(frozen, task, run.components, saes, layer, head, run.preset.seed)
+        seed = run.preset.seed
+        tables, summary = analyse(frozen, task, run.components, saes, layer, head, seed, control)
+        summary["control"] = None if controls is None else _learned(controls)
         for name, table in tables.items():
             write_csv(table, step, name)
         with new_file(step.folder / "summary.json") as path:
             path.write_text(json.dumps(summary, indent=2))
         return summary
 
-    ensure(step, {**asdict(config), "seed": run.preset.seed}, inputs, make)
+    # Runs of earlier versions, which had other tables, are refused.
+    parameters = {**asdict(config), "seed": run.preset.seed, "tables": list(TABLES)}
+    ensure(step, parameters, inputs, make)
     summary = json.loads((step.folder / "summary.json").read_text())
     summary["evidence"] = {name: tuple(one) for name, one in summary["evidence"].items()}
     tables = {name: pd.read_csv(step.folder / f"{name}.csv") for name in TABLES}
@@ -165,7 +217,7 @@ def figure(run: Run, name: str) -> Figure:
         "graph": lambda: _graph_figure(run),
         "figure_4": lambda: feature_curve_figure(features),
         "figure_5_left": lambda: ablation_figure(curves, summary),
-        "figure_5_right": lambda: harmful_figure(curves, features, summary),
+        "figure_5_right": lambda: harmful_figure(curves, features, found.held_out_harm, summary),
     }
     return save_figure(draw[name](), found.step, name)
 
@@ -214,16 +266,16 @@ def greater_than_table(
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
-def greater_than_claims(summary: Mapping[str, Any], lags: pd.DataFrame, model: str) -> list[Line]:
+def greater_than_claims(
+    summary: Mapping[str, Any], ahead: pd.DataFrame, curves: pd.DataFrame, model: str
+) -> list[Line]:
     """Section 5.2's claims: the behaviour, the transcoder in the MLP's place, features and neurons, Figure 4."""
     published = {row["quantity"]: float(row["value"]) for row in paper_table("greater_than")}
     paper = {name.removeprefix("probability_difference_"): v for name, v in published.items()}
+    lags, test = best_lags(curves), shift_test(curves)
     measured = measured_evidence(summary["evidence"], lags)
     own = {name: one.in_words for name, one in measured.items()}
-    worth = summary["evidence"]["worth"][0]
-    ahead = len(summary["features_ahead_1_to_10"])
-    later = int((lags["lag"] > 0).sum())
-    r = f"r from {lags['r'].min():.2f} to {lags['r'].max():.2f}" if len(lags) else "not measurable"
+    worth, layer = summary["evidence"]["worth"][0], summary["layer"]
     return [
         decided(
             "behaviour",
@@ -233,31 +285,42 @@ def greater_than_claims(summary: Mapping[str, Any], lags: pd.DataFrame, model: s
         ),
         decided(
             "kept",
-            f"{paper['transcoder_all_features']:.3f} of {paper['original']:.3f}: {PAPER_KEPT:.0%} of what MLP 10 adds",
-            f"{summary['all_features']:.3f} of {summary['original']:.3f}: {own['kept']} of what MLP "
-            f"{summary['layer']} adds, {worth:.3f}",
+            f"{paper['transcoder_all_features']:.3f} of {paper['original']:.3f}: {PAPER_KEPT:.0%} of what MLP 10 "
+            "adds over its output bias alone",
+            f"{summary['all_features']:.3f} of {summary['original']:.3f}: {own['kept']} of the {worth:.3f} that "
+            f"MLP {layer} adds over its output bias alone",
             measured["kept"],
         ),
         decided(
             "first_features",
             f"features ahead for every k below {published['first_k_where_features_fall_behind']:.0f}",
-            f"{own['first_features']}; ahead at {ahead} of the first 10 k",
+            f"{own['first_features']}; of k from 1 to 10 {leads_in_words(ahead, FEATURES)}",
             measured["first_features"],
         ),
         decided(
             "harmful",
             f"{paper['transcoder_all_features']:.3f} → {paper['transcoder_without_5315']:.3f} without 5315",
             f"{summary['all_features']:.3f} → {summary['without_harmful']:.3f} without "
-            f"{summary['harmful_feature']}; on other prompts than chose it {own['harmful']}",
+            f"{summary['harmful_feature']}; on other prompts than chose it, less the worst neuron's gain, "
+            f"{own['harmful']}",
             measured["harmful"],
         ),
         decided(
             "shift",
             "three of three shown (read off Figure 4)",
-            f"{later} of {len(lags)}; {r}",
+            f"{test.in_words}; r from {lags['r'].min():.2f} to {lags['r'].max():.2f}"
+            if test
+            else "not measurable",
             measured["shift"],
         ),
     ]
+
+
+def leads_in_words(ahead: pd.DataFrame, units: str) -> str:
+    """At how many k features lead, neurons lead, or neither does."""
+    lead = ahead[ahead["units"] == units]["lead"]
+    counts = {"features lead at": 1, "neurons at": -1, "ties at": 0}
+    return ", ".join(f"{what} {int((lead == sign).sum())}" for what, sign in counts.items())
 
 
 def measured_evidence(evidence: Mapping[str, Interval], lags: pd.DataFrame) -> dict[str, Measured]:
@@ -271,8 +334,28 @@ def measured_evidence(evidence: Mapping[str, Interval], lags: pd.DataFrame) -> d
 
 
 def lag_table(results: GreaterThanResults) -> pd.DataFrame:
-    """`best_lags` of Figure 4's features, kept beside it."""
-    return save_table(best_lags(results.feature_curves), results.step, "lags")
+    """`best_lags` of Figure 4's features and which third of the answers each reads and promotes, kept beside it."""
+    curves, lags = results.feature_curves, best_lags(results.feature_curves)
+    shapes = [
+        {name: highest_third(curves, feature, column)[0] for name, column in THIRDS_OF.items()}
+        for feature in lags["feature"]
+    ]
+    table = pd.concat([lags, pd.DataFrame(shapes, columns=list(THIRDS_OF))], axis=1)
+    return save_table(table, results.step, "lags")
+
+
+def controls_shown(results: GreaterThanResults) -> pd.DataFrame:
+    """The controls, one a row: each statistic with its interval, and what its rule says of it."""
+    worth = is_worth_something(results.summary["evidence"]["worth"])
+
+    def cell(line: Any) -> str:
+        measured = Measured(line.value, line.low, line.high, worth)
+        said = f": {verdict(line.statistic, measured)}" if line.statistic in RULES else ""
+        return f"{line.value:+.3f} ({line.low:+.3f} to {line.high:+.3f}){said}"
+
+    table = results.controls.assign(cell=[cell(line) for line in results.controls.itertuples()])
+    wide = table.pivot(index="control", columns="statistic", values="cell").fillna("")
+    return wide.loc[table["control"].unique(), list(STATISTICS)]
 
 
 def measured(run: Run) -> dict[str, Measured]:
@@ -284,81 +367,4 @@ def measured(run: Run) -> dict[str, Measured]:
 def claims(run: Run) -> list[Line]:
     """Section 5.2's claims."""
     found = run.greater_than
-    return greater_than_claims(found.summary, best_lags(found.feature_curves), run.preset.model)
-
-
-# ---------------------------------------------------------------------------------------------
-# Words
-
-
-def components_in_words(results: GreaterThanResults) -> str:
-    """Ours, of the ablation figure (Markdown)."""
-    table, summary = results.components, results.summary
-    head = tuple(summary["head"])
-    line = table[(table["layer"] == head[0]) & (table["head"] == head[1])].iloc[0]
-    mlp = table[(table["layer"] == summary["layer"]) & (table["head"] < 0)].iloc[0]
-    ranked = table[table["head"] >= 0].sort_values("mean_drop", ascending=False)["component"]
-    return (
-        f"*Ours:* over {summary['n_prompts']} prompts, MLP {summary['layer']} (mean ablation costs "
-        f"{mlp['mean_drop']:.3f}) and head {head[0]}.{head[1]} ({line['mean_drop']:.3f}), which varies most "
-        "with the year among the heads that the MLP's features read; by ablation the first head is "
-        f"{ranked.iloc[0].removeprefix('head ')}."
-    )
-
-
-def feature_curves_in_words(results: GreaterThanResults) -> str:
-    """Ours, of Figure 4 (Markdown)."""
-    curves, head = results.feature_curves, results.summary["head"]
-    shares = [
-        float(np.corrcoef(own["dla"], own["de_embedding"])[0, 1])
-        for _, own in curves[curves["rank"] <= 10].groupby("feature")
-        if own["de_embedding"].notna().all()
-    ]
-    median = f"{np.median(shares):.2f}" if shares else "not defined"
-    return (
-        f"*Ours:* the ten features whose activation varies most, through head {head[0]}.{head[1]}; median "
-        f"correlation of attribution and de-embedding {median}."
-    )
-
-
-def _listed(ks: Sequence[int]) -> str:
-    return f"{len(ks)} ({', '.join(map(str, ks))})" if ks else "none"
-
-
-def ablation_in_words(results: GreaterThanResults) -> str:
-    """Ours, of Figure 5, left (Markdown)."""
-    summary = results.summary
-    ahead, better = summary["features_ahead_1_to_10"], summary["ahead_without_harmful"]
-    worth = summary["original"] - summary["mlp_bias_only"]
-    if len(ahead) == 10:
-        reading = "At equal k the features do better for every k from 1 to 10."
-    else:
-        reading = (
-            f"At equal k the features do better at {_listed(ahead)} of the k from 1 to 10: this MLP adds "
-            f"only {worth:.3f} to the metric, and its transcoder's output bias alone gives another start than "
-            "the MLP's own bias, so the first features mostly repair that. The paper's claim is not borne out as "
-            f"it stands; without the one feature that hurts (below) features are ahead at {_listed(better)}."
-        )
-    crossing = summary["crossing"]
-    return (
-        f"*Ours:* MLP {summary['layer']}, original {summary['original']:.3f}, all features "
-        f"{summary['all_features']:.3f}; features first fall behind at k = "
-        f"{'none' if crossing is None else crossing}. {reading}"
-    )
-
-
-def harmful_in_words(results: GreaterThanResults) -> str:
-    """Ours, of Figure 5, right (Markdown)."""
-    summary, best = results.summary, results.harmful.iloc[0]
-    agree = int(best["unit"]) == summary["harmful_feature"] and best["gain"] > 0
-    return (
-        f"*Ours:* feature {summary['harmful_feature']} (number {summary['harmful_rank']} by variance): "
-        f"{summary['all_features']:.3f} becomes {summary['without_harmful']:.3f}. Leaving out one of the first "
-        f"fifty at a time, the largest gain is {best['gain']:+.4f} (feature {int(best['unit'])}). "
-        + (
-            "The two agree on it."
-            if agree
-            else "The steepest step and the largest gain are different features: a step depends on what is "
-            "kept already."
-        )
-    )
+    return greater_than_claims(found.summary, found.ahead, found.feature_curves, run.preset.model)

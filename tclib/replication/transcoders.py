@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -24,6 +24,7 @@ from tclib.evaluation.whole_model import (
 )
 from tclib.figures.style import save_figure
 from tclib.figures.training import layer_faithfulness, training_curves
+from tclib.models.language_model import LanguageModel
 from tclib.replication.artifacts import Trained
 from tclib.replication.model_and_data import TRANSCODERS_STEP as STEP
 from tclib.replication.paper import paper_table
@@ -117,8 +118,19 @@ def _released_files(run: Run) -> list[Path]:
         return []
 
 
+class Teacher(NamedTuple):
+    """Another model than the run's, from which dictionaries learn: what it is, and how it is made."""
+
+    what: str
+    make: Callable[[], LanguageModel]
+
+
 def train_once(
-    run: Run, step_name: str, specs: list[DictionarySpec], training: TrainingConfig
+    run: Run,
+    step_name: str,
+    specs: list[DictionarySpec],
+    training: TrainingConfig,
+    teacher: Teacher | None = None,
 ) -> Trained:
     """Dictionaries of a step, trained if they are not there yet.
 
@@ -126,14 +138,19 @@ def train_once(
     """
     step = run.step(step_name)
     parameters = {"specs": [asdict(spec) for spec in specs], "training": asdict(training)}
+    parameters |= {"teacher": teacher.what} if teacher else {}
     inputs = run.inputs()
 
     def make() -> Mapping[str, Any]:
         cache = run.preset.folder / CACHE
-        copied = _copy_trained(run.step(STEP), step, parameters, inputs)
+        lm, copied = run.lm, []
+        if teacher is None:
+            copied = _copy_trained(run.step(STEP), step, parameters, inputs)
+        else:
+            lm = teacher.make()
         rest = [spec for spec in specs if spec.name not in copied]
         if rest:
-            train(run.lm, run.corpus.train, rest, training, step.folder, cache)
+            train(lm, run.corpus.train, rest, training, step.folder, cache)
         return {"n_dictionaries": len(specs)}
 
     manifest = ensure(step, parameters, inputs, make)

@@ -93,6 +93,13 @@ def fisher_p(n_hits: int, n: int, n_other_hits: int, n_other: int) -> float:
     return sum(way for way in ways if way <= own) / math.comb(n_all, n_hits_all)
 
 
+def sign_test_p(n_hits: int, n: int) -> float:
+    """The exact sign test, two-sided: the chance of n fair coins showing a split as uneven, or more so; 1 for none."""
+    rarer = min(n_hits, n - n_hits)
+    n_ways = sum(math.comb(n, hits) for hits in range(rarer + 1))
+    return min(1.0, n_ways / 2.0 ** (n - 1))
+
+
 def to_numpy(values: Tensor) -> np.ndarray:
     """A tensor as float64 on the CPU, for tables."""
     return values.double().cpu().numpy()

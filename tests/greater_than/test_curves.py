@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from tiny import D_VOCAB, GEOMETRIES, freeze, random_rows, random_transcoder, tiny_lm
+from tiny_task import in_two_sentences, make_task
 
 from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.replace import replace_mlp, set_mlp_out
-from tclib.greater_than.analysis import FEATURES, prepare
 from tclib.greater_than.components import (
     Component,
     ablate_component,
@@ -35,8 +35,10 @@ from tclib.greater_than.curves import (
     rank_by_attribution,
     steepest_drop,
 )
+from tclib.greater_than.kinds import FEATURES, prepare
 from tclib.greater_than.task import GreaterThan
 from tclib.greater_than.units import (
+    at_mean,
     dictionary_units,
     neuron_units,
     random_direction_units,
@@ -44,23 +46,6 @@ from tclib.greater_than.units import (
 )
 from tclib.models.language_model import LanguageModel
 from tclib.support.errors import InputError
-
-
-def make_task(n_prompts: int = 12, n_answers: int = 9) -> GreaterThan:
-    """Random prompts whose 'numbers' are 1 to 12 and whose answers are tokens 20 to 28."""
-    numbers = tuple(range(1, n_prompts + 1))
-    answers = tuple(range(0, 2 * n_answers, 2))
-    greater = torch.tensor(answers)[None, :] > torch.tensor(numbers)[:, None]
-    return GreaterThan(
-        "years",
-        random_rows(n_prompts, 6).long(),
-        numbers,
-        (0,) * n_prompts,
-        3,
-        torch.arange(20, 20 + n_answers),
-        answers,
-        greater,
-    )
 
 
 def transcoder(layer: int, kind: str = "relu") -> Dictionary:
@@ -214,6 +199,36 @@ def test_the_control_keeps_norms_and_activations() -> None:
     control = random_direction_units(units, torch.Generator().manual_seed(0))
     torch.testing.assert_close(control.W_dec.norm(dim=1), units.W_dec.norm(dim=1))
     assert torch.equal(control.acts, units.acts) and not torch.allclose(control.W_dec, units.W_dec)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_neurons_all_at_their_mean_are_the_mean_ablated_mlp(geometry: str) -> None:
+    """Sentence by sentence, as the components are ablated; with all units kept nothing has changed."""
+    lm, task = tiny_lm(geometry), in_two_sentences(make_task())
+    below = lm.run_below(task.tokens, 1)
+    units = neuron_units(lm, below)
+    by_mean = at_mean(units, task)
+    torch.testing.assert_close(by_mean.output(), units.output(), rtol=1e-4, atol=1e-5)
+    order = rank_by_variance(units, task)
+    curve = ablation_curve(lm, task, below, by_mean, order, [0, 3, units.n_units])
+    effects = ablation_effects(lm, task).set_index("component").loc["MLP 1"]
+    assert curve.at(0) == pytest.approx(effects["mean_ablated"], abs=1e-5)
+    assert curve.at(units.n_units) == pytest.approx(effects["original"], abs=1e-5)
+
+
+def test_a_unit_at_its_mean_by_hand() -> None:
+    """One unit of two sentences' prompts, of which the last does not count."""
+    lm, task = tiny_lm(), make_task(4)
+    task = replace(task, numbers=(1, 2, 3, 99), template_idx=(0, 0, 1, 1))
+    units = dictionary_units(transcoder(2), lm.run_below(task.tokens, 2))
+    acts = torch.zeros_like(units.acts)
+    acts[:, 5, 7] = torch.tensor([1.0, 3.0, 10.0, 50.0])
+    assert task.is_scored.tolist() == [True, True, True, False]
+    moved = at_mean(replace(units, acts=acts), task)
+    assert moved.acts[:, 5, 7].tolist() == [-1.0, 1.0, 0.0, 40.0]
+    mean = torch.tensor([2.0, 2.0, 10.0, 10.0])[:, None] * units.W_dec[7]
+    torch.testing.assert_close(moved.rest[:, 5], units.rest[:, 5] + mean)
+    torch.testing.assert_close(moved.rest[:, 4], units.rest[:, 4])
 
 
 # -- components ---------------------------------------------------------------------------------

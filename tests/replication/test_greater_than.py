@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from tiny import small_preset
 
 from tclib.circuits.frozen import FrozenPrompts
-from tclib.dictionaries.dictionary import new_dictionary
+from tclib.dictionaries.dictionary import Dictionary, new_dictionary
 from tclib.features.from_weights import Head
 from tclib.figures.greater_than import (
     ablation_figure,
@@ -21,11 +23,12 @@ from tclib.figures.greater_than import (
     feature_curve_figure,
     harmful_figure,
 )
-from tclib.greater_than.evidence import best_lags
 from tclib.greater_than.feature_curves import feature_curves
 from tclib.greater_than.task import GreaterThan
+from tclib.models.controls import with_shuffled_mlp
 from tclib.models.language_model import LanguageModel
 from tclib.replication import greater_than
+from tclib.replication import greater_than_words as words
 from tclib.replication.artifacts import GreaterThanResults
 from tclib.replication.greater_than import greater_than_claims, greater_than_table
 from tclib.replication.run import Run
@@ -154,22 +157,25 @@ def test_a_layer_without_a_transcoder_is_named(run: Run, tmp_path: Path) -> None
 def test_figures_and_captions_hold_what_was_computed(results: GreaterThanResults) -> None:
     summary, curves = results.summary, results.curves
     axes = ablation_figure(curves, summary).axes
+    assert axes[0].get_xlim() == (0, 60) and axes[1].get_xscale() == "symlog"
+    controls = {"random directions", "transcoder of the shuffled MLP"}
+    for axis in (axes[0], axes[1], axes[3]):  # wherever units are kept
+        assert controls <= {line.get_label() for line in axis.lines}
     shown = {line.get_label(): line for line in axes[0].lines}
     own = curves[(curves["units"] == "neurons") & (curves["ranking"] == "variance")]
     np.testing.assert_allclose(shown["neurons"].get_ydata(), own["value"])
     large = feature_curve_figure(results.feature_curves).axes
     assert large[0].get_title() == f"feature {summary['top_features'][0]}"
     assert len(large) == 10
-    assert harmful_figure(curves, results.feature_curves, summary).axes
+    assert harmful_figure(curves, results.feature_curves, results.held_out_harm, summary).axes
     assert component_figure(results.components).axes
-    words = [
-        greater_than.components_in_words(results),
-        greater_than.feature_curves_in_words(results),
-        greater_than.ablation_in_words(results),
-        greater_than.harmful_in_words(results),
-    ]
-    assert all(said.startswith("*Ours:*") for said in words)
-    assert f"{summary['original']:.3f}" in words[2]
+    ours = (words.components, words.feature_curves, words.ablation, words.harmful)
+    for word in ours:
+        assert word(results).startswith("*Ours:*") and len(word(results)) < 320
+    assert f"{summary['all_features']:.3f} becomes {summary['without_harmful']:.3f}" in ours[3](
+        results
+    )
+    assert f"{summary['original'] - summary['mlp_removed']:.3f} over 0" in words.worth(results)
 
 
 def test_published_figures_are_checked_and_mismatches_shown(results: GreaterThanResults) -> None:
@@ -189,12 +195,14 @@ def test_published_figures_are_checked_and_mismatches_shown(results: GreaterThan
 
 
 def test_verdicts_follow_the_numbers(results: GreaterThanResults) -> None:
-    lags = best_lags(results.feature_curves)
     evidence = results.summary["evidence"]
+
+    def claims_of(summary: dict[str, Any]) -> list[dict[str, str]]:
+        return greater_than_claims(summary, results.ahead, results.feature_curves, "x")
 
     def verdicts(**changed: tuple[float, float, float]) -> list[str]:
         summary = {**results.summary, "evidence": {**evidence, **changed}}
-        return [line["verdict"] for line in greater_than_claims(summary, lags, "x")]
+        return [line["verdict"] for line in claims_of(summary)]
 
     good = (0.9, 0.85, 0.95)
     worth, original = (0.3, 0.2, 0.4), good
@@ -205,6 +213,43 @@ def test_verdicts_follow_the_numbers(results: GreaterThanResults) -> None:
     assert found[:4] == ["not reproduced"] * 4
     nothing = verdicts(worth=(0.01, -0.02, 0.04), kept=good, first_features=good, harmful=good)
     assert nothing[1:4] == ["not applicable"] * 3
+
+
+def test_words_follow_the_numbers(results: GreaterThanResults) -> None:
+    """What is said of the feature that hurts is what its curve shows; a tie is no lead."""
+    curves, feature = results.feature_curves, results.summary["harmful_feature"]
+    own = curves["feature"] == feature
+    for third, low in (("early", 0), ("late", 70)):
+        made = curves.copy()
+        made.loc[own, "dla"] = made.loc[own, "answer"].between(low, low + 29).astype(float)
+        assert f"promotes {third} years most" in words.harmful(
+            replace(results, feature_curves=made)
+        )
+    ahead = results.ahead.assign(lead=[1, 0, 0, -1, -1, -1, 0, 0, 0, 0] * 3)
+    said = words.ablation(replace(results, ahead=ahead))
+    assert "features lead at 1, neurons at 3, ties at 6" in said
+    worst = results.harmful.assign(gain=np.where(results.harmful["is_steepest"], -1.0, 1.0))
+    assert "not " + str(feature) in words.confirmed(replace(results, harmful=worst))
+
+
+def test_the_control_is_of_the_shuffled_mlp(run: Run, results: GreaterThanResults) -> None:
+    step = run.step(greater_than.CONTROL_STEP)
+    manifest = json.loads((step.folder / "manifest.json").read_text())
+    assert manifest["parameters"]["teacher"] == "MLP 2 shuffled by seed 42"
+    (path,) = step.folder.glob("*.safetensors")
+    control = Dictionary.load(path, "", is_checked=True)
+    shuffled = with_shuffled_mlp(run.lm, 2, 42)
+    assert control.config.model_hash == shuffled.content_hash != run.lm.content_hash
+    shown = greater_than.controls_shown(results)
+    assert shown.index[0] == "transcoder features" and "untrained model" in shown.index
+    assert results.summary["control"]["n_tokens"] <= run.preset.transcoders.training.n_tokens
+
+
+def test_no_control_for_released_transcoders(run: Run) -> None:
+    config = replace(run.preset.transcoders, published="hub")
+    elsewhere = Run(replace(run.preset, transcoders=config))
+    elsewhere.__dict__["components"] = run.components
+    assert greater_than._control(elsewhere) is None
 
 
 def test_the_evidence_is_that_of_the_curves(results: GreaterThanResults) -> None:

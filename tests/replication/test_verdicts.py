@@ -14,8 +14,9 @@ from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.evaluation.equal_l0 import ce_gap, shared_l0
 from tclib.evaluation.evaluate import mean_mlp_outs
 from tclib.evaluation.whole_model import evaluate_whole_model
-from tclib.greater_than.analysis import FEATURES, NEURONS, prepare
-from tclib.greater_than.evidence import best_lags, kept_evidence, mean_interval, shift_evidence
+from tclib.greater_than.evidence import kept_evidence, mean_interval
+from tclib.greater_than.kinds import FEATURES, NEURONS, prepare
+from tclib.greater_than.lags import best_lags, shift_evidence, shift_test
 from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
 from tclib.replication.case_studies import studied
@@ -227,8 +228,42 @@ def test_a_planted_shift_is_found_for_each_feature() -> None:
     )
 
 
+def test_later_features_are_held_against_coins_and_against_other_pairings() -> None:
+    found = shift_test(feature_table([12, 10, 8, 15, 9, 11, 13, 7, -6, 0]))
+    assert found is not None
+    assert (found.n_later, found.n_earlier, found.n_tied) == (8, 1, 1)
+    assert found.sign_p == pytest.approx(2 * (1 + 9) / 2**9)  # of the nine that are not tied
+    assert "1 at the same year (for neither side)" in found.in_words
+    assert "p = 0.039" in found.in_words
+    # Bumps 4 years apart: by hand, every pair's lag is its own feature's shift plus 4 a rank.
+    shifts, ranks = np.array([30, 30, 30]), np.arange(3)
+    lags = shifts[:, None] + 4 * (ranks[:, None] - ranks[None])
+    planted = shift_test(feature_table(shifts.tolist()))
+    assert planted is not None and (lags > 0).all()
+    assert (planted.pairs_later, planted.permutation_p) == (
+        1.0,
+        1.0,
+    )  # nothing of the features' own
+    level = shift_test(feature_table([1, 1, 1, 1]))
+    assert level is not None and level.n_later == 4
+    # Later in every pairing only where nothing moves: of 24 pairings, the identity alone.
+    assert level.permutation_p == pytest.approx(1 / 24, abs=0.01)
+
+
+def test_the_null_of_a_feature_is_made_of_its_own_pairs() -> None:
+    """Two features whose curves fit each other's as well as their own, and one whose attribution fits none."""
+    years = np.arange(100)
+    table = feature_table([5, 5, 5])
+    odd = table["rank"] == 3
+    table.loc[odd, "dla"] = np.sin(years * 1.7) + (years % 7)
+    # Of a feature's own pair and four others only the odd attribution with its de-embedding is worse.
+    assert best_lags(table)["p"][:2].tolist() == [0.8, 0.8]
+    assert best_lags(feature_table([5]))["p"].tolist() == [1.0]  # no pair to compare with
+
+
 def test_no_lag_without_de_embeddings_or_with_ten_digits() -> None:
     table = feature_table([5, 5])
+    assert shift_test(table.assign(de_embedding=math.nan)) is None
     assert best_lags(table.assign(de_embedding=math.nan)).empty
     assert best_lags(feature_table([2, 2], n_answers=10)).empty
     assert all(map(math.isnan, shift_evidence(best_lags(feature_table([2], n_answers=10)))))

@@ -10,6 +10,7 @@ from tclib.support.statistics import (
     fisher_p,
     newcombe_interval,
     ratio_interval,
+    sign_test_p,
     slope_through_origin,
     spearman,
     student_interval,
@@ -93,3 +94,9 @@ def test_the_slope_has_the_least_absolute_deviations() -> None:
     x, y = generator.normal(size=31), generator.normal(size=31)
     found = np.abs(y - slope_through_origin(x, y) * x).sum()
     assert all(found <= np.abs(y - s * x).sum() + 1e-12 for s in np.linspace(-3, 3, 601))
+
+
+def test_the_sign_test_is_the_tail_of_fair_coins() -> None:
+    assert sign_test_p(10, 10) == sign_test_p(0, 10) == pytest.approx(2 / 1024)
+    assert sign_test_p(8, 10) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert sign_test_p(5, 10) == sign_test_p(0, 0) == 1.0
