@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tclib.figures.style import (
     BLUE,
@@ -28,7 +29,7 @@ STYLE: dict[str, dict[str, Any]] = {
     "neurons": {"color": VERMILION, "linestyle": "--"},
     "SAE features": {"color": GREEN, "linestyle": "-."},
     "random directions": {"color": "#777777", "linestyle": ":"},
-    "transcoder of the shuffled MLP": {"color": "#777777", "linestyle": (0, (1, 3))},
+    "transcoder of the shuffled MLP": {"color": "#8C5A2B", "linestyle": (0, (5, 2, 1, 2, 1, 2))},
     "transcoder features, without the one that hurts": {"color": PINK, "linestyle": "-"},
     "neurons, without the one that hurts": {"color": "#E69F00", "linestyle": "--"},
 }
@@ -93,8 +94,13 @@ def _head_panel(figure: Figure, axis: Axes, heads: pd.DataFrame, column: str, ti
 
 
 @styled
-def feature_curve_figure(curves: pd.DataFrame, n_large: int = 3, n_small: int = 7) -> Figure:
-    """Figure 4: the first features large, the next as small multiples, in the order of the ranking."""
+def feature_curve_figure(
+    curves: pd.DataFrame, lags: pd.DataFrame, n_large: int = 3, n_small: int = 7
+) -> Figure:
+    """Figure 4: the first features large, the next as small multiples, in the order of the ranking.
+
+    Over each stands how many years later its attribution lies than its de-embedding, if `lags` says so.
+    """
     features = curves.drop_duplicates("feature").sort_values("rank")["feature"].tolist()
     large, small = features[:n_large], features[n_large : n_large + n_small]
     figure = plt.figure(figsize=(12.5, 6.4))
@@ -108,8 +114,17 @@ def feature_curve_figure(curves: pd.DataFrame, n_large: int = 3, n_small: int = 
         draw_feature_curves(axis, curves, feature)
         axis.tick_params(labelsize=6)
         axis.set_xlabel("")
+    for axis, feature in zip([*top.axes, *small_axes], features, strict=False):
+        own = lags[lags["feature"] == feature]["lag"].tolist()
+        axis.set_title(f"feature {feature}{_later(*own)}")
     legend_below(figure, top.axes[0], 3, fontsize=8)
     return figure
+
+
+def _later(lag: int | None = None) -> str:
+    if lag is None:
+        return ""
+    return f": {abs(lag)} {'later' if lag > 0 else 'earlier'}" if lag else ": same year"
 
 
 def draw_feature_curves(axis: Axes, curves: pd.DataFrame, feature: int) -> None:
@@ -256,6 +271,7 @@ def _draw_held_out(axis: Axes, held_out: pd.DataFrame) -> None:
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_ylim(-0.5, len(labels) - 0.5)
     axis.set_xlabel("Gain without it (probability difference)")
+    axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.legend(fontsize=8, loc="upper left")
 
 

@@ -43,6 +43,14 @@ def is_worth_something(worth: Interval) -> bool:
     return value >= MIN_WORTH and low > 0
 
 
+def is_kept(kept: Interval) -> bool:
+    """The premise of a feature that hurts: its transcoder surely keeps something of what the MLP adds.
+
+    Of one that keeps nothing, like random directions, some unit always hurts.
+    """
+    return kept[1] > 0
+
+
 def ahead_by_k(one: Curve, other: Curve, ks: Iterable[int] = FIRST_KS) -> pd.DataFrame:
     """Which of two curves is ahead at each k: a lead counts where its paired interval leaves out 0, else it is a tie.
 

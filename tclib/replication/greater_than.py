@@ -36,7 +36,7 @@ from tclib.figures.style import save_figure
 from tclib.greater_than.analysis import analyse, first_template
 from tclib.greater_than.components import ablation_effects, strongest_mlp
 from tclib.greater_than.controls import STATISTICS
-from tclib.greater_than.evidence import Interval, is_worth_something
+from tclib.greater_than.evidence import Interval, is_kept, is_worth_something
 from tclib.greater_than.feature_curves import highest_third
 from tclib.greater_than.kinds import FEATURES
 from tclib.greater_than.lags import best_lags, shift_evidence, shift_test
@@ -215,7 +215,7 @@ def figure(run: Run, name: str) -> Figure:
     draw = {
         "components": lambda: component_figure(found.components),
         "graph": lambda: _graph_figure(run),
-        "figure_4": lambda: feature_curve_figure(features),
+        "figure_4": lambda: feature_curve_figure(features, best_lags(features)),
         "figure_5_left": lambda: ablation_figure(curves, summary),
         "figure_5_right": lambda: harmful_figure(curves, features, found.held_out_harm, summary),
     }
@@ -326,11 +326,11 @@ def leads_in_words(ahead: pd.DataFrame, units: str) -> str:
 def measured_evidence(evidence: Mapping[str, Interval], lags: pd.DataFrame) -> dict[str, Measured]:
     """The statistics of Section 5.2 by the names of their rules, with their premises."""
     is_worth = is_worth_something(evidence["worth"])
-    shares = {
-        name: Measured(*evidence[name], is_worth) for name in ("kept", "first_features", "harmful")
-    }
+    shares = {name: Measured(*evidence[name], is_worth) for name in ("kept", "first_features")}
+    harmful = Measured(*evidence["harmful"], is_worth and is_kept(evidence["kept"]))
     shift = Measured(*shift_evidence(lags), not lags.empty)
-    return {"behaviour": Measured(*evidence["original"]), **shares, "shift": shift}
+    behaviour = Measured(*evidence["original"])
+    return {"behaviour": behaviour, **shares, "harmful": harmful, "shift": shift}
 
 
 def lag_table(results: GreaterThanResults) -> pd.DataFrame:
@@ -346,12 +346,18 @@ def lag_table(results: GreaterThanResults) -> pd.DataFrame:
 
 def controls_shown(results: GreaterThanResults) -> pd.DataFrame:
     """The controls, one a row: each statistic with its interval, and what its rule says of it."""
-    worth = is_worth_something(results.summary["evidence"]["worth"])
+    is_worth = is_worth_something(results.summary["evidence"]["worth"])
+    by_name = results.controls.set_index(["control", "statistic"])
 
     def cell(line: Any) -> str:
-        measured = Measured(line.value, line.low, line.high, worth)
-        said = f": {verdict(line.statistic, measured)}" if line.statistic in RULES else ""
-        return f"{line.value:+.3f} ({line.low:+.3f} to {line.high:+.3f}){said}"
+        found = f"{line.value:+.3f} ({line.low:+.3f} to {line.high:+.3f})"
+        if line.statistic not in RULES:
+            return found
+        holds = is_worth
+        if line.statistic == "harmful":
+            holds &= is_kept(tuple(by_name.loc[(line.control, "kept")]))
+        measured = Measured(line.value, line.low, line.high, holds)
+        return f"{found}: {verdict(line.statistic, measured)}"
 
     table = results.controls.assign(cell=[cell(line) for line in results.controls.itertuples()])
     wide = table.pivot(index="control", columns="statistic", values="cell").fillna("")

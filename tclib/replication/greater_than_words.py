@@ -46,8 +46,8 @@ def feature_curves(results: GreaterThanResults) -> str:
     if test is None:
         return f"{through}, no lag can be measured: it needs layer 0's transcoder and years as answers."
     return (
-        f"{through}: {test.in_words}; as many are later in {test.permutation_p:.1%} of random pairings, in which "
-        f"{test.pairs_later:.0%} lie later."
+        f"{through}: {test.in_words}; among random pairings of the curves {test.pairs_later:.0%} lie later, as many "
+        f"in {test.permutation_p:.1%} of them."
     )
 
 

@@ -93,7 +93,7 @@ RULES = {
         f"without the neuron that was so chosen, in shares of {_WORTH}",
         0.0,
         0.05,
-        _WORTH_PREMISE,
+        f"{_WORTH_PREMISE}; its transcoder surely keeps some of that",
     ),
     "shift": Rule(
         "Fig. 4: features are excited by years and promote later ones",

@@ -24,6 +24,7 @@ from tclib.figures.greater_than import (
     harmful_figure,
 )
 from tclib.greater_than.feature_curves import feature_curves
+from tclib.greater_than.lags import best_lags
 from tclib.greater_than.task import GreaterThan
 from tclib.models.controls import with_shuffled_mlp
 from tclib.models.language_model import LanguageModel
@@ -164,8 +165,11 @@ def test_figures_and_captions_hold_what_was_computed(results: GreaterThanResults
     shown = {line.get_label(): line for line in axes[0].lines}
     own = curves[(curves["units"] == "neurons") & (curves["ranking"] == "variance")]
     np.testing.assert_allclose(shown["neurons"].get_ydata(), own["value"])
-    large = feature_curve_figure(results.feature_curves).axes
-    assert large[0].get_title() == f"feature {summary['top_features'][0]}"
+    lags = best_lags(results.feature_curves)
+    large = feature_curve_figure(results.feature_curves, lags.assign(lag=range(-1, 9))).axes
+    said = [axis.get_title().split(": ") for axis in large]
+    assert said[0] == [f"feature {summary['top_features'][0]}", "1 earlier"]
+    assert [one[1] for one in said[1:4]] == ["same year", "1 later", "2 later"]
     assert len(large) == 10
     assert harmful_figure(curves, results.feature_curves, results.held_out_harm, summary).axes
     assert component_figure(results.components).axes
@@ -210,7 +214,8 @@ def test_verdicts_follow_the_numbers(results: GreaterThanResults) -> None:
     assert found[:4] == ["reproduced"] * 4
     bad = (-0.1, -0.2, 0.0)
     found = verdicts(original=bad, worth=worth, kept=bad, first_features=bad, harmful=bad)
-    assert found[:4] == ["not reproduced"] * 4
+    assert found[:4] == [*["not reproduced"] * 3, "not applicable"]  # nothing kept: some unit hurts
+    assert verdicts(worth=worth, kept=good, harmful=bad)[3] == "not reproduced"
     nothing = verdicts(worth=(0.01, -0.02, 0.04), kept=good, first_features=good, harmful=good)
     assert nothing[1:4] == ["not applicable"] * 3
 

@@ -15,6 +15,7 @@ from tclib.evaluation.equal_l0 import ce_gap, shared_l0
 from tclib.evaluation.evaluate import mean_mlp_outs
 from tclib.evaluation.whole_model import evaluate_whole_model
 from tclib.greater_than.evidence import kept_evidence, mean_interval
+from tclib.greater_than.harm import harm_evidence
 from tclib.greater_than.kinds import FEATURES, NEURONS, prepare
 from tclib.greater_than.lags import best_lags, shift_evidence, shift_test
 from tclib.greater_than.task import GreaterThan
@@ -88,8 +89,12 @@ def transcoder_of(W_dec: torch.Tensor, b_dec: torch.Tensor, layer: int) -> Dicti
 def evidence(lm: LanguageModel, dictionary: Dictionary) -> dict[str, Measured]:
     task = GreaterThan.of(lm)
     analysed = prepare(lm, task, dictionary, {}, seed=0)
-    curves = [analysed.curve(name, "variance", 12) for name in (FEATURES, NEURONS)]
-    found = {**kept_evidence(*curves), "harmful": (math.nan,) * 3}
+    curves = {
+        (name, "variance"): analysed.curve(name, "variance", 50) for name in (FEATURES, NEURONS)
+    }
+    features, neurons = curves.values()
+    harmful = harm_evidence(analysed, features, curves)
+    found = {**kept_evidence(features, neurons), "harmful": harmful}
     return measured_evidence(found, pd.DataFrame(columns=["lag"]))
 
 
@@ -132,6 +137,7 @@ def test_a_mean_ablated_mlp_keeps_nothing(demo: LanguageModel) -> None:
         "reproduced",
         "not applicable",
     )
+    assert verdict("harmful", found["harmful"]) == "not applicable"
 
 
 def test_random_directions_keep_nothing(demo: LanguageModel) -> None:
@@ -141,6 +147,7 @@ def test_random_directions_keep_nothing(demo: LanguageModel) -> None:
     found = evidence(demo, transcoder_of(W_dec, b_dec, LAYER))
     for name in ("kept", "first_features"):
         assert verdict(name, found[name]) not in ("reproduced", "not applicable"), name
+    assert verdict("harmful", found["harmful"]) == "not applicable"  # whatever hurts there
 
 
 def test_a_randomly_initialised_model_has_nothing_to_keep(demo: LanguageModel) -> None:
