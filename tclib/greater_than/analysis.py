@@ -75,18 +75,16 @@ def analyse(
     heads = reading_heads(frozen, dictionary, top, task.subject_pos)
     head = strongest_head(heads) if head is None else head
     curves = all_curves(analysed)
-    harmful = pd.DataFrame()
-    for name in MAIN:
-        table, without = harmful_units(analysed, curves[name, "variance"])
-        harmful = pd.concat([harmful, table], ignore_index=True)
-        curves[without.units, "variance"] = without
+    found = [harmful_units(analysed, curves[name, "variance"]) for name in MAIN]
+    harmful = pd.concat([table for table, _ in found], ignore_index=True)
+    curves |= {(without.units, without.ranking): without for _, without in found}
     worst = int(_steepest(harmful, FEATURES)["unit"])
     shown = [*top, *([] if worst in top else [worst])]
     tables = {
         "components": effects.merge(component_attributions(frozen, one)),
         "reading_heads": heads,
         "feature_curves": feature_curves(frozen, one, frozen.transcoders, dictionary, head, shown),
-        "curves": curve_table([*curves.values()]),
+        "curves": curve_table(list(curves.values())),
         "ahead": _ahead(curves),
         "harmful": harmful,
         "held_out_harm": held_out_table(analysed, curves),

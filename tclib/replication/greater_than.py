@@ -272,7 +272,7 @@ def greater_than_claims(
     """Section 5.2's claims: the behaviour, the transcoder in the MLP's place, features and neurons, Figure 4."""
     published = {row["quantity"]: float(row["value"]) for row in paper_table("greater_than")}
     paper = {name.removeprefix("probability_difference_"): v for name, v in published.items()}
-    lags, test = best_lags(curves), shift_test(curves)
+    lags = best_lags(curves)
     measured = measured_evidence(summary["evidence"], lags)
     own = {name: one.in_words for name, one in measured.items()}
     worth, layer = summary["evidence"]["worth"][0], summary["layer"]
@@ -308,12 +308,17 @@ def greater_than_claims(
         decided(
             "shift",
             "three of three shown (read off Figure 4)",
-            f"{test.in_words}; r from {lags['r'].min():.2f} to {lags['r'].max():.2f}"
-            if test
-            else "not measurable",
+            _shift_in_words(curves, lags),
             measured["shift"],
         ),
     ]
+
+
+def _shift_in_words(curves: pd.DataFrame, lags: pd.DataFrame) -> str:
+    test = shift_test(curves)
+    if test is None:
+        return "not measurable"
+    return f"{test.in_words}; r from {lags['r'].min():.2f} to {lags['r'].max():.2f}"
 
 
 def leads_in_words(ahead: pd.DataFrame, units: str) -> str:
