@@ -21,5 +21,5 @@ EQUATIONS = {
         "tclib.greater_than.feature_curves.feature_curves"
     ),
     "Figure 5: zero ablation of all but k": "tclib.greater_than.curves.ablation_curve",
-    "Figure 5: the feature that hurts": "tclib.greater_than.analysis.harmful_features",
+    "Figure 5: the feature that hurts": "tclib.greater_than.harm.harmful_units",
 }

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from tclib.evaluation.equal_l0 import ce_gap_table
 from tclib.figures.seeds import seeds_figure
 from tclib.figures.style import save_whole
-from tclib.greater_than.analysis import FEATURES, NEURONS
+from tclib.greater_than.kinds import FEATURES, NEURONS
 from tclib.replication.presets import Preset, load_preset
 from tclib.replication.results import statistics
 from tclib.replication.run import Run
