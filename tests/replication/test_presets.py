@@ -70,7 +70,7 @@ def test_the_seed_reaches_everything_that_draws_and_gets_its_own_folder(tmp_path
 
 
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="unknown preset 'dmeo': expected one of demo, demo-neox"):
+    with pytest.raises(InputError, match="unknown preset 'dmeo': expected one of demo, demo-long"):
         load_preset("dmeo")
     values = yaml.safe_load((presets.PRESETS / "demo.yaml").read_text())
     monkeypatch.setattr(presets, "PRESETS", tmp_path)
@@ -104,8 +104,8 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        ("companions 'gpt3': expected one of demo-neox, demo-wide, gpt2", {"companions": ["gpt3"]}),
-        ("companions 'demo': expected one of demo-neox", {"companions": ["demo"]}),
+        ("companions 'gpt3': expected one of demo-long, demo-neox, demo-wide, gpt2", {"companions": ["gpt3"]}),
+        ("companions 'demo': expected one of demo-long, demo-neox", {"companions": ["demo"]}),
         ("skipped '3': expected one of 00, 01, .*, 07$", {"skipped": {"3": "why"}}),
         (
             "greater_than: templates 'in 17': expected .* {yy:02d}",
