@@ -84,7 +84,9 @@ def test_captions_have_the_papers_part_ours_and_the_reason(path: Path) -> None:
     prose = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     assert "*Differs" in prose and "because*" in prose
-    assert re.search(r"words[.(]", code)  # ours, from the numbers; says the paper's part where prose does not
+    assert re.search(
+        r"words[.(]", code
+    )  # ours, from the numbers; says the paper's part where prose does not
     shown = "".join(
         "".join(o.get("data", {}).get("text/markdown", ""))
         for c in cells

@@ -20,6 +20,7 @@ from tclib.blind.ledger import Position
 from tclib.blind.predicates import Predicate
 from tclib.blind.session import BlindSession
 from tclib.evaluation.metrics import ACTIVE_SHARE
+from tclib.support.statistics import TIE
 
 N_POSITIONS = 6
 MIN_SHARE = 0.5  # of the maximum: which activations are looked at, as the paper's thresholds
@@ -110,8 +111,7 @@ def _look_at(
     _read_tokens(session, position, table[is_earlier], evidence, layer, feature, weight)
     middle = table[(kind == "feature") & (table["layer"] > 0)]
     listed = middle[(middle["feature"] >= 0) & (middle["contribution"] > 0)]
-    strongest = listed.nlargest(N_MIDDLE_FEATURES, "contribution")
-    followed = strongest if follow else strongest.iloc[:0]
+    followed = listed.iloc[: N_MIDDLE_FEATURES if follow else 0]  # strongest first
     current += float(middle["contribution"].drop(followed.index).sum())
     for line in followed.to_dict("records"):
         effect_here = float(line["contribution"])
@@ -140,7 +140,7 @@ def _read_tokens(
     evidence.read(evidence.current, session.lone_token(layer, feature, N_TOKENS), weight / 2)
     positive = earlier[(earlier["head"] >= 0) & (earlier["contribution"] > 0)]
     total = float(positive["contribution"].sum()) or 1.0
-    for line in positive.nlargest(N_HEADS, "contribution").to_dict("records"):
+    for line in positive.head(N_HEADS).to_dict("records"):
         strength = weight * float(line["contribution"]) / total
         head = (int(line["layer"]), int(line["head"]))
         extended = head[0] > 0 and layer > 0
@@ -157,7 +157,8 @@ def _conclude(evidence: _Evidence) -> Hypothesis:
     needs_current = bool(current) and without_current < ACTIVE_SHARE
     needs_attended = bool(attended) and without_attended < ACTIVE_SHARE
     if not (needs_current or needs_attended):
-        needs_current = bool(current) and (without_current <= without_attended or not attended)
+        leaves_less = without_current <= without_attended + TIE
+        needs_current = bool(current) and (leaves_less or not attended)
         needs_attended = bool(attended) and not needs_current
     predicate = Predicate(
         current if needs_current else None,
@@ -170,8 +171,8 @@ def _conclude(evidence: _Evidence) -> Hypothesis:
 
 
 def _strong(scores: dict[int, float]) -> frozenset[int]:
-    best = max(scores.values(), default=0.0)
-    return frozenset(i for i, value in scores.items() if value >= KEPT_SCORE * best and value > 0)
+    least = KEPT_SCORE * max(scores.values(), default=0.0) * (1 - TIE)
+    return frozenset(i for i, value in scores.items() if value >= least and value > 0)
 
 
 def _reach(distances: dict[int, float]) -> int:
@@ -179,7 +180,7 @@ def _reach(distances: dict[int, float]) -> int:
     total, covered = sum(distances.values()), 0.0
     for distance in sorted(distances):
         covered += distances[distance]
-        if covered >= 0.8 * total:
+        if covered >= 0.8 * total * (1 - TIE):
             return distance if distance <= 8 else 0
     return 0
 

@@ -84,4 +84,4 @@ def recovered_latents(
             "f1": f1[best, np.arange(len(names))],
             "n_features": (f1 >= threshold).sum(0),
         }
-    ).sort_values("f1", ascending=False, ignore_index=True)
+    ).sort_values("f1", ascending=False, ignore_index=True, kind="stable")

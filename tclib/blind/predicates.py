@@ -122,7 +122,8 @@ def _precision_recall_f1(said: Any, active: Any) -> tuple[float, float, float]:
     hits, n_said, n_active = (int(mask.sum()) for mask in (active & said, said, active))
     precision = hits / n_said if n_said else 0.0
     recall = hits / n_active
-    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    # By counts, of which 0.6 is 0.6: by precision and recall it may be a bit less.
+    f1 = 2 * hits / (n_said + n_active)
     return precision, recall, f1
 
 
@@ -165,7 +166,7 @@ def fit_predicate(
     best, best_f1 = candidates[0], -1.0
     for candidate in candidates:
         f1 = _precision_recall_f1(candidate.holds(rows, bos_id), active & text)[2]
-        if f1 > best_f1 + (0.05 if best_f1 >= 0 else 0.0):
+        if round(f1 - best_f1, 9) > (0.05 if best_f1 >= 0 else 0.0):
             best, best_f1 = candidate, f1
     return best
 
@@ -179,12 +180,13 @@ def _best_tokens(
 ) -> frozenset[int]:
     """Tokens, by their share of active positions, as many as raise F1 on the positions `within`.
 
+    Of equal shares the more frequent token is first, then the lower id.
     Tokens at the position itself (reach None), or before it.
     """
     active = active & within
     candidates = rows[active] if reach is None else _tokens_before(rows, active, reach)
     ids, counts = candidates.unique(return_counts=True)
-    common = ids[counts.argsort(descending=True)][: 4 * max_tokens]
+    common = ids[counts.argsort(descending=True, stable=True)][: 4 * max_tokens]
     masks = {i: _where(rows, i, reach) & within for i in common.tolist()}
     sizes = {i: int(mask.sum()) for i, mask in masks.items()}
     precision = {i: int((active & masks[i]).sum()) / size for i, size in sizes.items() if size}

@@ -41,7 +41,7 @@ from tclib.support.checked import checked
 from tclib.support.declared import Count, Natural, Share
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
-from tclib.support.statistics import to_numpy
+from tclib.support.statistics import ranked, to_numpy
 
 
 @dataclass
@@ -223,7 +223,7 @@ class BlindSession:
         table = found.table.assign(share=size / size.sum())
         if self.restricted:
             table = table[~((table["kind"] == "feature") & (table["layer"] == 0))]
-        by_size = table.sort_values("contribution", key=abs, ascending=False)
+        by_size = table.iloc[ranked(table["contribution"].abs())]
         answer = by_size.head(n_sources)
         if rest:
             answer = pd.concat([answer, _summed(by_size.iloc[n_sources:])])

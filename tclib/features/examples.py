@@ -22,6 +22,7 @@ from tclib.support.checked import checked
 from tclib.support.declared import Count, Positive
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
+from tclib.support.statistics import TIE, ranked, settled
 
 ROWS_PER_FORWARD = 16
 N_BANDS = 5
@@ -230,13 +231,14 @@ def sample_in_bands(
             f"{n_examples} examples asked for, but the feature fires on {len(values)} tokens: "
             f"ask for at most {len(values)}, or give more rows"
         )
-    order = np.argsort(values, kind="stable")
-    chosen = order[_nearest_unused(values[order], n_examples)]
+    tied = settled(values)
+    order = np.argsort(tied, kind="stable")
+    chosen = order[_nearest_unused(tied[order], n_examples)]
     width = values.max() / n_bands
     band = np.minimum((values[chosen] / width).astype(int), n_bands - 1)
     places = {"row": row.numpy()[chosen], "pos": pos.numpy()[chosen]}
     table = pd.DataFrame({**places, "activation": values[chosen], "band": band})
-    return table.sort_values("activation", ascending=False, ignore_index=True, kind="stable")
+    return table.iloc[ranked(table["activation"])].reset_index(drop=True)
 
 
 def _nearest_unused(ordered: Float[np.ndarray, "value"], n: int) -> Int[np.ndarray, "chosen"]:
@@ -250,7 +252,8 @@ def _nearest_unused(ordered: Float[np.ndarray, "value"], n: int) -> Int[np.ndarr
             right += 1
         has_left, has_right = left > 0, right < len(ordered)
         if has_left and has_right:
-            has_left = wanted - ordered[left - 1] <= ordered[right] - wanted
+            # As near as the right one, but for rounding: the left one.
+            has_left = wanted - ordered[left - 1] <= (ordered[right] - wanted) * (1 + TIE)
         free[left - 1 if has_left else right] = False
     return (~free).nonzero()[0]
 

@@ -33,6 +33,7 @@ from tclib.support.checked import checked
 from tclib.support.declared import Count, Whole
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
+from tclib.support.statistics import ranked, to_numpy
 
 
 class Head(NamedTuple):
@@ -272,8 +273,8 @@ def token_table(lm: LanguageModel, scores: Float[Tensor, "d_vocab"], k: Count = 
         )
     if k > lm.d_vocab:
         raise InputError(f"k {k}: expected at most {lm.d_vocab}, the tokens of {lm.name}")
-    order = scores.argsort(descending=True)
-    chosen = torch.cat([order[:k], order[-k:]])
+    order = torch.from_numpy(ranked(scores))
+    chosen = torch.cat([order[:k], order[-k:]]).to(scores.device)
     ranks = [*range(1, k + 1), *range(-k, 0)]
     return pd.DataFrame(
         {
@@ -288,7 +289,5 @@ def token_table(lm: LanguageModel, scores: Float[Tensor, "d_vocab"], k: Count = 
 
 def feature_table(scores: Float[Tensor, "n_features"], k: int = 10) -> pd.DataFrame:
     """The k strongest features by magnitude: feature, score."""
-    strongest = scores.abs().argsort(descending=True)[:k]
-    return pd.DataFrame(
-        {"feature": strongest.cpu().numpy(), "score": scores[strongest].double().cpu().numpy()}
-    )
+    strongest = ranked(scores.abs())[:k]
+    return pd.DataFrame({"feature": strongest, "score": to_numpy(scores)[strongest]})

@@ -23,6 +23,7 @@ from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
+from tclib.support.statistics import ranked
 
 Ablation = Literal["mean", "zero"]
 
@@ -172,20 +173,21 @@ def reading_heads(
     found = [feature_contributions(frozen, dictionary, feature) for feature in features]
     brought = torch.stack([one[:, :last, :, subject_pos] for one in found]).double()
     layer, head = np.indices(tuple(brought.shape[2:])).reshape(2, -1)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "layer": layer,
             "head": head,
             "contribution": brought.abs().mean((0, 1)).flatten().cpu().numpy(),
             "spread": brought.std(1).mean(0).flatten().cpu().numpy(),
         }
-    ).sort_values("spread", ascending=False, ignore_index=True)
+    )
+    return table.iloc[ranked(table["spread"])].reset_index(drop=True)
 
 
 def strongest_mlp(effects: pd.DataFrame) -> int:
     """The layer above 0 whose MLP costs most when mean-ablated (MLP 0 serves as a second embedding)."""
     mlps = effects[(effects["head"] < 0) & (effects["layer"] > 0)]
-    return int(mlps.sort_values("mean_drop").iloc[-1]["layer"])
+    return int(mlps.iloc[ranked(mlps["mean_drop"])[0]]["layer"])
 
 
 def strongest_head(heads: pd.DataFrame) -> Head:
@@ -193,5 +195,6 @@ def strongest_head(heads: pd.DataFrame) -> Head:
 
     Above layer 0, so that layer 0's features stand before it.
     """
-    line = heads[heads["layer"] > 0].sort_values("spread").iloc[-1]
+    above = heads[heads["layer"] > 0].sort_values(["layer", "head"])
+    line = above.iloc[ranked(above["spread"])[0]]
     return Head(int(line["layer"]), int(line["head"]))

@@ -30,9 +30,10 @@ from tclib.models.language_model import LanguageModel
 from tclib.models.running import LowerRun
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
-from tclib.support.statistics import to_numpy
+from tclib.support.statistics import ranked, to_numpy
 
 TOKENS_PER_FORWARD = 16_384  # prompts × positions × values of k
+EVEN = 1e-6  # of the metric: two values that differ by less are a tie
 
 
 def rank_by_attribution(
@@ -49,7 +50,7 @@ def rank_by_attribution(
         differences[scored].sum().backward()
     assert output.grad is not None
     per_prompt = (output.grad[scored] @ units.W_dec.T * units.acts[scored]).sum(1)
-    return per_prompt.abs().mean(0).argsort(descending=True, stable=True)
+    return torch.from_numpy(ranked(per_prompt.abs().mean(0))).to(units.acts.device)
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,14 @@ def crossing(one: Curve, other: Curve) -> int | None:
     Only values of k that both curves have.
     """
     for k in sorted(set(one.ks) & set(other.ks) - {0}):
-        if one.at(k) <= other.at(k):
+        if not is_above(one, other, k):
             return k
     return None
+
+
+def is_above(one: Curve, other: Curve, k: int) -> bool:
+    """Whether one curve is above another at k by more than rounding."""
+    return one.at(k) - other.at(k) > EVEN
 
 
 def nearest_approach(one: Curve, other: Curve, below: int = 100) -> int | None:
@@ -181,7 +187,8 @@ def nearest_approach(one: Curve, other: Curve, below: int = 100) -> int | None:
     Only values of k that both curves have.
     """
     shared = [k for k in sorted(set(one.ks) & set(other.ks)) if 1 <= k < below]
-    return min(shared, key=lambda k: abs(one.at(k) - other.at(k)), default=None)
+    nearness = np.array([-abs(one.at(k) - other.at(k)) for k in shared])
+    return shared[int(ranked(nearness, EVEN)[0])] if shared else None
 
 
 def steepest_drop(curve: Curve, order: Int[Tensor, "unit"], within: int = 50) -> int:
@@ -192,8 +199,8 @@ def steepest_drop(curve: Curve, order: Int[Tensor, "unit"], within: int = 50) ->
     within = min(within, len(order))
     if curve.ks[: within + 1] != tuple(range(within + 1)):
         raise InputError(f"the steepest drop needs every k from 0 to {within}")
-    steps = np.diff(curve.mean[: within + 1])
-    return int(order[int(steps.argmin())])
+    drops = -np.diff(curve.mean[: within + 1])
+    return int(order[int(ranked(drops, EVEN)[0])])
 
 
 @torch.no_grad()
@@ -209,4 +216,4 @@ def leave_one_out(
     ]
     table = pd.DataFrame({"unit": list(candidates), "value": values})
     table["gain"] = table["value"] - whole
-    return table.sort_values("gain", ascending=False, ignore_index=True)
+    return table.iloc[ranked(table["gain"], EVEN)].reset_index(drop=True)

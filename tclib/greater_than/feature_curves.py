@@ -16,6 +16,7 @@ from tclib.features.from_weights import Head, direct_logit_attribution, pullback
 from tclib.greater_than.components import feature_contributions
 from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
+from tclib.support.statistics import ranked
 
 THIRDS = ("early", "middle", "late")
 N_LAYER_0_FEATURES = 10  # over which the authors' de-embedding score is summed
@@ -72,8 +73,8 @@ def _authors_de_embedding(
         return torch.full((len(task.answers),), float("nan"))
     first = by_layer[0]
     weights = pullback(lm, dictionary, feature, first, head)
-    strongest = weights.topk(min(N_LAYER_0_FEATURES, len(weights))).indices
-    reads = torch.stack([reading_direction(lm, first, int(i)) for i in strongest])
+    strongest = ranked(weights)[:N_LAYER_0_FEATURES].tolist()
+    reads = torch.stack([reading_direction(lm, first, i) for i in strongest])
     return lm.W_E[task.answer_ids] @ reads.T @ weights[strongest]
 
 

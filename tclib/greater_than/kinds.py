@@ -120,7 +120,7 @@ def _nearest_l0(
     def distance(sae: Dictionary) -> float:
         return abs(math.log((l0(sae.encode(below.mlp_out)[is_text]) + 1e-9) / wanted))
 
-    return min(saes.values(), key=distance)
+    return min(saes.values(), key=lambda sae: round(distance(sae), 4))  # a tie: the first
 
 
 def all_curves(analysed: Analysed) -> dict[tuple[str, str], Curve]:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from tclib.support.statistics import sign_test_p, wilson_interval
+from tclib.support.statistics import ranked, sign_test_p, wilson_interval
 
 MAX_LAG = 40  # years
 MIN_OVERLAP = 50  # answers on which two shifted curves are compared
@@ -133,7 +133,7 @@ def _best_lag(
         _correlation(promoted[max(0, lag) : n + min(0, lag)], read[max(0, -lag) : n - max(0, lag)])
         for lag in lags
     ]
-    best = int(np.argmax(np.round(scores, 9)))  # so that a tie goes to the smallest lag everywhere
+    best = int(ranked(np.array(scores))[0])  # a tie goes to the smallest lag everywhere
     return lags[best], scores[best]
 
 

@@ -14,6 +14,7 @@ from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import LowerRun
 from tclib.support.errors import InputError
+from tclib.support.statistics import ranked
 
 AT_MEAN = ", others at their mean"
 
@@ -103,4 +104,4 @@ def rank_by_variance(
     """
     first = torch.tensor([t == task.template_idx[0] for t in task.template_idx])
     last = [units.acts[first.to(units.acts.device), -1], *(one.acts[:, -1] for one in misfits)]
-    return torch.cat(last).var(0).argsort(descending=True, stable=True)
+    return torch.from_numpy(ranked(torch.cat(last).var(0))).to(units.acts.device)

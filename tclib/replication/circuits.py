@@ -63,6 +63,7 @@ from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, claim_line
 from tclib.support.errors import InputError
+from tclib.support.statistics import ranked
 from tclib.support.steps import ensure, write_csv
 
 STEP = "03_circuit_tools"
@@ -102,7 +103,8 @@ def strongest_feature(found: Sources) -> tuple[int, int, int]:
             f"features at the prompt's last token: layers {layers}, two are needed; make transcoders less "
             "sparse, choose another circuits.year, or skip notebook 03"
         )
-    layer, feature, pos = usable.nlargest(1, "contribution")[["layer", "feature", "pos"]].iloc[0]
+    strongest = usable.iloc[ranked(usable["contribution"])[0]]
+    layer, feature, pos = strongest[["layer", "feature", "pos"]]
     return int(layer), int(feature), int(pos)
 
 
@@ -195,7 +197,7 @@ def feature_views_figure(run: Run, layer: int, feature: int) -> Figure:
     """What excites one feature, and what it promotes, from weights alone."""
     lm, later = run.lm, run.prompt.frozen.transcoders[layer]
     norms = ov_norms(lm, later, feature)
-    head = Head(*divmod(int(norms.argmax()), norms.shape[1]))
+    head = Head(*divmod(int(ranked(norms.flatten())[0]), norms.shape[1]))
     views = {
         "de-embedding": de_embedding(lm, later, feature),
         "extended de-embedding": extended_de_embedding(lm, later, feature),

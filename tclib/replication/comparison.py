@@ -65,13 +65,13 @@ def choose_pair(
     """A transcoder and an SAE of one layer whose L0 are nearest to each other, by name of kind.
 
     The SAE is on the MLP's input, as in the paper's Table 1, where there is one. With `near_l0`, nearest
-    to each other and to it. Errors: `InputError` unless there is one of each.
+    to each other and to it; distances that agree to a ten-thousandth are a tie, which goes by name. Errors: `InputError` unless there is one of each.
     """
     l0 = _l0s(lm, dictionaries, rows)
     kinds = {name: dictionary.config.kind for name, dictionary in dictionaries.items()}
     against = COMPARATOR if COMPARATOR in kinds.values() else "sae_mlp_out"
     pairs = [
-        (round(abs(np.log(l0[one] / l0[other])) + _distance(l0[one], near_l0), 6), one, other)
+        (round(abs(np.log(l0[one] / l0[other])) + _distance(l0[one], near_l0), 4), one, other)
         for one in dictionaries
         for other in dictionaries
         if kinds[one] == "transcoder" and kinds[other] == against and l0[one] and l0[other]

@@ -8,6 +8,7 @@ from tclib.greater_than.lags import shift_test
 from tclib.greater_than.units import AT_MEAN
 from tclib.replication.artifacts import GreaterThanResults
 from tclib.replication.greater_than import leads_in_words
+from tclib.support.statistics import ranked
 
 
 def components(results: GreaterThanResults) -> str:
@@ -16,10 +17,11 @@ def components(results: GreaterThanResults) -> str:
     head = tuple(summary["head"])
     line = table[(table["layer"] == head[0]) & (table["head"] == head[1])].iloc[0]
     mlp = table[(table["layer"] == summary["layer"]) & (table["head"] < 0)].iloc[0]
-    ranked = table[table["head"] >= 0].sort_values("mean_drop", ascending=False)["component"]
+    heads = table[table["head"] >= 0]
+    first = heads.iloc[ranked(heads["mean_drop"])[0]]["component"]
     return (
         f"*Ours:* MLP {summary['layer']} (mean ablation costs {mlp['mean_drop']:.3f}) and head {head[0]}.{head[1]} "
-        f"({line['mean_drop']:.3f}); the head that costs most is {ranked.iloc[0].removeprefix('head ')}."
+        f"({line['mean_drop']:.3f}); the head that costs most is {first.removeprefix('head ')}."
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tclib.support.errors import InputError
@@ -15,6 +15,7 @@ from tclib.support.errors import InputError
 Z_95 = 1.959963984540054
 # Student's t, 97.5 %, by degrees of freedom.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+TIE = 1e-5  # of a value: sums of float32 in another order differ by less
 
 
 def bootstrap_means(
@@ -100,6 +101,31 @@ def sign_test_p(n_hits: int, n: int) -> float:
     return min(1.0, n_ways / 2.0 ** (n - 1))
 
 
+def settled(
+    values: Float[np.ndarray, "item"] | pd.Series, least: float = 0.0
+) -> Float[np.ndarray, "item"]:
+    """`values` with those made equal that rounding alone may tell apart: whoever chooses by them breaks ties by index.
+
+    From the largest down, what lies within `TIE` of the first of its tie (of its size, or `least`) takes
+    its value. Other threads, kernels and machines sum in another order: no choice hangs on their last bits.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    made, numbers, first = found.copy(), found.tolist(), math.nan
+    for i in np.argsort(-found, kind="stable").tolist():
+        if not first - numbers[i] <= max(TIE * abs(first), least):
+            first = numbers[i]
+        made[i] = first
+    return made
+
+
+def ranked(
+    values: Float[Tensor, "item"] | Float[np.ndarray, "item"] | pd.Series, least: float = 0.0
+) -> Int[np.ndarray, "item"]:
+    """Indices from the largest value down; ties, as `settled` has them, by index."""
+    found = to_numpy(values) if isinstance(values, Tensor) else values
+    return np.argsort(-settled(found, least), kind="stable")
+
+
 def to_numpy(values: Tensor) -> np.ndarray:
     """A tensor as float64 on the CPU, for tables."""
     return values.double().cpu().numpy()
@@ -135,7 +161,7 @@ def top_k_overlap(one: Float[Tensor, "item"], other: Float[Tensor, "item"], k: i
     """Share of the k highest of one that are among the k highest of the other (paper: 30/25/14 %)."""
     if not 1 <= k <= len(one):
         raise InputError(f"k {k}: expected 1 to {len(one)}")
-    tops = [set(scores.argsort(descending=True)[:k].tolist()) for scores in (one, other)]
+    tops = [set(ranked(scores)[:k].tolist()) for scores in (one, other)]
     return len(tops[0] & tops[1]) / k
 
 

@@ -119,6 +119,14 @@ def test_a_planted_predicate_is_found_and_holds_on_other_text(planted: Predicate
         fit_predicate(rows, torch.zeros(rows.shape), 0)
 
 
+def test_an_f1_of_three_fifths_is_three_fifths() -> None:
+    """By precision and recall it would be 0.5999999999999999, below the threshold of a success."""
+    said, active = torch.arange(60) < 17, (torch.arange(60) >= 8) & (torch.arange(60) < 21)
+    found = score(said[None], active.float()[None], torch.ones(1, 60, dtype=torch.bool))
+    assert 2 * found.precision * found.recall / (found.precision + found.recall) < 0.6
+    assert found.f1 == 0.6
+
+
 def test_labels_follow_the_tokens_through_packing() -> None:
     lm = LanguageModel.load("demo")
     labelled = labelled_rows(lm, 40, 128, seed=3)

@@ -101,6 +101,16 @@ def test_crowded_values_still_give_different_examples() -> None:
         sample_in_bands(torch.zeros(1, 8), 1)
 
 
+def test_equal_activations_are_sampled_in_their_order_in_the_text_whatever_rounding_says() -> None:
+    """The same context twice gives the same activation, but for the batch it was computed in."""
+    exact = torch.tensor([[0.0, 2.0, 1.0, 2.0], [0.0, 2.0, 1.0, 0.0]])
+    expected = [[0, 1], [0, 2]]
+    for seed in range(8):
+        noise = torch.rand(exact.shape, generator=torch.Generator().manual_seed(seed)) - 0.5
+        found = sample_in_bands(exact * (1 + 1e-6 * noise), n_examples=2)
+        assert found[["row", "pos"]].to_numpy().tolist() == expected
+
+
 def test_shares_by_hand() -> None:
     acts = torch.tensor([[0.0, 1.0, 2.0, 9.0, 10.0]])
     shares = band_shares(acts, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import D_VOCAB, GEOMETRIES, freeze, random_rows, random_transcoder, tiny_lm
@@ -191,6 +192,22 @@ def test_crossings_and_grids_by_hand() -> None:
     assert k_grid(3) == [0, 1, 2, 3]
     grid = k_grid(1000, 10, 4)
     assert grid[:11] == list(range(11)) and grid[-1] == 1000 and len(grid) == 15
+
+
+def test_no_choice_of_a_k_a_unit_a_head_or_an_mlp_hangs_on_rounding() -> None:
+    def curve(*values: float) -> Curve:
+        return Curve("u", "r", tuple(range(len(values))), np.array(values)[:, None])
+
+    order, bit = torch.arange(5), 1e-8
+    for noise in (-bit, bit):
+        even, other = curve(0.0, 0.5, 0.4 + noise, 0.3), curve(0.0, 0.4, 0.4, 0.2 + noise)
+        assert crossing(even, other) == 2
+        assert nearest_approach(curve(0, 0.3, 0.5 + noise), curve(0, 0.1, 0.3)) == 1
+        assert steepest_drop(curve(0.9, 0.8 + noise, 0.7, 0.7, 0.8), order, 4) == 0
+        mlps = pd.DataFrame({"layer": [0, 1, 2], "head": -1, "mean_drop": [9.0, 0.5, 0.5 + noise]})
+        assert strongest_mlp(mlps) == 1
+        heads = pd.DataFrame({"layer": [0, 2, 1], "head": 0, "spread": [9.0, 0.5 + noise, 0.5]})
+        assert strongest_head(heads) == (1, 0)
 
 
 def test_the_control_keeps_norms_and_activations() -> None:

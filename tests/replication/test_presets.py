@@ -104,7 +104,10 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        ("companions 'gpt3': expected one of demo-long, demo-neox, demo-wide, gpt2", {"companions": ["gpt3"]}),
+        (
+            "companions 'gpt3': expected one of demo-long, demo-neox, demo-wide, gpt2",
+            {"companions": ["gpt3"]},
+        ),
         ("companions 'demo': expected one of demo-long, demo-neox", {"companions": ["demo"]}),
         ("skipped '3': expected one of 00, 01, .*, 07$", {"skipped": {"3": "why"}}),
         (

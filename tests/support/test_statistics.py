@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from tclib.support.errors import InputError
 from tclib.support.statistics import (
     fisher_p,
     newcombe_interval,
+    ranked,
     ratio_interval,
+    settled,
     sign_test_p,
     slope_through_origin,
     spearman,
@@ -100,3 +103,23 @@ def test_the_sign_test_is_the_tail_of_fair_coins() -> None:
     assert sign_test_p(10, 10) == sign_test_p(0, 10) == pytest.approx(2 / 1024)
     assert sign_test_p(8, 10) == pytest.approx(2 * (1 + 10 + 45) / 1024)
     assert sign_test_p(5, 10) == sign_test_p(0, 0) == 1.0
+
+
+def test_values_that_rounding_tells_apart_are_ties_that_go_by_index() -> None:
+    values = np.array([1.0, 2.0, 1.0 + 3e-6, 0.0, 2.0 - 3e-6, 1.9, 0.0])
+    assert settled(values).tolist() == [1.0 + 3e-6, 2.0, 1.0 + 3e-6, 0.0, 2.0, 1.9, 0.0]
+    assert ranked(values).tolist() == [1, 4, 5, 0, 2, 3, 6]
+    assert ranked(torch.tensor(values)).tolist() == [1, 4, 5, 0, 2, 3, 6]
+    assert ranked(np.array([1e-9, 3e-8, -2e-8]), least=1e-6).tolist() == [0, 1, 2]
+    assert ranked(np.array([np.nan, 1.0, np.nan, 2.0])).tolist() == [3, 1, 0, 2]
+    assert ranked(np.array([])).tolist() == []
+
+
+def test_the_noise_of_another_order_of_summation_moves_no_rank() -> None:
+    generator = np.random.default_rng(0)
+    distinct = np.exp(generator.normal(size=40))
+    values = np.concatenate([distinct, distinct[::-1], np.zeros(5)])
+    expected = ranked(values)
+    for _ in range(50):
+        noise = 1 + 1e-6 * generator.uniform(-1, 1, len(values))
+        assert ranked(values * noise).tolist() == expected.tolist()
