@@ -98,13 +98,12 @@ def ablation_table(frozen: FrozenPrompts, graph: AttributionGraph, root: Target)
     if features.empty:
         raise InputError("no feature is active on the prompt: expected transcoders less sparse")
     table = features[["name", "layer", "pos", "feature", "activation"]]
-    total = pd.Series(-total_effects(graph), name=PREDICTIONS["frozen norms"])[table.index]
-    others = {
-        PREDICTIONS[follow]: predicted_changes(frozen, table, root_gradients(frozen, root, follow))
-        for follow in FOLLOWS[1:]
-    }
-    actual = ablated_values(frozen, table, root) - frozen.value(root)
-    return table.assign(**{str(total.name): total, **others, "actual": actual})
+    changes = {PREDICTIONS["frozen norms"]: -total_effects(graph)[table.index]}
+    for follow in FOLLOWS[1:]:
+        gradients = root_gradients(frozen, root, follow)
+        changes[PREDICTIONS[follow]] = predicted_changes(frozen, table, gradients)
+    changes["actual"] = ablated_values(frozen, table, root) - frozen.value(root)
+    return table.assign(**changes)
 
 
 def prediction_table(ablations: pd.DataFrame) -> pd.DataFrame:

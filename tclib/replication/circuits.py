@@ -233,7 +233,7 @@ def connections_figure(run: Run) -> Figure:
 
 def prediction_figure(run: Run) -> Figure:
     """Predicted against measured change of the root."""
-    panels = {follow: PREDICTIONS[follow] for follow in FOLLOWS}
+    panels = {str(follow): column for follow, column in PREDICTIONS.items()}
     unit = f"{run.prompt.root.name}, logits"
     figure = predicted_against_actual(run.circuits.ablations, panels, unit)
     return save_figure(figure, run.circuits.step, "predictions")
@@ -304,11 +304,11 @@ def faithfulness_in_words(run: Run) -> str:
     curves = run.circuits.faithfulness
     ends = curves[(curves["kind"] == "all") & (curves["metric"] == LOGITS)]
     values = ends.assign(end=np.where(ends["k"] > 0, "all", "none"))
-    means = values.pivot_table(index="errors", columns="end", values="value")
+    means = values.groupby(["end", "errors"])["value"].mean()
+    none, everything = means["none"], means["all"]
     said = {"kept": "features with errors", "dropped": "features alone", "none": "neurons"}
     sizes = ", ".join(
-        f"{what} {means.loc[errors, 'none']:.2f} to {means.loc[errors, 'all']:.2f}"
-        for errors, what in said.items()
+        f"{what} {none[errors]:.2f} to {everything[errors]:.2f}" for errors, what in said.items()
     )
     features = ends[(ends["errors"] == "kept") & (ends["k"] > 0)]["k"]
     return (
@@ -394,12 +394,12 @@ def _scores(summary: pd.DataFrame) -> str:
         ("random", "kept"): "random",
         ("neurons", "none"): "neurons",
     }
-    lines = summary.set_index(["kind", "errors"])
-    parts = ", ".join(f"{what} {_score(lines.loc[key])}" for key, what in said.items())
+    scores = {(line["kind"], line["errors"]): _score(line) for line in summary.to_dict("records")}
+    parts = ", ".join(f"{what} {scores[key]}" for key, what in said.items())
     return f"score at {summary['k'].iloc[0]} on average: {parts}"
 
 
-def _score(line: Mapping[Any, Any] | pd.Series) -> str:
+def _score(line: Mapping[Any, Any]) -> str:
     return f"{line['score']:.2f} ({line['low']:.2f} to {line['high']:.2f})"
 
 

@@ -62,7 +62,7 @@ def test_it_is_what_a_small_change_does_in_the_same_partly_frozen_model(
 ) -> None:
     frozen = freeze(geometry, "skip")
     root, features, _ = explained(frozen)
-    lines = features.sample(12, random_state=0)
+    lines = features.sample(6, random_state=0)
     predicted = predicted_changes(frozen, lines, root_gradients(frozen, root, follow))
     for line, expected in zip(lines.itertuples(), predicted, strict=True):
         added = torch.zeros(3, *frozen.cache.final_in.shape[1:], dtype=torch.float64)
@@ -79,6 +79,7 @@ def test_activation_times_gradient_is_what_a_small_ablation_does_in_the_model(
     frozen = freeze(geometry)
     for on_feature in (False, True):
         root, features, _ = explained(frozen, on_feature)
+        features = features.sample(40, random_state=0)
         predicted = predicted_changes(frozen, features, root_gradients(frozen, root, "everything"))
         small = features.assign(activation=EPSILON * features["activation"])
         nothing = features.assign(activation=0.0)
@@ -101,8 +102,9 @@ def test_with_nothing_but_norms_to_follow_all_of_the_model_follows(geometry: str
     assert not np.allclose(norms[last], -totals[last], rtol=1e-2)
     assert not np.allclose(norms[~last], everything[~last], rtol=1e-2)
     # With the transcoders (and their errors) in the MLPs' places, the whole model does as predicted.
-    moved = replaced_model_changes(frozen, root, features)
-    np.testing.assert_allclose(moved / EPSILON, norms, rtol=2e-2, atol=2e-3)
+    some = slice(0, None, 5)
+    moved = replaced_model_changes(frozen, root, features[some])
+    np.testing.assert_allclose(moved / EPSILON, norms[some], rtol=2e-2, atol=2e-3)
 
 
 def explained_alone(frozen: FrozenPrompts) -> tuple[Target, pd.DataFrame, np.ndarray]:
