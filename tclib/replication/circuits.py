@@ -251,7 +251,8 @@ def faithfulness_shown(run: Run) -> pd.DataFrame:
     summary = faithfulness_summary(run.circuits.faithfulness).query("is_pruned_size")
     scores = [_score(line) for line in summary.to_dict("records")]
     columns = ["direction", "metric", "errors"]
-    return summary.assign(score=scores).pivot(index=columns, columns="kind", values="score")
+    wide = summary.assign(score=scores).pivot(index=columns, columns="kind", values="score")
+    return wide[["pruned graph", "graph", "gradient", "random", "neurons"]].fillna("")
 
 
 def predictions_shown(run: Run) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tiny import small_preset
 
-from tclib.circuits.files import load_json
+from tclib.circuits.files import load_json, load_parquet
 from tclib.models.locate import BUNDLED
 from tclib.replication import circuits, executed, model_and_data, sweep, transcoders
 from tclib.replication import run as run_module
