@@ -29,32 +29,34 @@ def compare_connections(
     lm: LanguageModel,
     later: Dictionary,
     features: Sequence[int],
-    earlier: Dictionary,
+    earlier: Dictionary | Sequence[Dictionary],
     rows: Int[Tensor, "row pos"],
     generator: torch.Generator,
 ) -> pd.DataFrame:
     """For each feature: top-k overlap of its pullback and its mean pullback on `rows`.
 
-    Columns: layer, feature, earlier_layer, n_candidates (earlier features that are active on the same
-    tokens), overlap_10, overlap_20, overlap_50 (over all features, as in the paper; only k up to a tenth
-    of the width), active_overlap_10 and so on (over the candidates), random_overlap_10,
-    random_active_overlap_10 and so on (the same, decoder directions drawn by `generator`).
+    Several earlier transcoders share the passes over the rows. Columns: layer, feature, earlier_layer,
+    n_candidates (earlier features that are active on the same tokens), overlap_10, overlap_20, overlap_50
+    (over all features, as in the paper; only k up to a tenth of the width), active_overlap_10 and so on
+    (over the candidates), random_overlap_10, random_active_overlap_10 and so on (the same, decoder
+    directions drawn by `generator`).
     """
+    several = [earlier] if isinstance(earlier, Dictionary) else list(earlier)
     minima = activation_quantiles(lm, later, features, rows, MIN_QUANTILE)
-    inputs = mean_inputs(lm, later, features, earlier, rows, minima)
-    drawn = random_directions(earlier.W_dec, generator)
+    inputs = mean_inputs(lm, later, features, several, rows, minima)
     lines = []
-    for feature, mean_input in zip(features, inputs, strict=True):
-        reading = lm.final_norm.centre(later.encoder_direction(feature))
-        line: dict[str, float] = {
-            "layer": later.config.layer,
-            "feature": feature,
-            "earlier_layer": earlier.config.layer,
-            "n_candidates": int((mean_input != 0).sum()),
-        }
-        line |= _overlaps("", pullback(lm, later, feature, earlier), mean_input)
-        line |= _overlaps("random_", drawn @ reading, mean_input)
-        lines.append(line)
+    for one, of_one in zip(several, inputs, strict=True):
+        drawn = random_directions(one.W_dec, generator)
+        for feature, mean_input in zip(features, of_one, strict=True):
+            reading = lm.final_norm.centre(later.encoder_direction(feature))
+            line: dict[str, float] = {
+                "layer": later.config.layer,
+                "feature": feature,
+                "earlier_layer": one.config.layer,
+                "n_candidates": int((mean_input != 0).sum()),
+            }
+            line |= _overlaps("", pullback(lm, later, feature, one), mean_input)
+            lines.append(line | _overlaps("random_", drawn @ reading, mean_input))
     return pd.DataFrame(lines)
 
 

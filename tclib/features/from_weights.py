@@ -167,9 +167,8 @@ def mean_pullbacks(
     `InputError` for a feature that never exceeds its minimum.
     """
     weights = torch.stack([pullback(lm, later, feature, earlier) for feature in features])
-    return weights * mean_inputs(
-        lm, later, features, earlier, rows, min_activations, rows_per_forward
-    )
+    read = mean_inputs(lm, later, features, [earlier], rows, min_activations, rows_per_forward)
+    return weights * read[0]
 
 
 @torch.no_grad()
@@ -177,26 +176,28 @@ def mean_inputs(
     lm: LanguageModel,
     later: Dictionary,
     features: Sequence[int],
-    earlier: Dictionary,
+    several: Sequence[Dictionary],
     rows: Int[Tensor, "row pos"],
     min_activations: Sequence[float] | None = None,
     rows_per_forward: int = 16,
-) -> Float[Tensor, "feature n_features"]:
-    """`mean_pullbacks` without the pullback: the mean of z / σ, whatever the earlier decoder is.
+) -> list[Float[Tensor, "feature _"]]:
+    """`mean_pullbacks` without the pullback, for several earlier transcoders: the mean of their z / σ.
 
-    One pass over the rows serves all features.
+    One pass over the rows serves all features and all of them.
     """
     minimum = torch.tensor(list(min_activations or [0.0] * len(features)), device=lm.device)
-    total = torch.zeros(len(features), earlier.config.n_features, device=lm.device).double()
-    n_tokens = total.new_zeros(len(features))
-    reads, writes = Site("mlp_in", later.config.layer), Site("mlp_in", earlier.config.layer)
+    totals = [minimum.new_zeros(len(features), one.config.n_features).double() for one in several]
+    n_tokens = minimum.new_zeros(len(features)).double()
+    reads = Site("mlp_in", later.config.layer)
+    writes = [Site("mlp_in", earlier.config.layer) for earlier in several]
     for batch in rows.split(rows_per_forward):
-        acts, scales = lm.read_with_scale(batch.long(), {reads, writes})
+        acts, scales = lm.read_with_scale(batch.long(), {reads, *writes})
         is_text = (batch != lm.bos_id).to(lm.device)
         z_later = later.encode(acts[reads])[..., list(features)][is_text]
         fires = (z_later > minimum).to(acts[reads])
-        z = earlier.encode(acts[writes][is_text]) / scales[reads][is_text][:, None]
-        total += (fires.T @ z).double()
+        scale = scales[reads][is_text][:, None]
+        for total, earlier, site in zip(totals, several, writes, strict=True):
+            total += (fires.T @ (earlier.encode(acts[site][is_text]) / scale)).double()
         n_tokens += fires.sum(0)
     for feature, least, n in zip(features, minimum.tolist(), n_tokens.tolist(), strict=True):
         if n == 0:
@@ -204,7 +205,7 @@ def mean_inputs(
                 f"feature {feature} never exceeds {least:g} on these rows: "
                 "give more rows, or a live feature"
             )
-    return (total / n_tokens[:, None]).to(lm.dtype)
+    return [(total / n_tokens[:, None]).to(lm.dtype) for total in totals]
 
 
 def activation_quantiles(

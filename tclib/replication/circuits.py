@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -183,10 +182,14 @@ def connection_table(run: Run) -> pd.DataFrame:
     n, least = config.n_connection_features, config.min_log10_frequency
     drawn = {d.config.layer: live_features(lm, d, rows, n, generator, least) for d in by_layer[1:]}
     tables = [
-        compare_connections(lm, later, drawn[later.config.layer], earlier, rows, generator)
-        for earlier, later in combinations(by_layer, 2)
+        compare_connections(
+            lm, later, drawn[later.config.layer], by_layer[:n_below], rows, generator
+        )
+        for n_below, later in enumerate(by_layer)
+        if n_below
     ]
-    return pd.concat(tables, ignore_index=True)
+    order = ["earlier_layer", "layer"]
+    return pd.concat(tables).sort_values(order, kind="stable", ignore_index=True)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pandas as pd
 import pytest
 import torch
 from tiny import (
@@ -137,6 +138,24 @@ def test_mean_pullback_is_the_mean_of_exact_attributions(geometry: str) -> None:
     assert n_tokens > 0
     # The frozen run computes attention patterns in float32, the plain one does not.
     torch.testing.assert_close(found, expected / n_tokens, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_several_earlier_transcoders_in_one_pass_are_each_by_itself(geometry: str) -> None:
+    frozen = freeze(geometry)
+    lm, (*several, later) = frozen.lm, frozen.transcoders.values()
+    rows = random_rows(6)
+    found = features.mean_inputs(lm, later, [7, 3], several, rows, [0.1, 0.0], 4)
+    for one, earlier in zip(found, several, strict=True):
+        (alone,) = features.mean_inputs(lm, later, [7, 3], [earlier], rows, [0.1, 0.0])
+        torch.testing.assert_close(one, alone)
+    seeded = torch.Generator().manual_seed
+    together = compare_connections(lm, later, [7, 3], several, rows, seeded(0))
+    generator = seeded(0)
+    one_by_one = [
+        compare_connections(lm, later, [7, 3], earlier, rows, generator) for earlier in several
+    ]
+    pd.testing.assert_frame_equal(together, pd.concat(one_by_one, ignore_index=True))
 
 
 def test_activation_quantiles_are_of_positive_activations_without_bos() -> None:
