@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from tclib.figures.style import BLUE, FAMILY_STYLE, OTHER_STYLE, legend_below, plain, styled
 
@@ -127,6 +127,9 @@ def over_tokens(table: pd.DataFrame, title: str) -> Figure:
     right.set_ylim(bottom=0)
     for axis in (left, right):
         axis.set_xscale("log")
+        millions = sorted(set(table["n_tokens"] / 1e6))
+        axis.set_xticks(millions, [f"{value:.3g}" for value in millions], minor=False)
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlabel("Training tokens (millions)")
         axis.grid(alpha=0.25)
     left.legend()

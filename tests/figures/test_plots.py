@@ -10,7 +10,12 @@ import pytest
 from tclib.figures.circuits import CIRCUITS, faithfulness_over_size, predicted_against_actual
 from tclib.figures.greater_than import probability_heatmap
 from tclib.figures.style import save_figure
-from tclib.figures.training import layer_faithfulness, sparsity_faithfulness, training_curves
+from tclib.figures.training import (
+    layer_faithfulness,
+    over_tokens,
+    sparsity_faithfulness,
+    training_curves,
+)
 from tclib.replication.sweep import paper_sweep
 from tclib.support.steps import Step, write_manifest
 
@@ -110,3 +115,16 @@ def test_a_saved_figure_is_in_the_manifest(tmp_path) -> None:
     extras = __import__("json").loads((step.folder / "manifest.json").read_text())["extras"]
     assert set(extras) == {"heat.png", "heat.pdf"}
     assert (step.folder / "heat.png").stat().st_size > 5000
+
+
+def test_the_token_panel_has_a_tick_a_budget() -> None:
+    lines = [
+        {"kind": kind, "n_tokens": n, "ce": 1.3, "l0": 9.0, "ce_original": 1.2}
+        for kind in ("transcoder", "sae_mlp_out")
+        for n in (150_000, 2_400_000)
+    ]
+    bounds = {"ce_increase_low": 0.05, "ce_increase_high": 0.15}
+    figure = over_tokens(pd.DataFrame(lines).assign(**bounds), "title")
+    for axis in figure.axes:
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["0.15", "2.4"]
+    assert len(figure.axes[1].lines) == 2
