@@ -81,37 +81,35 @@ def predicted_against_actual(
     )
     layers = sorted(table["layer"].unique())
     colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.95, len(layers)))
-    values = table[[measured, *panels.values()]].to_numpy()
-    largest = float(np.abs(values).max())
-    linear = float(np.quantile(np.abs(values), 0.9)) / 100 or 1.0
-    decades = 10.0 ** np.arange(
-        np.ceil(np.log10(linear)) + 1, np.log10(max(largest, linear)) + 1, 2
-    )
     shuffled = table.sample(frac=1.0, random_state=0)  # no layer lies on top of all others
+    rows = [layers.index(layer) for layer in shuffled["layer"]]
+    options = {"s": 7, "c": colours[rows], "alpha": 0.7, "linewidths": 0}
     for axis, (title, column) in zip(axes, panels.items(), strict=True):
-        rows = [layers.index(layer) for layer in shuffled["layer"]]
-        axis.scatter(
-            shuffled[column],
-            shuffled[measured],
-            s=7,
-            c=colours[rows],
-            alpha=0.7,
-            linewidths=0,
-            rasterized=len(table) > 2_000,
-        )
-        axis.plot([-largest, largest], [-largest, largest], "k--", linewidth=0.8)
-        axis.set_xscale("symlog", linthresh=linear)
-        axis.set_yscale("symlog", linthresh=linear)
-        ticks = [*-decades[::-1], 0.0, *decades]
-        axis.set(xticks=ticks, yticks=ticks)
+        is_image = len(table) > 2_000
+        axis.scatter(shuffled[column], shuffled[measured], rasterized=is_image, **options)
         axis.set_title(plain(title))
-        axis.grid(alpha=0.25)
+        _near_and_far(axis, table[[measured, *panels.values()]].abs().to_numpy())
     axes[0].set_ylabel(f"Measured change of {plain(unit)}")
     figure.supxlabel("Predicted change (dashed: exact)", fontsize=9)
     for layer, colour in zip(layers, colours, strict=True):
         axes[-1].scatter([], [], s=14, color=colour, label=str(layer))
     axes[-1].legend(title="layer", loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
+
+
+def _near_and_far(axis: Axes, sizes: np.ndarray) -> None:
+    """The same symlog scale on both axes, and the diagonal."""
+    largest = float(sizes.max())
+    linear = float(np.quantile(sizes, 0.9)) / 100 or 1.0
+    axis.plot([-largest, largest], [-largest, largest], "k--", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=linear)
+    axis.set_yscale("symlog", linthresh=linear)
+    decades = 10.0 ** np.arange(
+        np.ceil(np.log10(linear)) + 1, np.log10(max(largest, linear)) + 1, 2
+    )
+    ticks = [*-decades[::-1], 0.0, *decades]
+    axis.set(xticks=ticks, yticks=ticks)
+    axis.grid(alpha=0.25)
 
 
 CIRCUITS: dict[str, dict[str, Any]] = {
