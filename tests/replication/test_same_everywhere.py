@@ -23,11 +23,11 @@ from tclib.replication.run import Run
 pytestmark = pytest.mark.slow
 
 # The second changes sums that are split over threads, and every product and softmax: torch's own kernels without AVX,
-# MKL's and numpy's for any CPU.
+# MKL's and numpy's without fused products.
 KERNELS = {
     "ATEN_CPU_CAPABILITY": "default",
-    "MKL_CBWR": "COMPATIBLE",
-    "OPENBLAS_CORETYPE": "Prescott",
+    "MKL_CBWR": "AVX",
+    "OPENBLAS_CORETYPE": "Sandybridge",
 }
 MACHINES = ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2", **KERNELS})
 SAY = """
