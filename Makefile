@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 # Two processes, each with one thread for sums: more threads than cores only get in each other's way.
 PYTHON_M := OMP_NUM_THREADS=1 $(BIN)/python -m
-NBVAL := --nbval-lax --nbval-cell-timeout=1200 -p no:cacheprovider notebooks
+NBVAL := --nbval-lax --nbval-cell-timeout=3600 -p no:cacheprovider notebooks
 
 demo: .venv/.complete  ## run every notebook at the demo preset
 	$(BIN)/tclib run --preset demo
