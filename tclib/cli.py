@@ -315,10 +315,12 @@ def train(
     check_folder(out)
     chosen = load_preset(preset, seed, runs_dir)
     of_training = asked.keys() & {field.name for field in fields(TrainingConfig)}
-    training = replace(
-        chosen.transcoders.training, **{name: asked.pop(name) for name in of_training}
-    )
-    spec = _spec(chosen.transcoders, asked)
+    recipe = chosen.transcoders
+    asked_of_training = {name: asked.pop(name) for name in of_training}
+    # One dictionary has one rate: what was asked, else the recipe's own, else the training's.
+    rate = recipe.learning_rate or recipe.training.learning_rate
+    training = replace(recipe.training, **{"learning_rate": rate, **asked_of_training})
+    spec = _spec(replace(recipe, learning_rate=None), asked)
     check_ready(chosen)
     run = Run(chosen)
     spec.dictionary_config(run.lm)  # which checks it, before the corpus is built

@@ -28,7 +28,7 @@ from tclib.replication.run import Run
 from tclib.support import places
 from tclib.support.declared import descriptions
 from tclib.support.errors import InputError
-from tclib.support.files import exclusive
+from tclib.support.files import exclusive, load_tensors
 from tclib.support.steps import Step, ensure, read_manifest, write_manifest
 from tclib.training.spec import DictionarySpec, TrainingConfig
 
@@ -287,6 +287,11 @@ def test_commands_are_advised_from_one_place() -> None:
     )
 
 
+def trained_with(file: Path) -> dict[str, Any]:
+    config: dict[str, Any] = load_tensors(file, "")[1]["training"]["config"]
+    return config
+
+
 @pytest.mark.slow
 def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import yaml
@@ -306,6 +311,11 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, monkeypatch: pytest.M
     (file,) = out.glob("*.safetensors")
     assert (out / "training_curves.png").stat().st_size > 5000
     assert Dictionary.load(file).config.n_features == 256
+    rate = values["transcoders"]["learning_rate"]  # the recipe's, not the training's
+    assert trained_with(file)["learning_rate"] == rate
+    other = tmp_path / "other"
+    invoke("train", str(other), *options, "--learning-rate", "1e-5", *common)
+    assert trained_with(other / file.name)["learning_rate"] == 1e-5
     evaluated = invoke("evaluate", str(file), *common)
     assert evaluated.strip().splitlines()[-1].startswith("transcoder-L1-x2-l1-0.001,transcoder,1")
     with pytest.raises(InputError, match="layer 9 is out of range"):

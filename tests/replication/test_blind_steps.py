@@ -86,7 +86,7 @@ def test_proxy_shares_and_intervals_are_of_the_items(run: Run, compared: Compari
     for word in ("*Paper:*", "*Ours:*"):
         assert word in comparison.comparison_in_words(run)
     assert len(proxy_figure(shares).axes) == 2
-    assert set(compared.latents["kind"]) == {"transcoder", "sae_mlp_out"}
+    assert set(compared.latents["kind"]) == {"transcoder", "sae_mlp_in"}
     assert compared.latents["f1"].between(0, 1).all()
 
 
