@@ -201,7 +201,8 @@ def connection_agreement(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     left.plot([], [], color="black", label=f"ours, of co-active features{which}", **OF_ACTIVE)
     left.plot([], [], label="of both, random decoders", **RANDOM)
     legend_below(figure, left, ncols=3)
-    _overlaps_by_pair(right, pairs, colours, ks[0])
+    if ks:  # of a narrow transcoder not even ten features make a tenth
+        _overlaps_by_pair(right, pairs, colours, ks[0])
     if are_many:
         right.tick_params(axis="x", rotation=90, labelsize=7)
     for axis in (left, right):

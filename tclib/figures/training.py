@@ -127,8 +127,8 @@ def over_tokens(table: pd.DataFrame, title: str) -> Figure:
     right.set_ylim(bottom=0)
     for axis in (left, right):
         axis.set_xscale("log")
-        millions = sorted(set(table["n_tokens"] / 1e6))
-        axis.set_xticks(millions, [f"{value:.3g}" for value in millions], minor=False)
+        ticks = sorted(set(table["n_tokens"] / 1e6))
+        axis.set_xticks(ticks, [f"{value:.3g}" for value in ticks], minor=False)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlabel("Training tokens (millions)")
         axis.grid(alpha=0.25)

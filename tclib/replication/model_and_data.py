@@ -97,10 +97,11 @@ def check_year(preset: Preset, lm: LanguageModel) -> None:
 def make_corpus(run: Run) -> Corpus:
     """The preset's rows of tokens, built once and then read from the step's folder."""
     step, config = run.step(STEP), run.preset.corpus
+    lm = run.lm  # which is checked before the step's folder is there
 
     def make() -> Mapping[str, Any]:
         state = source_state(source_files(config))
-        corpus = build_corpus(config, run.lm, run.preset.folder / SAMPLES)
+        corpus = build_corpus(config, lm, run.preset.folder / SAMPLES)
         check_disjoint(corpus.train, corpus.evaluation)
         for name in ("train", "evaluation"):
             with new_file(step.folder / f"{name}.npy") as path, open(path, "wb") as file:
@@ -112,7 +113,7 @@ def make_corpus(run: Run) -> Corpus:
         del text["n_sampled_tokens"]
     inputs = {"model": run.model_hash, **text_input(run)}
     ensure(step, {"corpus": text}, inputs, make)
-    return Corpus(_rows(step, "train"), _rows(step, "evaluation"), run.lm.bos_id)
+    return Corpus(_rows(step, "train"), _rows(step, "evaluation"), lm.bos_id)
 
 
 def text_input(run: Run) -> dict[str, str]:
