@@ -94,8 +94,9 @@ def budget_table(run: Run) -> pd.DataFrame:
 
 def budget_figure(run: Run) -> Figure:
     """CE and L0 against training tokens, for both kinds of Figure 3."""
-    figure = over_tokens(budget_table(run), run.preset.model)
-    return save_figure(figure, run.step(EVALUATION_STEP), "figure_3_tokens")
+    step = run.step(EVALUATION_STEP)
+    figure = over_tokens(save_table(budget_table(run), step, "tokens"), run.preset.model)
+    return save_figure(figure, step, "figure_3_tokens")
 
 
 def budget_in_words(run: Run) -> str:
@@ -131,9 +132,10 @@ def gap_table(run: Run) -> pd.DataFrame:
 
 
 def equal_cost(run: Run) -> pd.DataFrame:
-    """`cost_table` of this run's sweep."""
+    """`cost_table` of this run's sweep, kept beside it."""
     n_parameters = run.lm.n_mlp_parameters(run.preset.sweep.layer)
-    return cost_table(run.sweep, run.lm.d_model, n_parameters)
+    found = cost_table(run.sweep, run.lm.d_model, n_parameters)
+    return save_table(found, run.step(EVALUATION_STEP), "equal_cost")
 
 
 def family_table(table: pd.DataFrame) -> pd.DataFrame:
