@@ -35,7 +35,7 @@ def seeds_figure(gaps: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 
 
 def _lines(axis: Axes, table: pd.DataFrame, by: str, x: str, y: str) -> None:
-    """A thin line a seed, the mean over seeds thick where they share their x."""
+    """A line a seed, in the colour of what it is of."""
     for colour, (name, own) in zip(COLOURS, table.groupby(by, sort=False), strict=False):
         for i, (_, one) in enumerate(own.groupby("seed")):
             label = plain(str(name)) if i == 0 else None
