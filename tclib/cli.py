@@ -253,9 +253,7 @@ def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command` an option a hyperparameter, in the place of its `**given`."""
     declared = signature(command, eval_str=True)
     own = [p for p in declared.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    of_training = descriptions(
-        TrainingConfig
-    )  # of one dictionary, what its training says is enough
+    of_training = descriptions(TrainingConfig)  # which say enough of one dictionary
     options = [*_options(DictionarySpec, of_training), *_options(TrainingConfig)]
     command.__signature__ = declared.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
     return command
