@@ -46,7 +46,7 @@ def runs_of(preset: Preset, n_seeds: int) -> list[Run]:
 def make_seeds(preset: Preset, n_seeds: int) -> dict[str, pd.DataFrame]:
     """`TABLES` of that many runs, made where they are missing; no notebook is executed for them."""
     runs, step = runs_of(preset, n_seeds), Run(preset).step(STEP)
-    found = {run.preset.seed: statistics(run) for run in progress(runs, "seeds", unit="run")}
+    found = {run.preset.seed: _trained(run) for run in progress(runs, "seeds", unit="run")}
 
     def make() -> Mapping[str, Any]:
         tables = {"seeds": seed_table(found), "gaps": _gaps(runs), "curves": _curves(runs)}
@@ -61,6 +61,11 @@ def make_seeds(preset: Preset, n_seeds: int) -> dict[str, pd.DataFrame]:
     }
     ensure(step, {"estimates": estimates}, {}, make)
     return {name: pd.read_csv(step.folder / f"{name}.csv") for name in TABLES}
+
+
+def _trained(run: Run) -> dict[str, Measured]:
+    """The statistics that training decides: the model's own behaviour is the same whatever the seed."""
+    return {name: one for name, one in statistics(run).items() if name != "behaviour"}
 
 
 def seed_table(found: Mapping[int, Mapping[str, Measured]]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Rules of a verdict, written before any result, and the closing table's lines.
+"""Rules of a verdict, written before any result (but for one premise, as it says), and the closing table's lines.
 
 Every claim of the paper that can be decided has one statistic, larger where the claim holds better, with a 95 %
 interval. `null` is its value if there is nothing to the claim (or the margin within which it may be missed),
@@ -93,7 +93,7 @@ RULES = {
         f"without the neuron that was so chosen, in shares of {_WORTH}",
         0.0,
         0.05,
-        f"{_WORTH_PREMISE}; its transcoder surely keeps some of that",
+        f"{_WORTH_PREMISE}; its transcoder surely keeps some of that (added when random directions had passed)",
     ),
     "shift": Rule(
         "Fig. 4: features are excited by years and promote later ones",
