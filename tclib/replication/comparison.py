@@ -372,8 +372,8 @@ def comparison_in_words(run: Run) -> str:
     own = shares[shares["threshold"] == INTERPRETABLE_F1].set_index("kind")
     measured = interpretability(*interpretable(run.comparison))
     ours = "; ".join(
-        f"{kind} {line.interpretable:.0%} ({line.low:.0%} to {line.high:.0%}), context-free "
-        f"{line.context_free:.0%}"
+        f"{kind} {line.interpretable:.0%} ({line.low:.0%} to {line.high:.0%}), interpretable and "
+        f"context-free {line.context_free:.0%}"
         for kind, line in own.iterrows()
     )
     published = "; ".join(
@@ -382,5 +382,12 @@ def comparison_in_words(run: Run) -> str:
     )
     return (
         f"*Paper:* {published} (rated by hand, Pythia-410M). *Ours:* {ours}; difference "
-        f"{measured.in_words}: {verdict('interpretability', measured)}."
+        f"{measured.in_words}: {verdict('interpretability', measured)}. That fewer of the transcoder's are "
+        f"context-free is {'' if _fewer_are_context_free(own) else 'not '}seen."
     )
+
+
+def _fewer_are_context_free(own: pd.DataFrame) -> bool:
+    """Whether the paper's second count, 6 against 16, comes out the same way round."""
+    shares = own["context_free"]
+    return bool(shares["transcoder"] < shares.drop("transcoder").iloc[0])
