@@ -33,10 +33,22 @@ FAMILY_STYLE: dict[str, dict[str, Any]] = {
 }
 
 OTHER_STYLE: dict[str, Any] = {"color": "0.4", "marker": "x"}
+OTHER_MARKERS = "xv^<>Pd*"
 SAVED_DPI = 150
 
 # A function that draws a figure does so in the style that all share.
 styled = plt.style.context(Path(__file__).with_name("tclib.mplstyle"))
+
+
+def family_style(family: str, n_drawn: int) -> dict[str, Any]:
+    """How a family of dictionaries is drawn; one of another width in its kind's colour, dashed, by its own marker."""
+    if family in FAMILY_STYLE:
+        return FAMILY_STYLE[family]
+    kind, _, width = family.partition(" ×")
+    own = FAMILY_STYLE.get(kind, {**OTHER_STYLE, "label": kind})
+    marker = OTHER_MARKERS[n_drawn % len(OTHER_MARKERS)]
+    label = f"{own['label']} ×{width}" if width else own["label"]
+    return {**own, "marker": marker, "label": label, "linestyle": "--", "alpha": 0.7}
 
 
 def plain(text: str) -> str:

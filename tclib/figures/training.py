@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from tclib.figures.style import BLUE, FAMILY_STYLE, OTHER_STYLE, legend_below, plain, styled
+from tclib.figures.style import BLUE, FAMILY_STYLE, family_style, legend_below, plain, styled
 
 
 @styled
@@ -46,9 +46,9 @@ def _pareto_panel(axis: Axes, table: pd.DataFrame) -> None:
     has_label = ~table["family"].str.contains("topk")
     smallest = table.loc[has_label, "sparsity"].min()
     exponent = int(np.floor(np.log10(smallest))) if has_label.any() else 0
-    for family, points in table.groupby("family", sort=False):
+    for n_drawn, (family, points) in enumerate(table.groupby("family", sort=False)):
         points = points.sort_values("l0")
-        style = FAMILY_STYLE.get(str(family), {**OTHER_STYLE, "label": str(family)})
+        style = family_style(str(family), n_drawn)
         axis.plot(points["l0"], points["ce"], markersize=5, linewidth=1.3, **style)
         if "ce_increase_low" in points:
             _error_bars(axis, points, style["color"])
