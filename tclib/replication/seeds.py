@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from tclib.evaluation.equal_l0 import ce_gap_table
 from tclib.figures.seeds import seeds_figure
@@ -45,14 +44,15 @@ def runs_of(preset: Preset, n_seeds: int) -> list[Run]:
 
 def make_seeds(preset: Preset, n_seeds: int) -> dict[str, pd.DataFrame]:
     """`TABLES` of that many runs, made where they are missing; no notebook is executed for them."""
-    runs, step = runs_of(preset, n_seeds), Run(preset).step(STEP)
+    runs, step = runs_of(preset, n_seeds), preset.step(STEP)
     found = {run.preset.seed: _trained(run) for run in progress(runs, "seeds", unit="run")}
 
     def make() -> Mapping[str, Any]:
         tables = {"seeds": seed_table(found), "gaps": _gaps(runs), "curves": _curves(runs)}
         for name, table in tables.items():
             write_csv(table, step, name)
-        save_whole(figure_of(tables), step.folder / "seeds.png")
+        figure = seeds_figure(tables["gaps"], tables["curves"])
+        save_whole(figure, step.folder / "seeds.png")
         return {"n_seeds": len(runs)}
 
     estimates = {
@@ -60,7 +60,7 @@ def make_seeds(preset: Preset, n_seeds: int) -> dict[str, pd.DataFrame]:
         for seed, own in found.items()
     }
     ensure(step, {"estimates": estimates}, {}, make)
-    return {name: pd.read_csv(step.folder / f"{name}.csv") for name in TABLES}
+    return read_seeds(step.folder)
 
 
 def _trained(run: Run) -> dict[str, Measured]:
@@ -117,8 +117,3 @@ def kept_seeds(preset: Preset) -> Path | None:
 def read_seeds(folder: Path) -> dict[str, pd.DataFrame]:
     """`TABLES` as they were written."""
     return {name: pd.read_csv(folder / f"{name}.csv") for name in TABLES}
-
-
-def figure_of(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Figures 3 and 5 over seeds."""
-    return seeds_figure(tables["gaps"], tables["curves"])
