@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -99,7 +100,9 @@ def temporary_path(path: Path) -> Path:
 
 def unwritten(path: Path, error: Exception) -> str:
     """The sentence for a file that could not be written."""
-    is_full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    in_words = re.search(r"os error (\d+)", str(error))  # safetensors, which has no errno
+    number = int(in_words[1]) if in_words else getattr(error, "errno", errno.ENOSPC)
+    is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "free some disk space" if is_full else "choose a place that can be written"
     return f"{path} could not be written ({error}): {remedy} and run it again"
 

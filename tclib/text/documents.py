@@ -10,20 +10,24 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from tclib.support.errors import InputError
 
 MIN_DOCSTRING_CHARACTERS = 200
 TEXT_DOCUMENT_CHARACTERS = 2_000
+MAX_PARAGRAPH_CHARACTERS = 1_000_000  # a file without empty lines is not held whole
+MAX_PAGE = 10_000_000  # bytes of a page's XML: Wikipedia takes 2 MB of text
+XML_CHUNK = 65_536  # bytes
+MAX_DEPTH = 50  # elements within elements: a dump has five
 BUNDLED_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 
 def text_documents(path: Path) -> Iterator[str]:
     """Documents of a text file, or of every .txt and .md file below a folder.
 
-    A document is a run of paragraphs of about 2,000 characters.
+    A document is a run of paragraphs of about 2,000 characters; a paragraph of more than a million is cut.
     """
     return itertools.chain.from_iterable(_paragraph_runs(file) for file in text_files(path))
 
@@ -41,14 +45,29 @@ def text_files(path: Path) -> list[Path]:
 
 def _paragraph_runs(file: Path) -> Iterator[str]:
     run: list[str] = []
-    for paragraph in file.read_text(errors="replace").split("\n\n"):
-        if paragraph.strip():
-            run.append(paragraph.strip())
+    for paragraph in _paragraphs(file):
+        run.append(paragraph)
         if sum(map(len, run)) >= TEXT_DOCUMENT_CHARACTERS:
             yield "\n\n".join(run)
             run = []
     if run:
         yield "\n\n".join(run)
+
+
+def _paragraphs(file: Path) -> Iterator[str]:
+    """What stands between empty lines, read as it is asked for."""
+    lines: list[str] = []
+    n_characters = 0
+    with open(file, encoding="utf-8", errors="replace") as text:
+        while line := text.readline(MAX_PARAGRAPH_CHARACTERS):
+            lines.append(line)
+            n_characters += len(line)
+            if line == "\n" or n_characters >= MAX_PARAGRAPH_CHARACTERS:
+                if paragraph := "".join(lines).strip():
+                    yield paragraph
+                lines, n_characters = [], 0
+    if paragraph := "".join(lines).strip():
+        yield paragraph
 
 
 def docstring_documents(root: Path) -> Iterator[str]:
@@ -140,17 +159,39 @@ _UNREAD_MARKUP = re.compile(
 def _article_markup(dump: Path) -> Iterator[tuple[str, str]]:
     """Title and markup of every page of the article namespace that is no redirect."""
     try:
-        with bz2.open(dump) as file:
-            for _, element in ElementTree.iterparse(file):
-                if not element.tag.endswith("}page"):
-                    continue
-                ns = element.tag.removesuffix("page")
-                is_article = element.findtext(f"{ns}ns") == "0"
-                if is_article and element.find(f"{ns}redirect") is None:
-                    markup = element.findtext(f"{ns}revision/{ns}text") or ""
-                    yield element.findtext(f"{ns}title") or "", markup
-                element.clear()
+        for element in _pages(dump):
+            ns = element.tag.removesuffix("page")
+            is_article = element.findtext(f"{ns}ns") == "0"
+            if is_article and element.find(f"{ns}redirect") is None:
+                markup = element.findtext(f"{ns}revision/{ns}text") or ""
+                yield element.findtext(f"{ns}title") or "", markup
     except (OSError, EOFError, ElementTree.ParseError) as error:
         raise InputError(
             f"Wikipedia dump {dump}: {error}: expected a whole MediaWiki export, .xml.bz2"
         ) from error
+
+
+def _pages(dump: Path) -> Iterator[ElementTree.Element]:
+    """The page elements of a dump, each as it ends.
+
+    A few kilobytes unpack to any size: `ElementTree.ParseError` for elements nested more than 50 deep, or a
+    page beyond 10 MB.
+    """
+    parser: ElementTree.XMLPullParser[Any] = ElementTree.XMLPullParser(["start", "end"])
+    depth = n_since_page = 0
+    with bz2.open(dump) as file:
+        while chunk := file.read(XML_CHUNK):
+            parser.feed(chunk)
+            n_since_page += len(chunk)
+            events: Any = parser.read_events()  # typed as those of comments and namespaces too
+            for event, element in events:
+                depth += 1 if event == "start" else -1
+                if event == "end" and element.tag.endswith("}page"):
+                    yield element
+                    element.clear()
+                    n_since_page = 0
+            if depth > MAX_DEPTH or n_since_page > MAX_PAGE:
+                raise ElementTree.ParseError(
+                    f"a page of more than {MAX_PAGE:,} bytes, or elements nested more than {MAX_DEPTH} deep"
+                )
+        parser.close()

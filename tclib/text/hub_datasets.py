@@ -27,6 +27,9 @@ def dataset_documents(
     import datasets
 
     located = locate_dataset(source, revision, data_files)
+    for file in dataset_files(source, revision, data_files):
+        if file.suffix == ".parquet" and not file.stat().st_size:
+            raise InputError(f"dataset {source!r}: {file} is empty: fetch it again")
     try:
         stream = datasets.load_dataset(**located, split="train", streaming=True)
         columns = stream.features or next(iter(stream), {"text": ""})

@@ -392,6 +392,9 @@ def test_circuit_tracer_folders_that_do_not_fit_are_named(tmp_path: Path) -> Non
     refused("no matrix W_enc")
     (folder / "layer_1.safetensors").rename(folder / "layer_2.safetensors")
     refused("no gap")
+    for layer in range(2, 1_100):
+        (folder / f"layer_{layer}.safetensors").touch()
+    refused("1,099 layers; expected at most 1,000")
     (folder / "config.yaml").write_text(config.replace("transcoder_set", "cross_layer_transcoder"))
     refused("model_kind 'cross_layer_transcoder'")
     (folder / "config.yaml").write_text(": [")

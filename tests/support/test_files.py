@@ -85,6 +85,13 @@ def test_a_folder_that_is_being_replaced_is_there_before_or_after(
     assert (tmp_path / "x" / "a").read_text() == "first"
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux's /proc")
+def test_where_nothing_can_be_written_another_place_is_advised_not_more_space() -> None:
+    for path in (Path("/proc/x.safetensors"), Path("/proc/x/y.safetensors")):
+        with pytest.raises(InputError, match="could not be written .*choose a place"):
+            save_tensors(path, {"a": torch.zeros(2)}, {})
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_a_finished_run_on_a_disk_that_cannot_be_written_can_be_read(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

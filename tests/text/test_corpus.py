@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tclib.support.errors import InputError
 from tclib.text import corpus as module
 from tclib.text.corpus import CorpusConfig, build_corpus, check_disjoint, split_of
 from tclib.text.documents import text_documents
+from tclib.text.hub_datasets import dataset_documents
 from tclib.text.packing import pack
 
 SMALL = CorpusConfig(n_ctx=16, n_train_tokens=1600, n_eval_tokens=320)
@@ -72,6 +74,17 @@ def test_text_files_and_folders_are_read(tmp_path: Path, demo_lm: LanguageModel)
     documents = list(text_documents(tmp_path))
     assert len(documents) == 4 and documents[-1] == "The dog sleeps."
     assert "".join(documents).count("war") == 400
+
+
+def test_paragraphs_are_what_stands_between_empty_lines(tmp_path: Path) -> None:
+    """As by splitting the whole text, which a file of gigabytes does not allow; a paragraph without end is cut."""
+    long = "\n".join(["word " * 100] * 5)
+    text = f"\n\n{long}\n\n\n{long}\r\n\r\n \n{long}\n \n{long}\n\n\n\nend"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    split = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n")]
+    assert list(text_documents(tmp_path / "a.txt")) == [part for part in split if part]
+    (tmp_path / "b.txt").write_text("a" * (1_000_005))
+    assert [len(text) for text in text_documents(tmp_path / "b.txt")] == [1_000_000, 5]
 
 
 def test_docstrings_are_found_and_the_broken_files_passed_over(tmp_path: Path) -> None:
@@ -128,6 +141,18 @@ def test_a_dump_that_is_missing_cut_short_or_no_xml_is_named(tmp_path: Path) -> 
         list(module.wikipedia_articles(tmp_path / "plain.bz2"))
 
 
+@pytest.mark.parametrize("pages", ["<a>" * 4_000_000, f"<page>{' ' * 50_000_000}</page>"])
+def test_a_dump_that_unpacks_to_anything_is_refused_early(tmp_path: Path, pages: str) -> None:
+    pytest.importorskip("mwparserfromhell", reason="comes with `make smollm2`")
+    dump = write_dump(tmp_path / "bomb.bz2", f"<mediawiki xmlns='m'>{pages}")
+    assert dump.stat().st_size < 10_000
+    tracemalloc.start()
+    with pytest.raises(InputError, match="bomb.bz2: a page of more than 10,000,000 bytes, or elem"):
+        list(module.wikipedia_articles(dump))
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
 def test_without_its_packages_the_wikipedia_corpus_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +171,12 @@ def test_a_local_dataset_is_streamed(tmp_path: Path, demo_lm: LanguageModel) -> 
     built = build_corpus(config, demo_lm)
     assert len(built.train) == 100
     assert "war" in demo_lm.tokenizer.decode(built.evaluation[0])
+
+
+def test_an_empty_parquet_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match="train.parquet is empty: fetch it again"):
+        next(dataset_documents(str(tmp_path), 0))
 
 
 # -- bad input ------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tclib.support.declared import shown
 from tclib.support.errors import InputError, listed
 from tclib.support.files import new_folder
 
+MAX_LAYERS = 1_000  # of which every one is read
 TRACER_THRESHOLD = "activation_function.threshold"
 TENSORS = parts.Tensors({"threshold": TRACER_THRESHOLD}, frozenset({"W_enc", "W_skip"}))
 
@@ -35,6 +36,8 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     )
     _, basis = parts.place_of(hook_in, hook_out, folder)
     names = {path.name for path in folder.glob("layer_*.safetensors")}
+    if len(names) > MAX_LAYERS:
+        raise InputError(f"{folder}: {len(names):,} layers; expected at most {MAX_LAYERS:,}")
     files = [folder / f"layer_{layer}.safetensors" for layer in range(len(names))]
     if names != {path.name for path in files} or not names:
         raise InputError(f"{folder}: layers [{listed(names)}]; expected layer_0 upwards, no gap")
