@@ -14,6 +14,7 @@ from setuptools.command.build_py import build_py
 
 ASSETS = (
     *("notebooks/*.ipynb", "notebooks/presets/*", "data/demo/*/*", "data/paper/*.csv"),
+    "data/paper/*.json",
     "data/reference/demo*/*/*",
 )
 

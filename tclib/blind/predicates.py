@@ -127,6 +127,11 @@ def _precision_recall_f1(said: Any, active: Any) -> tuple[float, float, float]:
     return precision, recall, f1
 
 
+def f1_score(said: Bool[Tensor, "row pos"], active: Bool[Tensor, "row pos"]) -> float:
+    """F1 of two masks, the second of which is true somewhere."""
+    return _precision_recall_f1(said, active)[2]
+
+
 def fit_predicate(
     rows: Int[Tensor, "row pos"],
     acts: Float[Tensor, "row pos"],

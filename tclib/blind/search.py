@@ -44,7 +44,9 @@ N_CASES = 3
 N_EXTENDED = (8, 4)  # of one part, and of two parts
 N_WIDE, WIDE_RECALL = 3, 0.8  # and as many that leave little out, whatever their F1
 N_EXTENSIONS = 3  # of each, beside the lists that are fitted to it
-Bits: TypeAlias = UInt64[np.ndarray, "*item word"]
+Bits: TypeAlias = UInt64[np.ndarray, "..."]  # a table of any rank, of words
+Counts: TypeAlias = Int[np.ndarray | np.int64, "..."]
+Shares: TypeAlias = Float[np.ndarray | np.float64, "..."]
 N_COMMON, N_PRECISE, LOOK_BACK, MIN_SHARE = 32, 16, 8, 0.02  # earlier tokens that are tried
 N_SPELLINGS, N_STRONGEST, N_PIECES = 2, 20, 10
 MIN_LEVEL = 1e-6
@@ -68,25 +70,25 @@ class _Found(NamedTuple):
 def _bits(mask: Bool[Tensor, "*item token"]) -> Bits:
     packed = np.packbits(mask.numpy(), axis=-1)
     padding = [(0, 0)] * (packed.ndim - 1) + [(0, -packed.shape[-1] % 8)]
-    return np.ascontiguousarray(np.pad(packed, padding)).view(np.uint64)
+    words: Bits = np.ascontiguousarray(np.pad(packed, padding)).view(np.uint64)
+    return words
 
 
 def _mask(bits: Bits, n: int) -> Bool[Tensor, "token"]:
     return torch.from_numpy(np.unpackbits(bits.view(np.uint8), count=n)).bool()
 
 
-def _count(bits: Bits) -> Int[np.ndarray, "*item"]:
-    return np.bitwise_count(bits).sum(-1, dtype=np.int64)
+def _count(bits: Bits) -> Counts:
+    counts: Counts = np.bitwise_count(bits).sum(-1, dtype=np.int64)
+    return counts
 
 
-def _f1(holds: Bits, active: Bits) -> Float[np.ndarray, "*item"]:
+def _f1(holds: Bits, active: Bits) -> Shares:
     hits, n_active = _count(holds & active), _count(active)
     return _f1_of(hits, _count(holds), int(n_active))
 
 
-def _f1_of(
-    hits: Int[np.ndarray, "*item"], sizes: Int[np.ndarray, "*item"], n_active: int
-) -> Float[np.ndarray, "*item"]:
+def _f1_of(hits: Counts, sizes: Counts, n_active: int) -> Shares:
     return 2.0 * hits / (sizes + n_active)
 
 
