@@ -248,7 +248,7 @@ def small_preset(runs_dir: Path) -> Preset:
             preset.greater_than, templates=preset.greater_than.templates[:1], sae_l1=()
         ),
         case_studies=replace(
-            preset.case_studies, n_full=1, n_restricted=1, n_rows=60, n_held_out_rows=20
+            preset.case_studies, n_full=1, n_restricted=2, n_sae=1, n_rows=60, n_held_out_rows=20
         ),
         comparison=replace(preset.comparison, n_features=4, n_rows=60, n_held_out_rows=20),
         circuits=replace(

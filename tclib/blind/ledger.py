@@ -1,18 +1,28 @@
-"""The ledger of a blind study: entries chained by hashes, on disk, and checked when read."""
+"""The ledger of a blind study: entries chained by hashes, sealed, on disk, and checked when read.
+
+The chain shows an entry that was changed, dropped or moved. Who writes the whole file anew can chain it anew: that
+is found by its *seal*, the hash in its last line, where the seal stands somewhere else as well (notebook 04 prints
+it, and the manifest of its step holds it).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from tclib.support.checked import checked
 from tclib.support.declared import Natural, declared
 from tclib.support.errors import InputError
+from tclib.support.files import new_file
 from tclib.support.paths import check_file
 
 GENESIS = "0" * 64
@@ -35,7 +45,7 @@ class Entry:
     """One line of a ledger. `digest` is the hash of the line before it and of everything in this one."""
 
     index: Natural
-    kind: str  # begin, question, hypothesis, unblind
+    kind: str  # begin, question, hypothesis, unblind, text, seal
     is_blind: bool
     question: str
     arguments: dict[str, Any]
@@ -55,7 +65,7 @@ def plain(answer: Any) -> Any:
             for line in answer.to_dict(orient="records")
         ]
     if isinstance(answer, (float, np.floating)):
-        return float(f"{answer:.5g}")
+        return float(f"{answer:.5g}") if np.isfinite(answer) else None
     return answer.item() if isinstance(answer, np.generic) else answer
 
 
@@ -65,33 +75,100 @@ def digest_of(before: str, body: dict[str, Any]) -> str:
     return hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()
 
 
-@checked
-def load_ledger(path: Path) -> list[Entry]:
-    """Read a ledger and check its chain.
+def next_entry(
+    entries: Sequence[Entry],
+    kind: str,
+    is_blind: bool,
+    question: str,
+    arguments: dict[str, Any],
+    answer: Any,
+) -> Entry:
+    """The entry that follows, chained to the last."""
+    body = Entry(len(entries), kind, is_blind, question, dict(arguments), answer, "").body()
+    return Entry(**body, digest=digest_of(entries[-1].digest if entries else GENESIS, body))
 
-    Errors: `InputError` naming the first entry that was changed, dropped or reordered, or a question
-    asked after unblinding that claims to be blind.
+
+def sealed(entries: Sequence[Entry]) -> Entry:
+    """The last line of a ledger; its digest is the seal."""
+    return next_entry(
+        entries, "seal", entries[-1].is_blind, "seal", {"n_entries": len(entries)}, None
+    )
+
+
+def save_ledger(path: Path, entries: Sequence[Entry]) -> str:
+    """Write entries as JSON lines, sealed: the seal. Errors: `InputError` if something is there."""
+    if path.is_file():
+        raise InputError(f"{path} exists, and a ledger is never overwritten: choose another name")
+    last = sealed(entries)
+    with new_file(path) as temporary:
+        lines = [json.dumps(vars(entry), ensure_ascii=False) for entry in (*entries, last)]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return last.digest
+
+
+@checked
+def load_ledger(path: Path, seal: str | None = None) -> list[Entry]:
+    """Read a ledger and check its chain, and that it ends in the `seal` that is known from elsewhere.
+
+    Errors: `InputError` naming the first entry that was changed, dropped or reordered, for a question asked
+    after unblinding that claims to be blind, a ledger that does not begin, was cut short, or has another seal.
     """
     check_file(path, "save it again")
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        entries = [Entry(**line) for line in lines]
+        # Only these are ends of lines: text may hold others (U+2028, U+0085).
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        entries = [Entry(**json.loads(line)) for line in lines if line]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is no ledger ({error}): save it again") from error
     if not entries:
         raise InputError(f"{path} is no ledger (it is empty): save it again")
+    _check_chain(path, entries)
+    if entries[-1].kind != "seal":
+        raise InputError(f"{path} ends without its seal: it was cut short, or never saved whole")
+    if seal is not None and seal != entries[-1].digest:
+        raise InputError(
+            f"{path} has the seal {entries[-1].digest[:16]}, not {seal[:16]}: it was written anew since"
+        )
+    return entries[:-1]
+
+
+def _check_chain(path: Path, entries: Sequence[Entry]) -> None:
     before, is_blind = GENESIS, True
     for index, entry in enumerate(entries):
         if entry.index != index or entry.digest != digest_of(before, entry.body()):
             raise InputError(
                 f"{path}: entry {index} was changed, dropped or moved since it was written"
             )
+        if (entry.kind == "begin") != (index == 0):
+            raise InputError(f"{path}: entry {index} is {entry.kind}: a ledger begins once")
         if entry.kind == "unblind":
             is_blind = False
         if entry.is_blind and not is_blind:
             raise InputError(f"{path}: entry {index} claims to be blind after the unblinding")
         before = entry.digest
-    return entries
+
+
+# ---------------------------------------------------------------------------------------------
+# The numbers of examples
+
+
+def key_hash(key: str) -> str:
+    """What a ledger says of its key before the unblinding."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def example_order(key: str, n_rows: int) -> Int[Tensor, "row"]:
+    """The row behind each example's number: a permutation by the key."""
+    seed = int(hashlib.sha256(f"examples {key}".encode()).hexdigest()[:12], 16)
+    return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
+
+
+def key_of(entries: Sequence[Entry]) -> str:
+    """The key by which a study's examples were numbered. Errors: `InputError` unless it is unblinded."""
+    for entry in entries:
+        if entry.kind == "unblind":
+            return str(entry.arguments["key"])
+    raise InputError("the study was not unblinded: the numbers of its examples are a secret yet")
 
 
 def ledger_summary(entries: list[Entry]) -> pd.DataFrame:

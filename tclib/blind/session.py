@@ -3,97 +3,63 @@
 A session hands out positions of a corpus as opaque (example, pos) pairs and answers the questions that the
 paper's rules allow: activations, circuits, and anything that needs no input (de-embeddings, pullbacks, logits).
 Tokens and text of the corpus cannot be had before `unblind()`; a hypothesis must be written before it, and no
-question after it counts as blind. The *restricted* variant also refuses input-dependent facts about features of
-layer 0. Every question and answer goes into a ledger whose entries are chained by hashes, so that a changed,
-dropped or reordered one is found; a ledger can be replayed.
+question after it counts as blind, nor any about a feature that has been unblinded before. The *restricted* variant
+also refuses input-dependent facts about features of layer 0. Every question and answer goes into a ledger whose
+entries are chained by hashes; a ledger can be replayed.
+
+Numbers can name tokens: W_E[token] · u is another for every token. So an answer gives, of what hangs on the input,
+
+    features above layer 0     activation and contribution, to two significant digits
+    groups of sources          which quarter of the pre-activation they bring
+    every other source         its rank and its sign
+
+and `leakage` measures what that still tells.
+
+What Python cannot keep from its own user: another process does not know what this one has unblinded; and who reads
+the secrets' own module (`secret`), walks the garbage collector, patches the model's classes, runs the model on the
+corpus beside the session, or asks for the activations of thousands of features at one place and decodes them, sees
+the text. The rules hold for answers; for the rest a session is a lock on a door, not a wall.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import wraps
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, NoReturn
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from pydantic import JsonValue
 from torch import Tensor
 
-from tclib.blind.ledger import GENESIS, BlindnessError, Entry, Position, digest_of, plain
-from tclib.circuits.frozen import FrozenPrompts, by_layer
+from tclib.blind.answers import coarse, group_shares, path_lines, source_lines
+from tclib.blind.ledger import (
+    BlindnessError,
+    Entry,
+    Position,
+    example_order,
+    key_hash,
+    save_ledger,
+    sealed,
+)
+from tclib.blind.secret import OWN, SECRETS, SEEN, Secret, question, record
+from tclib.circuits.frozen import FrozenPrompts, Target, by_layer
 from tclib.circuits.paths import greedy_paths
 from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.features import from_weights as weights
 from tclib.features.dashboard import Dashboard, build_dashboard
 from tclib.features.examples import check_acts, feature_activations, sample_in_bands
+from tclib.models.checks import check_hooks
 from tclib.models.language_model import LanguageModel
 from tclib.support.checked import checked
 from tclib.support.declared import Count, Natural, Share
 from tclib.support.errors import InputError
-from tclib.support.files import new_file
-from tclib.support.statistics import ranked, to_numpy
-
-
-@dataclass
-class _Secret:
-    """What only this module touches while a session is blind."""
-
-    lm: LanguageModel
-    transcoders: dict[int, Dictionary]
-    rows: Int[Tensor, "row pos"]
-    acts: Float[Tensor, "row pos"]
-    frozen: dict[Position, FrozenPrompts]
-    lone: weights.LoneTokens
-
-
-# Kept apart from the sessions, so that nothing that walks over a session's attributes finds it.
-_SECRETS: WeakKeyDictionary[BlindSession, _Secret] = WeakKeyDictionary()
-_QUESTIONS: set[str] = set()
-OWN: Any = None  # the layer or the feature under study
-
-_Asked = ParamSpec("_Asked")
-_Answer = TypeVar("_Answer")
-
-
-def question(
-    method: Callable[Concatenate[BlindSession, _Asked], _Answer],
-) -> Callable[Concatenate[BlindSession, _Asked], _Answer]:
-    """A method whose every answer goes into the ledger, with all arguments, defaults filled in."""
-    signature = inspect.signature(method)
-
-    @wraps(method)
-    def asked(session: BlindSession, /, *args: _Asked.args, **kwargs: _Asked.kwargs) -> _Answer:
-        bound = signature.bind(session, *args, **kwargs)
-        bound.apply_defaults()
-        arguments = {name: bound.arguments[name] for name in list(bound.arguments)[1:]}
-        for name in ("layer", "feature"):
-            if name in arguments and arguments[name] is OWN:
-                bound.arguments[name] = arguments[name] = getattr(session, name)
-        answer = method(*bound.args, **bound.kwargs)
-        if "position" in arguments:
-            arguments = {**vars(arguments.pop("position")), **arguments}
-        if arguments.get("head") is not None:
-            arguments["head"] = list(arguments["head"])
-        session._record("question", method.__name__, arguments, plain(answer))
-        return answer
-
-    _QUESTIONS.add(method.__name__)
-    return checked(asked)
-
-
-def is_question(name: str) -> bool:
-    """Whether a session has a question of this name."""
-    return name in _QUESTIONS
+from tclib.support.statistics import to_numpy
 
 
 class BlindSession:
@@ -101,26 +67,24 @@ class BlindSession:
 
     Args:
         lm: the model.
-        transcoders: by any names; one of them holds the feature.
+        transcoders: by any names; that of the layer holds the feature, unless `dictionary` does.
         rows: the corpus, which stays hidden.
         layer, feature: what is studied.
         restricted: refuse input-dependent facts about layer 0's features.
+        dictionary: an SAE on the same mlp_in, one of whose features is studied in the transcoders' place; its
+            number is understood wherever its layer is asked for.
+        fresh_eyes: whoever asks is a program that remembers nothing, so that an earlier unblinding of the
+            feature does not count; the ledger says so.
+        key: by which the examples are numbered, a secret that the ledger shows at the unblinding; drawn if
+            it is not given.
         acts, lone: the feature's activations on `rows`, and lone tokens of these transcoders; whoever
             studies several features computes them once and shares them.
 
-    Errors: `InputError` for a layer without a transcoder, activations of another shape than the rows, or
-    a feature that never fires here.
+    Errors: `InputError` for a layer without a transcoder, a model with hooks on it, activations of another
+    shape than the rows, or a feature that never fires here.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_has_hypothesis",
-        "_is_blind",
-        "_ledger",
-        "feature",
-        "layer",
-        "restricted",
-    )
+    __slots__ = ("__weakref__",)
 
     @checked
     def __init__(
@@ -132,6 +96,9 @@ class BlindSession:
         feature: int,
         restricted: bool = False,
         *,
+        dictionary: Dictionary | None = None,
+        fresh_eyes: bool = False,
+        key: str | None = None,
         acts: Float[Tensor, "row pos"] | None = None,
         lone: weights.LoneTokens | None = None,
     ) -> None:
@@ -139,39 +106,66 @@ class BlindSession:
         lm.check_text(rows)
         if layer not in found:
             raise InputError(f"no transcoder at layer {layer}: there is one at {sorted(found)}")
-        found[layer].check_features(feature)
+        studied = _studied(lm, found[layer], dictionary)
+        studied.check_features(feature)
+        check_hooks(lm.model, lm.name)
         if acts is None:
-            acts = feature_activations(lm, found[layer], [feature], rows)[0]
+            acts = feature_activations(lm, studied, [feature], rows)[0]
         check_acts(acts, rows)
-        lone = weights.LoneTokens(lm, transcoders.values()) if lone is None else lone
         if not bool((acts > 0).any()):
             raise InputError(
                 f"feature {feature} of layer {layer} never fires on this corpus: draw a live one"
             )
-        self.layer, self.feature, self.restricted = layer, feature, restricted
-        self._is_blind, self._has_hypothesis = True, False
-        self._ledger: list[Entry] = []
-        _SECRETS[self] = _Secret(lm, found, rows, acts, {}, lone)
+        lone = weights.LoneTokens(lm, transcoders.values()) if lone is None else lone
+        key = secrets.token_hex(16) if key is None else key
         corpus = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-        subject = {"layer": layer, "feature": feature, "restricted": restricted, "corpus": corpus}
-        self._record("begin", "begin", subject, None)
+        subject: dict[str, Any] = {"layer": layer, "feature": feature, "restricted": restricted}
+        subject |= {"kind": studied.config.kind, "fresh_eyes": fresh_eyes}
+        subject |= {"model": lm.known_hash, "corpus": corpus, "key": key_hash(key)}
+        order = example_order(key, len(rows))
+        read = studied.encoder_direction(feature).cpu().numpy().tobytes()
+        identity = hashlib.sha256(f"{corpus} {layer} ".encode() + read).hexdigest()
+        hidden = (rows[order], acts[order])
+        is_new = fresh_eyes or identity not in SEEN
+        SECRETS[self] = Secret(lm, found, studied, *hidden, lone, subject, key, identity, is_new)
+        record(self, "begin", "begin", subject, None)
 
     # -- what can be seen of it -------------------------------------------------------------
 
     @property
+    def layer(self) -> int:
+        """The layer of the feature under study."""
+        return int(SECRETS[self].subject["layer"])
+
+    @property
+    def feature(self) -> int:
+        """The feature under study."""
+        return int(SECRETS[self].subject["feature"])
+
+    @property
+    def restricted(self) -> bool:
+        """Whether input-dependent facts about layer 0's features are refused."""
+        return bool(SECRETS[self].subject["restricted"])
+
+    @property
     def is_blind(self) -> bool:
-        """Whether nothing has been unblinded yet."""
-        return self._is_blind
+        """Whether nothing of this feature has been unblinded yet, here or in an earlier session."""
+        return SECRETS[self].is_blind
 
     @property
     def ledger(self) -> tuple[Entry, ...]:
         """Everything so far, in order; copies, so that nothing can be changed through them."""
-        return copy.deepcopy(tuple(self._ledger))
+        return copy.deepcopy(tuple(SECRETS[self].ledger))
+
+    @property
+    def seal(self) -> str:
+        """The hash of everything so far: print it where others see it, and the ledger cannot change."""
+        return sealed(SECRETS[self].ledger).digest
 
     def __repr__(self) -> str:
         variant = "restricted" if self.restricted else "full"
-        state = "blind" if self._is_blind else "unblinded"
-        n_questions = sum(entry.kind == "question" for entry in self._ledger)
+        state = "blind" if self.is_blind else "unblinded"
+        n_questions = sum(entry.kind == "question" for entry in SECRETS[self].ledger)
         return (
             f"BlindSession(layer {self.layer}, feature {self.feature}, {variant}, {state}, "
             f"{n_questions} questions)"
@@ -186,67 +180,59 @@ class BlindSession:
     def examples(self, n_examples: Count = 10, min_share: Share = 0.0) -> pd.DataFrame:
         """Positions where the feature is active, evenly over its range: example, pos, activation.
 
-        Only those above `min_share` of the maximum.
+        Only those above `min_share` of the maximum. Examples have numbers of their own, not the corpus's.
         """
-        secret = _SECRETS[self]
+        secret = SECRETS[self]
         strong = torch.where(secret.acts > min_share * secret.acts.max(), secret.acts, 0.0)
         n = min(n_examples, int((strong > 0).sum()))
         table = sample_in_bands(strong, n)[["row", "pos", "activation"]]
+        table["activation"] = [coarse(value) for value in table["activation"]]
         return table.rename(columns={"row": "example"})
 
     @question
     def activation(self, position: Position, layer: int = OWN, feature: int = OWN) -> float:
-        """Activation of a feature at a position; of the one under study by default."""
+        """Activation of a feature above layer 0 at a position; of the one under study by default.
+
+        Two significant digits. Layer 0's features are listed among the sources, by rank.
+        """
         self._refuse_layer_0(layer)
+        if layer == 0 and self.layer != 0:
+            raise BlindnessError(
+                "activations of layer 0's features name the token: sources() lists the active ones by rank"
+            )
         frozen = self._frozen(position)
-        return max(0.0, frozen.value(frozen.feature_target(layer, feature, position.pos)))
+        return coarse(max(0.0, frozen.value(self._target(frozen, layer, feature, position))))
 
     @question
     def sources(
-        self,
-        position: Position,
-        n_sources: Natural = 20,
-        layer: int = OWN,
-        feature: int = OWN,
-        rest: bool = False,
+        self, position: Position, n_sources: Natural = 20, layer: int = OWN, feature: int = OWN
     ) -> pd.DataFrame:
-        """The strongest sources of a feature at a position, with shares of the sum of sizes.
+        """The strongest sources of a feature at a position, and in which quarter each group's part lies.
 
-        Of the feature under study by default, or of one that feeds it. With `rest`, lines with head and
-        feature −1 sum up the sources that are not listed, so that all lines add up to the pre-activation
-        (restricted: less what layer 0's features bring).
+        Of the feature under study by default, or of one that feeds it. A line a source has its rank by size
+        and its sign, and if it is a feature above layer 0 its contribution (two digits). The first lines are
+        groups (`GROUPS`), with `share`: the pre-activation's quarters that they bring, rounded down, between
+        −0.25 (less than nothing) and 1 (all of it or more).
         """
         self._refuse_layer_0(layer)
         frozen = self._frozen(position)
-        (found,) = sources(frozen, [frozen.feature_target(layer, feature, position.pos)])
-        size = np.abs(found.contribution)
-        table = found.table.assign(share=size / size.sum())
-        if self.restricted:
-            table = table[~((table["kind"] == "feature") & (table["layer"] == 0))]
-        by_size = table.iloc[ranked(table["contribution"].abs())]
-        answer = by_size.head(n_sources)
-        if rest:
-            answer = pd.concat([answer, _summed(by_size.iloc[n_sources:])])
-        return answer.reset_index(drop=True)
+        (found,) = sources(frozen, [self._target(frozen, layer, feature, position)])
+        shares = group_shares(found, position.pos)
+        return source_lines(found.table, shares, n_sources, hides_layer_0=self.restricted)
 
     @question
     def paths(
         self, position: Position, n_iterations: Count = 3, n_branches: Count = 10
     ) -> pd.DataFrame:
-        """The greedy search from the feature at a position: path, contribution.
+        """The greedy search from the feature at a position: path, rank, sign, contribution.
 
-        Restricted: without paths that end in a feature of layer 0, as in the paper.
+        A contribution (two digits) where the path ends in a feature above layer 0. Restricted: without paths
+        that end in a feature of layer 0, as in the paper.
         """
         frozen = self._frozen(position)
-        root = frozen.feature_target(self.layer, self.feature, position.pos)
-        lines = [
-            (" <- ".join(map(str, path.nodes)), path.contribution)
-            for level in greedy_paths(frozen, root, n_iterations, n_branches)
-            for path in level
-            if not self.restricted
-            or not any(node.kind == "feature" and node.layer == 0 for node in path.nodes)
-        ]
-        return pd.DataFrame(lines, columns=["path", "contribution"])
+        root = self._target(frozen, self.layer, self.feature, position)
+        found = greedy_paths(frozen, root, n_iterations, n_branches)
+        return path_lines([path for level in found for path in level], self.restricted)
 
     # -- questions that need no input -------------------------------------------------------
 
@@ -262,8 +248,10 @@ class BlindSession:
         """Tokens of the vocabulary that excite a feature, from weights alone: rank, token, score."""
         function = weights.extended_de_embedding if extended else weights.de_embedding
         through = None if head is None else weights.Head(*head)
-        lm = _SECRETS[self].lm
-        return weights.token_table(lm, function(lm, self._transcoder(layer), feature, through), k)
+        lm = SECRETS[self].lm
+        return weights.token_table(
+            lm, function(lm, self._holder(layer, feature), feature, through), k
+        )
 
     @question
     def lone_token(self, layer: int = OWN, feature: int = OWN, k: Count = 10) -> pd.DataFrame:
@@ -271,8 +259,8 @@ class BlindSession:
 
         The model runs on single tokens, not on the corpus: no input of the study is in it.
         """
-        secret = _SECRETS[self]
-        scores = secret.lone.scores(self._transcoder(layer), feature)
+        secret = SECRETS[self]
+        scores = secret.lone.scores(self._holder(layer, feature), feature)
         return weights.token_table(secret.lm, scores, k)
 
     @question
@@ -285,22 +273,26 @@ class BlindSession:
         k: Count = 10,
     ) -> pd.DataFrame:
         """Earlier features that excite a feature, from weights alone: feature, score."""
-        dictionary, earlier = self._transcoder(layer), self._transcoder(earlier_layer)
+        dictionary, earlier = self._holder(layer, feature), self._transcoder(earlier_layer)
         through = None if head is None else weights.Head(*head)
-        lm = _SECRETS[self].lm
+        lm = SECRETS[self].lm
         return weights.feature_table(weights.pullback(lm, dictionary, feature, earlier, through), k)
 
     @question
     def logits(self, k: Count = 10) -> pd.DataFrame:
         """Tokens that the feature promotes and suppresses: rank, token, score."""
-        lm, dictionary = _SECRETS[self].lm, self._transcoder(self.layer)
+        lm, dictionary = SECRETS[self].lm, SECRETS[self].studied
+        if dictionary.config.kind != "transcoder":
+            raise BlindnessError(
+                "an SAE on the MLP's input writes nothing to the stream: no logits"
+            )
         scores = weights.direct_logit_attribution(lm, dictionary, self.feature)
         return weights.token_table(lm, scores, k)
 
     @question
     def ov_norms(self) -> pd.DataFrame:
         """How strongly each head could feed the feature: a line a layer, a column a head."""
-        norms = weights.ov_norms(_SECRETS[self].lm, self._transcoder(self.layer), self.feature)
+        norms = weights.ov_norms(SECRETS[self].lm, SECRETS[self].studied, self.feature)
         return pd.DataFrame(to_numpy(norms))
 
     # -- the end of blindness ---------------------------------------------------------------
@@ -310,56 +302,60 @@ class BlindSession:
         """Write down what the feature means; the last one before `unblind` counts."""
         if not text.strip():
             raise BlindnessError("an empty hypothesis: say what the feature means")
-        if not self._is_blind:
-            raise BlindnessError("the session is unblinded: a hypothesis comes before that")
-        self._has_hypothesis = True
-        self._record("hypothesis", "hypothesise", {"text": text, "predicate": predicate}, None)
+        if not self.is_blind:
+            raise BlindnessError(
+                "the feature is unblinded, in this session or before it: a hypothesis comes before that"
+            )
+        SECRETS[self].has_hypothesis = True
+        SECRETS[self].frozen.clear()  # which takes the memory of a forward pass a position
+        record(self, "hypothesis", "hypothesise", {"text": text, "predicate": predicate}, None)
 
     @checked
     def unblind(self, n_examples: Count = 50) -> Dashboard:
         """End the blind part and show the feature. Errors: `BlindnessError` without a hypothesis."""
-        if not self._has_hypothesis:
+        secret = SECRETS[self]
+        if not secret.has_hypothesis:
             raise BlindnessError("no hypothesis yet: call hypothesise() before unblind()")
-        if self._is_blind:
-            self._is_blind = False
-            self._record("unblind", "unblind", {}, None)
-        lm, every = _SECRETS[self].lm, _SECRETS[self].transcoders
-        rows, acts = _SECRETS[self].rows, _SECRETS[self].acts
-        return build_dashboard(lm, every[self.layer], self.feature, rows, every, acts, n_examples)
+        secret.is_blind = False
+        SEEN.add(secret.identity)
+        record(self, "unblind", "unblind", {"n_examples": n_examples, "key": secret.key}, None)
+        lm, every = secret.lm, secret.transcoders
+        earlier = every if secret.studied.config.kind == "transcoder" else None
+        own = (secret.studied, self.feature, secret.rows)
+        return build_dashboard(lm, *own, earlier, secret.acts, n_examples)
 
     @checked
     def text(self, position: Position) -> str:
-        """The text up to a position; only after `unblind()`."""
-        if self._is_blind:
+        """The text up to a position; only after `unblind()`. That it was read goes into the ledger."""
+        if self.is_blind:
             raise BlindnessError("text is hidden until unblind()")
         self._check(position)
-        ids = _SECRETS[self].rows[position.example, : position.pos + 1]
-        return "".join(_SECRETS[self].lm.token_strings(ids.tolist()))
+        record(self, "text", "text", vars(position), None)
+        ids = SECRETS[self].rows[position.example, : position.pos + 1]
+        return "".join(SECRETS[self].lm.token_strings(ids.tolist()))
 
     @checked
-    def save_ledger(self, path: Path) -> None:
-        """Write the ledger as JSON lines. Errors: `InputError` if something is there: nothing is overwritten."""
-        if path.is_file():
-            raise InputError(
-                f"{path} exists, and a ledger is never overwritten: choose another name"
-            )
-        with new_file(path) as temporary:
-            lines = [json.dumps(vars(entry), ensure_ascii=False) for entry in self._ledger]
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    def save_ledger(self, path: Path) -> str:
+        """Write the ledger as JSON lines, the last of which seals it: the seal.
+
+        Errors: `InputError` if something is there: nothing is overwritten.
+        """
+        return save_ledger(path, SECRETS[self].ledger)
 
     # -- inside -----------------------------------------------------------------------------
 
     def _frozen(self, position: Position) -> FrozenPrompts:
         self._check(position)
-        secret = _SECRETS[self]
+        secret = SECRETS[self]
         if position not in secret.frozen:
+            check_hooks(secret.lm.model, secret.lm.name)
             tokens = secret.rows[[position.example], : position.pos + 1].long()
             transcoders = secret.transcoders.values()
             secret.frozen[position] = FrozenPrompts(secret.lm, tokens, transcoders)
         return secret.frozen[position]
 
     def _check(self, position: Position) -> None:
-        n_rows, n_pos = _SECRETS[self].rows.shape
+        n_rows, n_pos = SECRETS[self].rows.shape
         if not (0 <= position.example < n_rows and 0 < position.pos < n_pos):
             raise BlindnessError(
                 f"position ({position.example}, {position.pos}) is outside the corpus: expected "
@@ -373,25 +369,33 @@ class BlindSession:
                 "de_embedding and pullback need no input"
             )
 
+    def _target(
+        self, frozen: FrozenPrompts, layer: int, feature: int, position: Position
+    ) -> Target:
+        dictionary = self._holder(layer, feature)
+        return frozen.feature_target(layer, feature, position.pos, dictionary=dictionary)
+
+    def _holder(self, layer: int, feature: int) -> Dictionary:
+        """The dictionary of a feature: the one under study for its own."""
+        is_own = (layer, feature) == (self.layer, self.feature)
+        return SECRETS[self].studied if is_own else self._transcoder(layer)
+
     def _transcoder(self, layer: int) -> Dictionary:
-        transcoders = _SECRETS[self].transcoders
+        transcoders = SECRETS[self].transcoders
         if layer not in transcoders:
             raise BlindnessError(
                 f"no transcoder at layer {layer}: there is one at {sorted(transcoders)}"
             )
         return transcoders[layer]
 
-    def _record(self, kind: str, question: str, arguments: dict[str, Any], answer: Any) -> None:
-        before = self._ledger[-1].digest if self._ledger else GENESIS
-        index = len(self._ledger)
-        body = Entry(index, kind, self._is_blind, question, arguments, answer, "").body()
-        self._ledger.append(Entry(**body, digest=digest_of(before, body)))
 
-
-def _summed(sources: pd.DataFrame) -> pd.DataFrame:
-    """A line a kind, layer and position; the heads of all layers that read one token are one line."""
-    layer = sources["layer"].where(sources["kind"] != "head", -1)
-    groups = sources.groupby([sources["kind"], layer, sources["pos"]], sort=False)
-    sums = groups[["contribution", "share"]].sum().reset_index()
-    lines = sums.assign(head=-1, feature=-1, activation=1.0, weight=sums["contribution"])
-    return lines[list(sources.columns)]
+def _studied(lm: LanguageModel, transcoder: Dictionary, other: Dictionary | None) -> Dictionary:
+    """Whose feature is studied. Errors: `InputError` unless it reads what the layer's transcoder reads."""
+    if other is None:
+        return transcoder
+    other.check_model(lm)
+    if other.config.input_site != transcoder.config.input_site:
+        raise InputError(
+            f"dictionary on {other.config.input_site}: expected one that reads {transcoder.config.input_site}"
+        )
+    return other.to(lm.device, lm.dtype)

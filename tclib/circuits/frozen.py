@@ -237,16 +237,24 @@ class FrozenPrompts:
     # -- targets ----------------------------------------------------------------------------
 
     @checked
-    def feature_target(self, layer: int, feature: int, pos: int, prompt: int = 0) -> Target:
+    def feature_target(
+        self,
+        layer: int,
+        feature: int,
+        pos: int,
+        prompt: int = 0,
+        dictionary: Dictionary | None = None,
+    ) -> Target:
         """The pre-activation of a feature: u = P W_enc[:, i], constant b_enc[i].
 
-        The feature need not be active; its value is then zero or below.
+        The feature need not be active; its value is then zero or below. It is the transcoder's of that layer,
+        or that of another `dictionary` on the same site.
         """
-        if layer not in self.transcoders:
+        if layer not in self.transcoders and dictionary is None:
             raise InputError(
                 f"no transcoder at layer {layer}: there is one at layers {sorted(self.transcoders)}"
             )
-        dictionary = self.transcoders[layer]
+        dictionary = self.transcoders[layer] if dictionary is None else dictionary
         dictionary.check_features(feature)
         pos, prompt = self.check_place(pos, prompt)
         direction = self.lm.final_norm.centre(dictionary.encoder_direction(feature))

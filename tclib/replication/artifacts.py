@@ -51,20 +51,28 @@ class Circuits:
     step: Step
 
 
+def study_name(feature: int, variant: str, dictionary: str = "transcoder") -> str:
+    """How files call a study, or without a variant its feature."""
+    parts = ("" if dictionary == "transcoder" else "sae", str(feature), variant)
+    return "_".join(part for part in parts if part)
+
+
 @dataclass(frozen=True)
 class CaseStudies:
-    """Step 04: the table of studies, and where their ledgers and dashboards lie."""
+    """Step 04: the table of studies, the attack on their ledgers, and where these and the dashboards lie."""
 
     table: pd.DataFrame
+    leaks: pd.DataFrame
     folder: Path
 
-    def ledger_path(self, feature: int) -> Path:
+    def ledger_path(self, study: str) -> Path:
         """The ledger of one study."""
-        return self.folder / f"ledger_{feature}.jsonl"
+        return self.folder / f"ledger_{study}.jsonl"
 
-    def dashboard(self, feature: int) -> str:
+    def dashboard(self, feature: int, dictionary: str = "transcoder") -> str:
         """One feature's dashboard, as HTML."""
-        return (self.folder / f"dashboard_{feature}.html").read_text(encoding="utf-8")
+        name = study_name(feature, "", dictionary)
+        return (self.folder / f"dashboard_{name}.html").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

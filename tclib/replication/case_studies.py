@@ -1,45 +1,64 @@
 """Notebook 04: blind case studies of features by the automatic investigator, graded on held-out text.
 
-studies.csv               a line a study: hypothesis, scores, grade, and on the demo world the latents
-ledger_<feature>.jsonl    every question and answer, chained; can be replayed
-dashboards.html           what each feature is, opened after its study
+studies.csv             a line a study: hypothesis, scores between floor and ceiling, grade, the ledger's seal, and
+                        on the demo world the latents
+ledger_<study>.jsonl    every question and answer, chained and sealed; can be replayed
+leakage.csv             the attack on every number of the ledgers
+dashboard_<name>.html   what each feature is, opened after all of its studies
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from tclib.blind.grading import active_positions, grade_predicate
+from tclib.blind.floor import N_RANDOM
+from tclib.blind.grading import MOSTLY_F1, active_positions, grade_predicate
 from tclib.blind.investigator import Hypothesis, investigate
 from tclib.blind.latents import LabelledRows, label_scores, labelled_rows
+from tclib.blind.leakage import leakage
+from tclib.blind.ledger import Entry, example_order, key_of, load_ledger
 from tclib.blind.predicates import Score
+from tclib.blind.search import SearchedText, best_predicate
 from tclib.blind.session import BlindSession
+from tclib.blind.vocabulary import Vocabulary
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.graph import attribution_graph
+from tclib.circuits.prune import prune_to_size
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.features.examples import feature_activations, live_features
+from tclib.evaluation.metrics import strong_threshold
+from tclib.features.examples import feature_activations, firing_frequency, live_features
 from tclib.features.from_weights import LoneTokens
 from tclib.features.html import dashboard_html, save_page
-from tclib.models.language_model import LanguageModel
-from tclib.replication.artifacts import CaseStudies
+from tclib.figures.graph import layered_graph
+from tclib.figures.style import save_figure
+from tclib.replication.artifacts import CaseStudies, study_name
 from tclib.replication.paper import paper_table
 from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, Measured, decided
 from tclib.support.errors import InputError
 from tclib.support.progress import progress
 from tclib.support.statistics import wilson_interval
-from tclib.support.steps import ensure, write_csv
+from tclib.support.steps import Step, ensure, write_csv
 
 STEP = "04_blind_case_studies"
+TRANSCODER, SAE = "transcoder", "sae_mlp_in"
+Variant = Literal["full", "restricted"]
+SURE_LEAK = 0.001  # of a thousand deals none does as well
 N_SHOWN = 15  # examples of each dashboard
+N_DRAWN = 30  # nodes of a told study's circuit, besides its tokens
 # Of a feature that never fires.
 UNGRADED = Score(math.nan, math.nan, math.nan, math.nan, math.nan, n_active=0, n_predicted=0)
 
@@ -53,58 +72,170 @@ def studied_layer(run: Run) -> int:
 def make_case_studies(run: Run) -> CaseStudies:
     """The artifacts of step 04, made once. Errors: `InputError` if the layer has no transcoder."""
     step, config = run.step(STEP), asdict(run.preset.case_studies)
-    inputs = run.inputs(run.trained)
+    inputs = run.inputs(run.trained, *([run.swept] if config["n_sae"] else []))
     parameters = {**config, "layer": studied_layer(run), "seed": run.preset.seed}
 
     def make() -> Mapping[str, Any]:
-        table = _study_all(run, step.folder)
-        write_csv(table, step, "studies")
-        return {"n_studies": len(table), "n_failures": int((table["grade"] == "failure").sum())}
+        made = _Studies(run).make(step)
+        write_csv(made.table, step, "studies")
+        write_csv(made.leaks, step, "leakage")
+        counts = {
+            "n_studies": len(made.table),
+            "n_failures": int((made.table["grade"] == "failure").sum()),
+        }
+        return {**counts, "seals": dict(zip(made.table["study"], made.table["seal"], strict=True))}
 
     ensure(step, parameters, inputs, make)
-    return CaseStudies(pd.read_csv(step.folder / "studies.csv"), step.folder)
+    table, leaks = (pd.read_csv(step.folder / f"{name}.csv") for name in ("studies", "leakage"))
+    return CaseStudies(table, leaks, step.folder)
 
 
-def session_on(run: Run, feature: int, **shared: Any) -> BlindSession:
-    """A session on one feature of the studied layer; `shared` as `BlindSession` takes it."""
+def session_on(
+    run: Run, feature: int, restricted: bool, kind: str = TRANSCODER, **shared: Any
+) -> BlindSession:
+    """A session of the automatic investigator on one feature of the studied layer.
+
+    `shared` as `BlindSession` takes it. Examples are numbered by a key that hangs on the run's seed and the study, so that a study can be replayed.
+    """
     rows = run.corpus.train[: run.preset.case_studies.n_rows]
-    return BlindSession(run.lm, run.transcoders, rows, studied_layer(run), feature, **shared)
+    named = f"{run.preset.seed} {kind} {feature} {restricted}"
+    key = hashlib.sha256(named.encode()).hexdigest()[:32]
+    others = {
+        "key": key,
+        "fresh_eyes": True,
+        "dictionary": None if kind == TRANSCODER else studied_sae(run),
+        **shared,
+    }
+    return BlindSession(
+        run.lm, run.transcoders, rows, studied_layer(run), feature, restricted, **others
+    )
 
 
-def _study_all(run: Run, folder: Path) -> pd.DataFrame:
-    config, layer, lm = run.preset.case_studies, studied_layer(run), run.lm
+def studied_sae(run: Run) -> Dictionary:
+    """The SAE on the MLP's input, of the sweep, whose L0 is nearest to the studied transcoder's.
+
+    Errors: `InputError` if the sweep has none on that layer.
+    """
+    layer = studied_layer(run)
+    saes = [
+        d
+        for d in run.swept.dictionaries.values()
+        if d.config.kind == SAE and d.config.layer == layer
+    ]
+    if not saes:
+        raise InputError(
+            f"case_studies.n_sae {run.preset.case_studies.n_sae}: the sweep has no {SAE} at layer {layer}; "
+            "expected n_sae 0, or one in sweep.families"
+        )
+    rows = run.corpus.train[:16]
+    wanted = float(firing_frequency(run.lm, _transcoder(run), rows).sum())
+    found = [float(firing_frequency(run.lm, sae, rows).sum()) for sae in saes]
+    return saes[int(np.argmin([round(abs(math.log((l0 + 1e-9) / wanted)), 4) for l0 in found]))]
+
+
+def _transcoder(run: Run) -> Dictionary:
     by_layer = {d.config.layer: d for d in run.transcoders.values()}
+    layer = studied_layer(run)
     if layer not in by_layer:
         raise InputError(f"no transcoder at layer {layer}: there is one at {sorted(by_layer)}")
-    rows = run.corpus.train[: config.n_rows]
-    features = list(config.features) or _drawn(run, by_layer[layer], rows)
-    held_out = _held_out(run)
-    acts = feature_activations(lm, by_layer[layer], features, rows)
-    held_out_acts = feature_activations(lm, by_layer[layer], features, held_out.rows)
-    lone = LoneTokens(lm, run.transcoders.values())
-    lines, pages = [], []
-    for i, feature in enumerate(progress(features, "blind studies", unit="feature")):
-        restricted = i >= config.n_full
-        session = session_on(run, feature, restricted=restricted, acts=acts[i], lone=lone)
-        hypothesis = investigate(session)
+    return by_layer[layer]
+
+
+@dataclass(frozen=True)
+class _Made:
+    table: pd.DataFrame
+    leaks: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A feature, and where it is active on the hidden and on the held-out text."""
+
+    kind: str
+    feature: int
+    acts: Float[Tensor, "row pos"]
+    held_out_acts: Float[Tensor, "held_out_row pos"]
+    variants: tuple[Variant, ...]
+
+
+class _Studies:
+    """All studies of a run: every one is ended blind before any feature is unblinded."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.lm, self.config = run, run.lm, run.preset.case_studies
+        self.rows = run.corpus.train[: self.config.n_rows]
+        self.held_out = _held_out(run)
+        self.vocabulary = Vocabulary.of(run.lm)
+        self.text = SearchedText(self.rows, self.vocabulary)
+        self.dictionaries = {TRANSCODER: _transcoder(run)}
+        if self.config.n_sae:
+            self.dictionaries[SAE] = studied_sae(run)
+        self.subjects = [one for kind in self.dictionaries for one in self._drawn(kind)]
+
+    def make(self, step: Step) -> _Made:
+        lone = LoneTokens(self.lm, self.run.transcoders.values())
+        todo = [(subject, variant) for subject in self.subjects for variant in subject.variants]
+        ended = []
+        for subject, variant in progress(todo, "blind studies", unit="study"):
+            of = (subject.feature, variant == "restricted", subject.kind)
+            session = session_on(self.run, *of, acts=subject.acts, lone=lone)
+            ended.append((subject, variant, session, investigate(session, self.vocabulary)))
+        ceilings = [
+            self._ceiling(one) for one in progress(self.subjects, "ceilings", unit="feature")
+        ]
+        best = dict(zip(map(id, self.subjects), ceilings, strict=True))
+        lines, sessions = [], []
+        for subject, variant, session, hypothesis in progress(ended, "unblinded", unit="study"):
+            self._unblind(step.folder, subject, session)
+            name = study_name(subject.feature, variant, subject.kind)
+            ledger = step.folder / f"ledger_{name}.jsonl"
+            ledger.unlink(
+                missing_ok=True
+            )  # that of a run which was killed before the step was made
+            seal = session.save_ledger(ledger)
+            line = {"study": name, "dictionary": subject.kind, "layer": session.layer}
+            line |= {"feature": subject.feature, "kind": variant, "seal": seal}
+            graded = _graded(self, hypothesis, session, subject, best[id(subject)])
+            lines.append({**line, **graded})
+            sessions.append(session)
+        leaks = leakage(self.lm, self.run.transcoders, _of_transcoder(sessions), self.rows)
+        return _Made(pd.DataFrame(lines), leaks)
+
+    def _unblind(self, folder: Path, subject: _Subject, session: BlindSession) -> None:
+        """End a study; a feature's page is written once."""
+        page = folder / f"dashboard_{study_name(subject.feature, '', subject.kind)}.html"
         dashboard = session.unblind(N_SHOWN)
-        ledger = folder / f"ledger_{feature}.jsonl"
-        ledger.unlink(missing_ok=True)  # that of a run which was killed before the step was made
-        session.save_ledger(ledger)
-        pages.append(dashboard_html(dashboard))
-        save_page(folder / f"dashboard_{feature}.html", pages[-1:], dashboard.title)
-        line = {"layer": layer, "feature": feature, "kind": "restricted" if restricted else "full"}
-        lines.append({**line, **_graded(lm, hypothesis, session, held_out, held_out_acts[i])})
-    save_page(folder / "dashboards.html", pages, f"Blind case studies, layer {layer}")
-    return pd.DataFrame(lines)
+        save_page(page, [dashboard_html(dashboard)], dashboard.title)
+
+    def _ceiling(self, subject: _Subject) -> Any:
+        threshold = strong_threshold(subject.acts)
+        return best_predicate(self.text, subject.acts, self.vocabulary, threshold)
+
+    def _drawn(self, kind: str) -> list[_Subject]:
+        """Features in a random order, by seed; the first are studied in full as well."""
+        config, one = self.config, self.dictionaries[kind]
+        n_full = config.n_full if kind == TRANSCODER else 0
+        n_restricted = config.n_restricted if kind == TRANSCODER else config.n_sae
+        generator = torch.Generator().manual_seed(self.run.preset.seed)
+        least, n = config.min_log10_frequency, max(n_full, n_restricted)
+        features = list(config.features) if kind == TRANSCODER else []
+        if not features:
+            features = live_features(self.lm, one, self.rows, n, generator, least)
+        else:
+            n_restricted = len(features)
+        texts = (self.rows, self.held_out.rows)
+        acts, held_out_acts = (feature_activations(self.lm, one, features, text) for text in texts)
+        variants = [
+            tuple(v for v, count in (("full", n_full), ("restricted", n_restricted)) if i < count)
+            for i in range(len(features))
+        ]
+        pairs = zip(features, acts, held_out_acts, variants, strict=True)
+        return [_Subject(kind, *pair) for pair in pairs]  # type: ignore[arg-type]
 
 
-def _drawn(run: Run, dictionary: Dictionary, rows: Int[Tensor, "row pos"]) -> list[int]:
-    """Live features in a random order, by seed."""
-    config = run.preset.case_studies
-    generator = torch.Generator().manual_seed(run.preset.seed)
-    n, least = config.n_full + config.n_restricted, config.min_log10_frequency
-    return live_features(run.lm, dictionary, rows, n, generator, least)
+def _of_transcoder(sessions: Sequence[BlindSession]) -> list[Any]:
+    """The ledgers that the attack reads: it computes what a transcoder's features read."""
+    return [s.ledger for s in sessions if s.ledger[0].arguments["kind"] == TRANSCODER]
 
 
 def _held_out(run: Run) -> LabelledRows:
@@ -117,25 +248,39 @@ def _held_out(run: Run) -> LabelledRows:
 
 
 def _graded(
-    lm: LanguageModel,
+    studies: _Studies,
     hypothesis: Hypothesis,
     session: BlindSession,
-    held_out: LabelledRows,
-    acts: Float[Tensor, "row pos"],
+    subject: _Subject,
+    best: Any,
 ) -> dict[str, Any]:
     """Scores and grade of one study; a feature that never fires on the held-out text is a failure."""
     line: dict[str, Any] = {
         "hypothesis": hypothesis.text,
         "predicate": json.dumps(hypothesis.predicate.as_dict()),
+        "best": best.in_words(studies.vocabulary),
         "n_questions": sum(entry.kind == "question" for entry in session.ledger),
     }
+    acts, held_out = subject.held_out_acts, studies.held_out
     if not bool((acts > 0).any()):
-        return {**line, "grade": "failure", **UNGRADED.as_dict()}
-    graded = grade_predicate(hypothesis.predicate, held_out.rows, acts, lm.bos_id)
+        missing = {"ceiling": math.nan, "floor": math.nan}
+        return {**line, "grade": "failure", **UNGRADED.as_dict(), **missing}
+    generator = torch.Generator().manual_seed(subject.feature)
+    graded = grade_predicate(
+        hypothesis.predicate,
+        held_out.rows,
+        acts,
+        studies.lm.bos_id,
+        vocabulary=studies.vocabulary,
+        best=best,
+        n_random=N_RANDOM,
+        generator=generator,
+    )
     line |= {"grade": graded.grade, **graded.score.as_dict()}
+    line |= {"ceiling": graded.ceiling, "floor": graded.floor}
     if not held_out.names:
         return line
-    holds = hypothesis.predicate.holds(held_out.rows, lm.bos_id)
+    holds = hypothesis.predicate.holds(held_out.rows, studies.vocabulary)
     f1 = label_scores(torch.stack([active_positions(acts), holds]), held_out)
     for name, own in zip(("true", "said"), f1, strict=True):
         line |= {f"{name}_latent": held_out.names[own.argmax()], f"{name}_latent_f1": own.max()}
@@ -148,41 +293,92 @@ def paper_studies() -> pd.DataFrame:
 
 
 def grade_counts(studies: pd.DataFrame) -> pd.DataFrame:
-    """How many studies of each grade, the paper's beside ours."""
+    """How many studies of each grade, by dictionary and variant, the paper's beside ours."""
     grades = ["success", "mostly", "failure"]
-    return pd.DataFrame(
-        {
-            "paper": paper_studies()["grade"].value_counts().reindex(grades, fill_value=0),
-            "ours": studies["grade"].value_counts().reindex(grades, fill_value=0),
-        }
+    counts = {"paper": paper_studies()["grade"].value_counts()}
+    for (dictionary, kind), own in studies.groupby(["dictionary", "kind"], sort=False):
+        counts[f"{dictionary}, {kind}"] = own["grade"].value_counts()
+    return pd.DataFrame({name: own.reindex(grades, fill_value=0) for name, own in counts.items()})
+
+
+def score_summary(studies: pd.DataFrame) -> pd.DataFrame:
+    """Medians by dictionary and variant: n, f1, floor, ceiling, correlation, and how many could be said at all."""
+    groups = studies.groupby(["dictionary", "kind"], sort=False)
+    names = ["f1", "floor", "ceiling", "correlation"]
+    return (
+        groups[names]
+        .median()
+        .assign(
+            n=groups.size(),
+            sayable=groups["ceiling"].agg(lambda own: int((own >= MOSTLY_F1).sum())),
+        )
     )
 
 
 def why_failed(run: Run) -> pd.DataFrame:
     """Scores, and on the demo world the latent that each feature stands for and the one that was said."""
-    columns = ["feature", "grade", "precision", "recall"]
+    columns = ["study", "grade", "f1", "floor", "ceiling", "precision", "recall", "correlation"]
     columns += ["true_latent", "true_latent_f1", "said_latent", "said_latent_f1"]
     table = run.studies.table
     return table[[name for name in columns if name in table]]
 
 
+def told(studies: pd.DataFrame) -> pd.DataFrame:
+    """The two studies that are told in full: the first in full that succeeds and the first that fails, or else the first."""
+    own = studies[studies["dictionary"] == TRANSCODER]
+    firsts = [own[own["grade"] == grade].head(1) for grade in ("success", "failure")]
+    found = pd.concat([one if len(one) else own.head(1) for one in firsts])
+    return found.drop_duplicates("study")
+
+
+def first_sources(entries: Sequence[Entry], n: int = 12) -> pd.DataFrame:
+    """What a study was told when it first asked for sources."""
+    answer = next(entry.answer for entry in entries if entry.question == "sources")
+    table = pd.DataFrame(answer).head(n)
+    return table.astype({"rank": "Int64", "sign": "Int64"}).astype(object).where(table.notna(), "")
+
+
+def circuit_figure(run: Run, study: str, feature: int) -> Figure:
+    """The attribution graph of a studied feature, at the position with the shortest text that the study looked at."""
+    entries = load_ledger(run.studies.ledger_path(study))
+    places = [entry.arguments for entry in entries if entry.question == "activation"]
+    place = min(places, key=lambda one: int(one["pos"]))
+    rows = run.corpus.train[: run.preset.case_studies.n_rows]
+    row = int(example_order(key_of(entries), len(rows))[place["example"]])
+    tokens = rows[[row], : place["pos"] + 1].long()
+    frozen = FrozenPrompts(run.lm, tokens, run.transcoders.values())
+    root = frozen.feature_target(studied_layer(run), feature, int(place["pos"]))
+    graph = attribution_graph(frozen, [root])
+    small = prune_to_size(graph, tokens.shape[1] + N_DRAWN)
+    title = f"feature {feature} of layer {studied_layer(run)}"
+    return save_figure(layered_graph(small, title), run.step(STEP), f"circuit_{study}")
+
+
+def headline(studies: pd.DataFrame) -> pd.DataFrame:
+    """One study a feature, of the transcoder: the restricted ones, as most of the paper's are."""
+    own = studies[studies["dictionary"] == TRANSCODER]
+    restricted = own[own["kind"] == "restricted"]
+    return restricted if len(restricted) else own
+
+
 def measured(run: Run) -> dict[str, Measured]:
     """Section 5.1's statistic."""
-    table = run.studies.table
-    ours = grade_counts(table)["ours"]
-    n_good = int(ours["success"] + ours["mostly"])
+    table = headline(run.studies.table)
+    n_good = int((table["grade"] != "failure").sum())
     return {"case_studies": studied(n_good, len(table), bool((table["n_active"] > 0).all()))}
 
 
 def claims(run: Run) -> list[Line]:
     """Section 5.1's claim."""
-    table = run.studies.table
-    ours = grade_counts(table)["ours"]
+    table = headline(run.studies.table)
+    ours = table["grade"].value_counts().reindex(["success", "mostly", "failure"], fill_value=0)
+    n_sayable = int((table["ceiling"] >= MOSTLY_F1).sum())
     line = decided(
         "case_studies",
         "5, 2, 2 of 9 (by hand, GPT-2)",
         f"{ours['success']}, {ours['mostly']}, {ours['failure']} of {len(table)} "
-        "(success, mostly, failure; automatic investigator, graded on held-out text)",
+        "(success, mostly, failure; automatic investigator, graded on held-out text; of "
+        f"{n_sayable} the language can say what they are, with the text before one's eyes)",
         measured(run)["case_studies"],
     )
     return [line]
@@ -195,16 +391,22 @@ def studied(n_good: int, n: int, all_fire: bool = True) -> Measured:
 
 def studies_in_words(run: Run) -> str:
     """Ours (Markdown)."""
-    table = run.studies.table
-    counts = grade_counts(table)["ours"]
-    failed = table[table["grade"] == "failure"]
-    said_too_much = int((failed["precision"] < failed["recall"]).sum())
-    narrow = int((failed["n_active"] < 50).sum())
-    n_silent = int((table["n_active"] == 0).sum())
+    parts = []
+    for (dictionary, kind), own in run.studies.table.groupby(["dictionary", "kind"], sort=False):
+        good = own["grade"] != "failure"
+        low, high = wilson_interval(int(good.sum()), len(own))
+        parts.append(
+            f"{int(good.sum())} of {len(own)} {kind} studies of {dictionary} features succeed, mostly or wholly "
+            f"({low:.0%} to {high:.0%}); median F1 {own['f1'].median():.2f} between a floor of "
+            f"{own['floor'].median():.2f} and a ceiling of {own['ceiling'].median():.2f}"
+        )
+    n_silent = int((run.studies.table["n_active"] == 0).sum())
     silent = f" {n_silent} never fire there and could not be graded." if n_silent else ""
-    return (
-        f"*Ours:* {len(table)} studies of layer {int(table['layer'].iloc[0])} by an automatic investigator: "
-        f"{counts['success']} success, {counts['mostly']} mostly, {counts['failure']} failure. Of the failures "
-        f"{said_too_much} say too much (precision below recall), and {narrow} are of features with fewer than "
-        f"50 active tokens in the held-out text.{silent}"
-    )
+    layer = int(run.studies.table["layer"].iloc[0])
+    return f"*Ours:* {len(run.studies.table)} studies of layer {layer} by an automatic investigator: {'; '.join(parts)}.{silent}"
+
+
+def leaks(run: Run) -> pd.DataFrame:
+    """Answers that name tokens more often than chance, though no rule of the paper allows it."""
+    found = run.studies.leaks
+    return found[(found["p"] <= SURE_LEAK) & found["rule"].isna()]

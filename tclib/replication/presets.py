@@ -249,9 +249,11 @@ class CaseStudiesConfig:
     features: tuple[Natural, ...] = ()
     """Features to study; empty: drawn by seed from the live ones."""
     n_full: Natural = 2
-    """Studies in which every tool is allowed. Paper: 2."""
+    """Studies in which every tool is allowed, of the first features that are studied. Paper: 2."""
     n_restricted: Natural = 7
-    """Studies that refuse input-dependent facts about layer 0. Paper: 7."""
+    """Studies that refuse input-dependent facts about layer 0, one a feature. Paper: 7."""
+    n_sae: Natural = 0
+    """Restricted studies of features of an SAE on the MLP's input, from the sweep. Paper: none."""
     n_rows: Count = 512
     """Rows of the hidden corpus, from the training split. Paper: 12,800."""
     min_log10_frequency: NonPositive = -4.0

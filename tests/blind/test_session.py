@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,29 @@ import pytest
 import torch
 from tiny import random_rows, random_transcoder, tiny_lm, unchecked_types
 
+from tclib.blind import secret
+from tclib.blind.answers import GROUPS
 from tclib.blind.grading import grade_predicate
-from tclib.blind.investigator import _in_words, investigate
-from tclib.blind.ledger import BlindnessError, Position, load_ledger
+from tclib.blind.investigator import investigate
+from tclib.blind.ledger import (
+    BlindnessError,
+    Entry,
+    Position,
+    example_order,
+    key_hash,
+    key_of,
+    load_ledger,
+    next_entry,
+    save_ledger,
+)
 from tclib.blind.predicates import Predicate
 from tclib.blind.replay import replay
 from tclib.blind.session import BlindSession
+from tclib.blind.vocabulary import Vocabulary
+from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.sources import sources
+from tclib.dictionaries.dictionary import Dictionary
+from tclib.features import from_weights as weights
 from tclib.features.examples import feature_activations
 from tclib.features.from_weights import LoneTokens
 from tclib.models.language_model import LanguageModel
@@ -29,9 +50,19 @@ ROWS = random_rows(40)
 POSITION = Position(3, 9)
 
 
-def make_session(restricted: bool = False) -> BlindSession:
+KEY = "a key for the tests"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_seen() -> Iterator[None]:
+    """A feature that one test has unblinded is new to the next."""
+    yield
+    secret.SEEN.clear()
+
+
+def make_session(restricted: bool = False, **others: Any) -> BlindSession:
     transcoders = {f"t{i}": random_transcoder(i, "relu", torch.float32) for i in range(3)}
-    return BlindSession(tiny_lm(), transcoders, ROWS, 2, 5, restricted)
+    return BlindSession(tiny_lm(), transcoders, ROWS, 2, 5, restricted, **{"key": KEY, **others})
 
 
 def ask_everything(session: BlindSession) -> list[Any]:
@@ -40,7 +71,7 @@ def ask_everything(session: BlindSession) -> list[Any]:
         session.activation(POSITION),
         session.activation(POSITION, 1, 4),
         session.sources(POSITION),
-        session.sources(POSITION, 3, rest=True),
+        session.sources(POSITION, 3),
         session.paths(POSITION),
         session.de_embedding(),
         session.de_embedding(1, 3, head=(0, 2)),
@@ -138,13 +169,15 @@ def test_a_hypothesis_comes_before_the_unblinding() -> None:
     session.hypothesise("the token is w5")
     board = session.unblind(5)
     assert board.feature == 5 and not session.is_blind
-    assert session.text(POSITION) == "".join(tiny_lm().token_strings(ROWS[3, :10].tolist()))
+    row = ROWS[int(example_order(KEY, len(ROWS))[POSITION.example])]
+    assert session.text(POSITION) == "".join(tiny_lm().token_strings(row[:10].tolist()))
     session.examples(3)
     blind = [(entry.kind, entry.is_blind) for entry in session.ledger]
     assert blind == [
         ("begin", True),
         ("hypothesis", True),
         ("unblind", False),
+        ("text", False),
         ("question", False),
     ]
     with pytest.raises(BlindnessError, match="comes before"):
@@ -178,15 +211,15 @@ def saved(tmp_path: Path) -> Path:
 
 def test_a_ledger_can_be_replayed(tmp_path: Path) -> None:
     entries = load_ledger(saved(tmp_path))
-    table = replay(entries, make_session())
+    table = replay(entries, make_session(key=key_of(entries)))
     assert len(table) == 15 and table["agrees"].all()
     with pytest.raises(InputError, match="the ledger is about"):
         replay(entries, make_session(restricted=True))
-    other = make_session()
-    entries[2].answer and None
+    with pytest.raises(InputError, match="the ledger is about"):
+        replay(entries, make_session(key="another"))
     changed = list(entries)
     changed[2] = type(entries[2])(**{**vars(entries[2]), "answer": 12345.0})
-    assert not replay(changed, other)["agrees"].all()
+    assert not replay(changed, make_session())["agrees"].all()
 
 
 def test_a_forged_ledger_is_found(tmp_path: Path) -> None:
@@ -198,14 +231,175 @@ def test_a_forged_ledger_is_found(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             load_ledger(path)
 
-    changed = json.loads(lines[2]) | {"answer": 1.0}
+    changed = json.loads(lines[2]) | {"answer": 12345.0}
     forged([*lines[:2], json.dumps(changed), *lines[3:]], "entry 2 was changed")
     forged([*lines[:4], *lines[5:]], "entry 4 was changed, dropped")
     forged([*lines[:4], lines[5], lines[4], *lines[6:]], "entry 4 was changed")
     late = json.loads(lines[-1]) | {"is_blind": True}
     forged([*lines[:-1], json.dumps(late)], f"entry {len(lines) - 1} was changed")
     forged(["not json"], "is no ledger")
+    forged([""], "it is empty")
+    for n_kept in range(1, len(lines)):
+        forged(lines[:n_kept], "ends without its seal: it was cut short")
     assert isinstance(session_ledger_copy(), tuple)
+
+
+def chained_anew(entries: list[Entry], path: Path) -> Path:
+    """What a forger does who writes the whole file: every hash in it is right."""
+    chain: list[Entry] = []
+    for entry in entries:
+        body = {
+            name: value for name, value in vars(entry).items() if name not in ("index", "digest")
+        }
+        chain.append(next_entry(chain, **body))
+    path.unlink(missing_ok=True)
+    save_ledger(path, chain)
+    return path
+
+
+def test_a_ledger_that_is_forged_as_a_whole_has_another_seal(tmp_path: Path) -> None:
+    session = make_session()
+    session.examples(3)
+    session.hypothesise("the token is w5")
+    session.unblind(2)
+    seal = session.save_ledger(tmp_path / "ledger.jsonl")
+    assert seal == session.seal and len(seal) == 64
+    entries = load_ledger(tmp_path / "ledger.jsonl", seal)
+    better = replace(entries[2], arguments={"text": "the token is w7", "predicate": None})
+    forgeries = {
+        "hypothesis": [*entries[:2], better, *entries[3:]],
+        "cut": entries[:3],
+        "never unblinded": [entry for entry in entries if entry.kind != "unblind"],
+        "fewer questions": [entries[0], *entries[2:]],
+    }
+    for name, forged in forgeries.items():
+        path = chained_anew(forged, tmp_path / f"{name}.jsonl")
+        load_ledger(path)  # by itself it is whole
+        with pytest.raises(InputError, match="has the seal .* it was written anew since"):
+            load_ledger(path, seal)
+    late = chained_anew([*entries, entries[0]], tmp_path / "two.jsonl")
+    with pytest.raises(InputError, match="entry 4 is begin: a ledger begins once"):
+        load_ledger(late)
+
+
+def test_signs_that_only_look_like_ends_of_lines_do_not_break_a_ledger(tmp_path: Path) -> None:
+    session = make_session()
+    session.hypothesise("one\u2028two\u0085three\x1cfour\nfive\r\nsix")
+    session.save_ledger(tmp_path / "ledger.jsonl")
+    assert load_ledger(tmp_path / "ledger.jsonl")[1].arguments["text"].count("\u2028") == 1
+
+
+# -- what a user may try --------------------------------------------------------------------
+
+
+def test_nothing_of_a_session_can_be_set() -> None:
+    session = make_session(restricted=True)
+    for name, value in {
+        "restricted": False,
+        "is_blind": False,
+        "_is_blind": False,
+        "layer": 1,
+        "feature": 3,
+        "_has_hypothesis": True,
+        "ledger": (),
+    }.items():
+        with pytest.raises(AttributeError):
+            setattr(session, name, value)
+
+
+def test_a_feature_that_was_unblinded_is_not_blind_again() -> None:
+    session = make_session()
+    session.hypothesise("something")
+    session.unblind(2)
+    for again in (make_session(), make_session(restricted=True, key="another")):
+        assert not again.is_blind
+        again.examples(3)
+        assert not any(entry.is_blind for entry in again.ledger)
+        with pytest.raises(BlindnessError, match="unblinded, in this session or before it"):
+            again.hypothesise("I knew")
+    other = {f"t{i}": random_transcoder(i, "relu", torch.float32) for i in range(3)}
+    assert BlindSession(tiny_lm(), other, ROWS, 2, 6).is_blind
+    program = make_session(fresh_eyes=True)
+    assert program.is_blind and program.ledger[0].arguments["fresh_eyes"]
+
+
+def test_examples_have_numbers_of_their_own() -> None:
+    one, again, other = make_session(), make_session(), make_session(key="another")
+    assert one.examples(10).equals(again.examples(10))
+    numbers = [set(session.examples(40)["example"]) for session in (one, other)]
+    assert numbers[0] != numbers[1]
+    drawn = make_session(key=None)
+    assert drawn.ledger[0].arguments["key"] != one.ledger[0].arguments["key"]
+    drawn.hypothesise("something")
+    drawn.unblind(2)
+    assert key_hash(key_of(list(drawn.ledger))) == drawn.ledger[0].arguments["key"]
+    with pytest.raises(InputError, match="not unblinded: the numbers of its examples are a secret"):
+        key_of(list(one.ledger))
+
+
+def test_an_error_inside_brings_no_frame_that_holds_the_corpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = make_session()
+
+    def fails(error: BaseException) -> Callable[..., Any]:
+        def failing(*_args: Any, **_kwargs: Any) -> Any:
+            raise error
+
+        return failing
+
+    problems = (ValueError(f"rows {ROWS.tolist()}"), KeyboardInterrupt(), InputError("a rule"))
+    for problem in problems:
+        monkeypatch.setattr("tclib.blind.session.sources", fails(problem))
+        with pytest.raises((BlindnessError, KeyboardInterrupt, InputError)) as caught:
+            session.sources(POSITION)
+        assert caught.value.__cause__ is None and caught.value.__context__ is None
+        assert str(ROWS[3].tolist())[1:-1] not in str(caught.value)
+        frames = traceback.walk_tb(caught.value.__traceback__)
+        for frame, _ in list(frames)[1:]:  # but this test's own
+            assert not any(isinstance(value, torch.Tensor) for value in frame.f_locals.values())
+            assert not any(isinstance(value, secret.Secret) for value in frame.f_locals.values())
+
+
+def test_a_hook_that_reads_along_is_refused() -> None:
+    lm, transcoders = tiny_lm(), {"t": random_transcoder(2, "relu", torch.float32)}
+    session = BlindSession(lm, transcoders, ROWS, 2, 5)
+    seen: list[Any] = []
+    hook = lm.model.register_forward_pre_hook(lambda _, args: seen.append(args))
+    with pytest.raises(InputError, match="something is attached to the model"):
+        session.sources(POSITION)
+    with pytest.raises(InputError, match="something is attached to the model"):
+        BlindSession(lm, transcoders, ROWS, 2, 5)
+    assert not seen
+    hook.remove()
+    assert len(session.sources(POSITION))
+
+
+def test_a_feature_of_an_sae_on_the_same_site_is_studied_in_the_same_way() -> None:
+    transcoders = {f"t{i}": random_transcoder(i, "relu", torch.float32) for i in range(3)}
+    config = replace(transcoders["t2"].config, kind="sae_mlp_in")
+    planted = random_transcoder(1, "relu", torch.float32).parameters()
+    sae = Dictionary(config, **planted)
+    session = BlindSession(tiny_lm(), transcoders, ROWS, 2, 5, dictionary=sae)
+    acts = feature_activations(tiny_lm(), sae, [5], ROWS)[0]
+    place = session.examples(5).iloc[-1]
+    position = Position(int(place["example"]), int(place["pos"]))
+    key_of_session = secret.SECRETS[session].key
+    row = int(example_order(key_of_session, len(ROWS))[position.example])
+    assert session.activation(position) == pytest.approx(float(acts[row, position.pos]), rel=0.06)
+    direct = weights.de_embedding(tiny_lm(), sae, 5)
+    assert session.de_embedding()["score"].iloc[0] == pytest.approx(float(direct.max()))
+    assert len(session.sources(position)) and len(session.paths(position))
+    with pytest.raises(BlindnessError, match="writes nothing to the stream"):
+        session.logits()
+    session.hypothesise("something")
+    assert session.unblind(2).feature == 5
+    elsewhere = Dictionary(replace(config, kind="sae_mlp_out"), **planted)
+    with pytest.raises(InputError, match="expected one that reads"):
+        BlindSession(tiny_lm(), transcoders, ROWS, 2, 5, dictionary=elsewhere)
+
+
+# -- numbers --------------------------------------------------------------------------------
 
 
 def session_ledger_copy() -> tuple[Any, ...]:
@@ -225,21 +419,52 @@ def test_dead_features_and_missing_layers_are_named() -> None:
         BlindSession(tiny_lm(), transcoders, ROWS, 1, 5)
 
 
-@pytest.mark.parametrize("n_sources", [0, 7, 10_000])
-def test_listed_sources_and_the_rest_add_up_to_the_pre_activation(n_sources: int) -> None:
-    full, restricted = make_session(), make_session(restricted=True)
-    place = full.examples(5).iloc[0]
+@pytest.mark.parametrize("restricted", [False, True])
+def test_numbers_are_given_of_deeper_features_alone(restricted: bool) -> None:
+    session = make_session(restricted)
+    place = session.examples(5).iloc[-1]
     position = Position(int(place["example"]), int(place["pos"]))
-    value = full.activation(position)
-    table = full.sources(position, n_sources, rest=True)
-    everything = full.sources(position, 10_000)
-    assert table["contribution"].sum() == pytest.approx(value, rel=1e-4)
-    assert table["share"].sum() == pytest.approx(1.0)
-    by_kind = [t.groupby(["kind", "pos"])["contribution"].sum() for t in (table, everything)]
-    pd.testing.assert_series_equal(*by_kind, rtol=1e-4)
-    of_layer_0 = everything[(everything["kind"] == "feature") & (everything["layer"] == 0)]
-    shown = restricted.sources(position, n_sources, rest=True)["contribution"].sum()
-    assert value - shown == pytest.approx(of_layer_0["contribution"].sum(), abs=1e-4 * value)
+    table = session.sources(position, 10_000)
+    groups, listed = table[table["share"].notna()], table[table["share"].isna()]
+    assert groups["kind"].tolist() == list(GROUPS)
+    assert set(groups["share"] * 4) <= {-1.0, 0.0, 1.0, 2.0, 3.0, 4.0}
+    assert listed["rank"].tolist() == list(range(1, len(listed) + 1))
+    is_deep = (listed["kind"] == "feature") & (listed["layer"] > 0)
+    assert (listed["contribution"].notna() == is_deep).all() and is_deep.any()
+    assert set(listed["kind"]) >= {"feature", "head", "embedding"}
+    for value in [*listed["contribution"].dropna(), *session.examples(9)["activation"]]:
+        assert value == float(f"{value:.2g}")
+    paths = session.paths(position, 3, 60)
+    ends = paths["path"].str.split(" <- ").str[-1]
+    assert (paths["contribution"].notna() == ends.str.match(r"L[1-9]")).all()
+    if not restricted:
+        with pytest.raises(
+            BlindnessError, match="activations of layer 0's features name the token"
+        ):
+            session.activation(position, 0, 3)
+
+
+def test_groups_say_in_which_quarter_their_part_lies() -> None:
+    """By hand, from the complete list of sources that no session gives."""
+    session = make_session()
+    place = session.examples(5).iloc[-1]
+    position = Position(int(place["example"]), int(place["pos"]))
+    row = int(example_order(KEY, len(ROWS))[position.example])
+    transcoders = [random_transcoder(i, "relu", torch.float32) for i in range(3)]
+    frozen = FrozenPrompts(tiny_lm(), ROWS[[row], : position.pos + 1].long(), transcoders)
+    (found,) = sources(frozen, [frozen.feature_target(2, 5, position.pos)])
+    table = found.table
+    is_head, is_low = table["kind"] == "head", table["layer"] <= 0
+    own = table["kind"].isin(["embedding", "feature", "error"]) & is_low
+    parts = {
+        "the token itself": own | (is_head & (table["pos"] == position.pos)),
+        "earlier tokens": is_head & table["pos"].between(1, position.pos - 1),
+        "features above layer 0": (table["kind"] == "feature") & ~is_low,
+    }
+    share = session.sources(position).set_index("kind")["share"]
+    for name, which in parts.items():
+        exact = table["contribution"][which].sum() / found.value
+        assert share[name] == max(-0.25, min(1.0, math.floor(4 * exact) / 4)), name
 
 
 def test_a_session_with_shared_activations_answers_the_same() -> None:
@@ -247,7 +472,7 @@ def test_a_session_with_shared_activations_answers_the_same() -> None:
     lm = tiny_lm()
     acts = feature_activations(lm, transcoders["t2"], [4, 5], ROWS)
     lone = LoneTokens(lm, transcoders.values())
-    shared = BlindSession(lm, transcoders, ROWS, 2, 5, acts=acts[1], lone=lone)
+    shared = BlindSession(lm, transcoders, ROWS, 2, 5, key=KEY, acts=acts[1], lone=lone)
     ask_everything(shared)
     assert replay(list(shared.ledger), make_session())["agrees"].all()
     message = r"shape \(40, 15\) for rows of shape \(40, 16\)"
@@ -255,26 +480,17 @@ def test_a_session_with_shared_activations_answers_the_same() -> None:
         BlindSession(lm, transcoders, ROWS, 2, 5, acts=acts[1][:, 1:])
 
 
-def test_a_hypothesis_says_a_word_once_and_shows_white_space() -> None:
-    names = {1: " North", 2: "North", 3: " ", 4: "\n"} | {i: f"w{i}" for i in range(10, 30)}
-    said = _in_words(Predicate(frozenset({1, 2, 3, 4})), names)
-    assert said == "the token is one of '\\n', ' ', 'North'"
-    many = _in_words(Predicate(None, frozenset(range(10, 30)), 3), names)
-    assert many.startswith("within 3 tokens before stands one of 'w10', 'w11'")
-    assert many.endswith("'w21' … (20 tokens)")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("restricted", [False, True])
 def test_the_investigator_writes_a_predicate_through_the_ledger(restricted: bool) -> None:
     session = make_session(restricted)
-    hypothesis = investigate(session)
+    hypothesis = investigate(session, Vocabulary.of(tiny_lm()))
     assert session.is_blind
     assert [entry.kind for entry in session.ledger].count("hypothesis") == 1
     assert session.ledger[-1].arguments["predicate"] == hypothesis.predicate.as_dict()
     assert all(entry.is_blind for entry in session.ledger)
     again = make_session(restricted)
-    assert investigate(again).text == hypothesis.text
+    assert investigate(again, Vocabulary.of(tiny_lm())).text == hypothesis.text
 
 
 def test_grades_follow_the_thresholds() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 from tiny import random_rows, small_preset
 
 from tclib.blind.investigator import Hypothesis
+from tclib.blind.language import OneOf
 from tclib.blind.latents import LabelledRows
 from tclib.blind.ledger import load_ledger
 from tclib.blind.predicates import Predicate
@@ -92,16 +94,30 @@ def test_proxy_shares_and_intervals_are_of_the_items(run: Run, compared: Compari
 
 def test_case_studies_leave_ledgers_dashboards_and_grades(run: Run) -> None:
     studies = run.studies
-    assert studies.table["kind"].tolist() == ["full", "restricted"]
+    assert studies.table["kind"].tolist() == ["full", "restricted", "restricted", "restricted"]
+    features, kinds = studies.table["feature"], studies.table["dictionary"].tolist()
+    assert features[0] == features[1] != features[2]
+    assert kinds == ["transcoder", "transcoder", "transcoder", "sae_mlp_in"]
     assert set(studies.table["grade"]) <= {"success", "mostly", "failure"}
-    for feature in studies.table["feature"]:
-        entries = load_ledger(studies.ledger_path(int(feature)))
-        kinds = [entry.kind for entry in entries]
-        assert kinds.index("hypothesis") < kinds.index("unblind")
-        assert f"feature {feature}" in studies.dashboard(int(feature))
+    manifest = json.loads((studies.folder / "manifest.json").read_text())
+    for line in studies.table.itertuples():
+        entries = load_ledger(studies.ledger_path(line.study), line.seal)
+        assert manifest["summary"]["seals"][line.study] == line.seal
+        order = [entry.kind for entry in entries]
+        assert order.index("hypothesis") < order.index("unblind")
+        assert f"feature {line.feature}" in studies.dashboard(line.feature, line.dictionary)
+        assert line.f1 <= 1 and line.floor <= 1 and line.ceiling <= 1
+        assert len(case_studies.first_sources(entries))
     counts = case_studies.grade_counts(studies.table)
-    assert counts["paper"].tolist() == [5, 2, 2] and counts["ours"].sum() == 2
-    assert case_studies.studies_in_words(run).startswith("*Ours:* 2 studies of layer 2")
+    assert counts["paper"].tolist() == [5, 2, 2]
+    assert counts.sum().tolist() == [9, 1, 2, 1]
+    assert case_studies.score_summary(studies.table)["n"].tolist() == [1, 2, 1]
+    assert case_studies.studies_in_words(run).startswith("*Ours:* 4 studies of layer 2")
+    assert len(studies.leaks) and not len(case_studies.leaks(run))
+    told = case_studies.told(studies.table)
+    assert 1 <= len(told) <= 2
+    study, feature = told.iloc[0][["study", "feature"]]
+    assert case_studies.circuit_figure(run, study, int(feature)).axes
     missing = replace(run.preset, case_studies=replace(run.preset.case_studies, layer=9))
     (run.step(case_studies.STEP).folder / "manifest.json").unlink()
     with pytest.raises(InputError, match="case_studies.layer 9: expected 0 to 3 for demo"):
@@ -129,22 +145,29 @@ def test_features_that_never_fire_on_the_held_out_rows_are_said_to_be_ungraded(
 ) -> None:
     rows = run.corpus.evaluation[:2]
     held_out = LabelledRows(rows, torch.full_like(rows, -1), ())
-    session = case_studies.session_on(run, int(run.studies.table["feature"][0]))
-    line = case_studies._graded(
-        run.lm,
-        Hypothesis("a word", Predicate(current=frozenset({20})), 0.0, 1.0),
-        session,
-        held_out,
-        torch.zeros(rows.shape),
-    )
-    table = pd.DataFrame([{"layer": 2, "feature": 5, "kind": "full", **line}])
+    studies = case_studies._Studies(run)
+    studies.held_out = held_out
+    silent = replace(studies.subjects[0], held_out_acts=torch.zeros(rows.shape))
+    session = case_studies.session_on(run, silent.feature, restricted=True)
+    said = Hypothesis("a word", OneOf(frozenset({20})), 0.0, 1.0)
+    line = case_studies._graded(studies, said, session, silent, OneOf(frozenset({20})))
+    origin = {
+        "study": "5_full",
+        "dictionary": "transcoder",
+        "layer": 2,
+        "feature": 5,
+        "kind": "full",
+    }
+    table = pd.DataFrame([{**origin, "seal": "", **line}])
     assert set(run.studies.table) - {*table} <= {
         name for name in run.studies.table if "latent" in name
     }
     with monkeypatch.context() as patch:
-        patch.setattr(run, "studies", CaseStudies(table, run.studies.folder))
-        said = case_studies.studies_in_words(run)
-        assert "1 failure." in said and said.endswith("1 never fire there and could not be graded.")
+        patch.setattr(run, "studies", CaseStudies(table, run.studies.leaks, run.studies.folder))
+        words = case_studies.studies_in_words(run)
+        assert "0 of 1 full" in words and words.endswith(
+            "1 never fire there and could not be graded."
+        )
         assert len(case_studies.why_failed(run)) == len(case_studies.claims(run)) == 1
 
 

@@ -1,0 +1,79 @@
+"""What a blind session says of sources and paths: enough to read a circuit by, too little to name a token by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from tclib.circuits.frozen import KINDS
+from tclib.circuits.paths import Path
+from tclib.circuits.sources import Sources
+from tclib.support.statistics import ranked
+
+# What makes up a pre-activation, by where it comes from.
+GROUPS = ("the token itself", "earlier tokens", "features above layer 0", "the rest")
+TOKEN, EARLIER, DEEPER, REST = range(4)
+_TOKENS_OWN = ("embedding", "feature", "error", "mlp", "skip")  # of layer 0 or below
+LINE = ("kind", "layer", "head", "feature", "pos", "rank", "sign", "contribution", "share")
+
+
+def coarse(value: float) -> float:
+    """A number about a deeper feature, to two significant digits."""
+    return float(f"{value:.2g}")
+
+
+def group_shares(found: Sources, pos: int) -> pd.Series:
+    """Each group's part of the pre-activation in quarters, rounded down, from −0.25 to 1.
+
+    To the token itself belong its embedding, all that layer 0's MLP makes of it, and heads that read it.
+    BOS and biases are of the rest.
+    """
+    kind = np.array(KINDS)[found.kind]
+    is_head = kind == "head"
+    is_own = (is_head & (found.pos == pos)) | (np.isin(kind, _TOKENS_OWN) & (found.layer <= 0))
+    is_earlier = is_head & (found.pos > 0) & (found.pos < pos)
+    is_deeper = (kind == "feature") & (found.layer > 0)
+    group = np.select([is_own, is_earlier, is_deeper], [TOKEN, EARLIER, DEEPER], REST)
+    parts = np.bincount(group, found.contribution, len(GROUPS)) / max(found.value, 1e-9)
+    return pd.Series((np.floor(parts * 4) / 4).clip(-0.25, 1.0), index=list(GROUPS))
+
+
+def source_lines(
+    table: pd.DataFrame, shares: pd.Series, n_sources: int, hides_layer_0: bool
+) -> pd.DataFrame:
+    """The groups, and the strongest sources by rank."""
+    is_feature = table["kind"] == "feature"
+    if hides_layer_0:
+        table = table[~(is_feature & (table["layer"] == 0))]
+    order = ranked(table["contribution"].abs())[:n_sources]
+    listed = table.iloc[order].drop(columns=["activation", "weight"])
+    is_deep = (listed["kind"] == "feature") & (listed["layer"] > 0)
+    listed = listed.assign(
+        rank=range(1, len(listed) + 1),
+        sign=np.sign(listed["contribution"]).astype(int),
+        contribution=listed["contribution"].map(coarse).where(is_deep),
+        share=np.nan,
+    )
+    groups = pd.DataFrame({"kind": list(shares.index), "share": shares.to_numpy()})
+    whole = pd.concat([groups.reindex(columns=list(LINE)), listed[list(LINE)]], ignore_index=True)
+    numbers = {
+        name: whole[name].fillna(-1).astype(int) for name in ("layer", "head", "feature", "pos")
+    }
+    return whole.assign(**numbers)
+
+
+def path_lines(paths: Sequence[Path], restricted: bool) -> pd.DataFrame:
+    """Paths by level, strongest first: path, rank in its level, sign, and contribution where it tells nothing."""
+    lines, ranks = [], dict[int, int]()
+    for path in paths:
+        end = path.nodes[-1]
+        if restricted and any(node.kind == "feature" and node.layer == 0 for node in path.nodes):
+            continue
+        rank = ranks[len(path.nodes)] = ranks.get(len(path.nodes), 0) + 1
+        is_deep = end.kind == "feature" and end.layer > 0
+        contribution = coarse(path.contribution) if is_deep else np.nan
+        named = " <- ".join(map(str, path.nodes))
+        lines.append((named, rank, int(np.sign(path.contribution)), contribution))
+    return pd.DataFrame(lines, columns=["path", "rank", "sign", "contribution"])
