@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -92,6 +93,26 @@ def fisher_p(n_hits: int, n: int, n_other_hits: int, n_other: int) -> float:
     ]
     own = math.comb(n, n_hits) * math.comb(n_other, n_other_hits)
     return sum(way for way in ways if way <= own) / math.comb(n_all, n_hits_all)
+
+
+def n_for_power(share: float, other: float, power: float = 0.8) -> int:
+    """Items a group for which Fisher's test, at 5 % two-sided, tells two shares apart with this chance.
+
+    Casagrande, Pike and Smith (1978): the normal approximation with its correction for counts. Errors:
+    `InputError` for equal shares, or a share or power outside 0 to 1.
+    """
+    for name, value in (("share", share), ("other", other)):
+        if not 0 <= value <= 1:
+            raise InputError(f"{name} {value:g}: expected 0 to 1")
+    if share == other:
+        raise InputError(f"shares {share:g} and {other:g}: no number of items tells equals apart")
+    if not 0 < power < 1:
+        raise InputError(f"power {power:g}: expected more than 0 and less than 1")
+    gap, mean = abs(share - other), (share + other) / 2
+    at_null = Z_95 * math.sqrt(2 * mean * (1 - mean))
+    beyond = NormalDist().inv_cdf(power) * math.sqrt(share * (1 - share) + other * (1 - other))
+    n = ((at_null + beyond) / gap) ** 2
+    return math.ceil(n / 4 * (1 + math.sqrt(1 + 4 / (n * gap))) ** 2)
 
 
 def sign_test_p(n_hits: int, n: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from tclib.support.errors import InputError
 from tclib.support.statistics import (
     fisher_p,
+    n_for_power,
     newcombe_interval,
     ranked,
     ratio_interval,
@@ -56,6 +59,49 @@ def test_fishers_test_of_tea_and_of_the_papers_table() -> None:
     assert fisher_p(41, 50, 38, 50) == pytest.approx(0.62, abs=0.01)
     assert fisher_p(0, 5, 5, 5) == pytest.approx(2 / 252)
     assert fisher_p(2, 4, 2, 4) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [  # By hand: n = (1.1290 + 0.4835)² / 0.06² = 722.2, and with the correction 755.2
+        ((0.82, 0.76), 756),
+        ((0.12, 0.32), 76),  # (1.1482 + 0.4785)² / 0.2² = 66.2, 75.8
+        ((0.10, 0.20), 219),  # 199.0, 218.5
+        ((0.20, 0.40), 91),  # 81.2, 90.9
+        ((0.10, 0.50), 25),  # 19.4, 24.1
+    ],
+)
+def test_items_needed_are_the_hand_computed_numbers(
+    shares: tuple[float, float], expected: int
+) -> None:
+    assert n_for_power(*shares) == n_for_power(*shares[::-1]) == expected
+    assert n_for_power(*shares, power=0.9) > expected > n_for_power(*shares, power=0.5)
+
+
+def test_fishers_test_has_the_power_asked_for() -> None:
+    """By every possible outcome of 25 against 25 at shares of 0.1 and 0.5."""
+    n = n_for_power(0.1, 0.5)
+    chances = [
+        [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)] for p in (0.1, 0.5)
+    ]
+    found = sum(
+        chances[0][one] * chances[1][other]
+        for one in range(n + 1)
+        for other in range(n + 1)
+        if fisher_p(one, n, other, n) <= 0.05
+    )
+    assert found == pytest.approx(0.8, abs=0.05)
+
+
+def test_power_that_nothing_has_is_refused() -> None:
+    with pytest.raises(InputError, match="shares 0.5 and 0.5: no number of items"):
+        n_for_power(0.5, 0.5)
+    with pytest.raises(InputError, match="share 1.5: expected 0 to 1"):
+        n_for_power(1.5, 0.5)
+    with pytest.raises(InputError, match="other -0.1: expected 0 to 1"):
+        n_for_power(0.5, -0.1)
+    with pytest.raises(InputError, match="power 1: expected more than 0 and less than 1"):
+        n_for_power(0.5, 0.4, power=1)
 
 
 def test_none_of_none_says_nothing() -> None:
