@@ -1,30 +1,32 @@
 """Rating features by hand, blind to where they come from (paper Section 4.1, Table 1).
 
 A rater sees dashboards in a shuffled order without their origin and answers `interpretable`, `maybe` or `not`,
-and whether the feature is context-free. Every rating is on disk before the next item is shown, so a restarted
-kernel goes on where it stopped; two raters' files can be compared.
+and whether the feature is context-free. Every rating and every note is on disk before the next item is shown, so a
+restarted kernel goes on where it stopped; two raters' files can be compared.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
 from tclib.support.checked import checked
-from tclib.support.declared import Count, Name, declared, parse
+from tclib.support.declared import Count, Name, Natural, declared, parse
 from tclib.support.errors import InputError
 from tclib.support.files import check_name, new_file
 from tclib.support.paths import read_json
 from tclib.support.statistics import cohens_kappa
 
 Rating = Literal["interpretable", "maybe", "not"]
-KEYS: dict[str, Rating] = {"i": "interpretable", "m": "maybe", "n": "not"}
-FORMAT = "tclib-ratings-1"
+RATINGS: tuple[Rating, ...] = ("interpretable", "maybe", "not")
+FORMAT = "tclib-ratings-2"
+EXPORTED = ("number", "rating", "context_free", "note", "rater")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
 
 
 @declared(frozen=True)
@@ -35,12 +37,14 @@ class _Answer:
 
 @declared(frozen=True)
 class _Held:
-    """What a ratings file holds."""
+    """What a ratings file holds; those of the first format have neither notes nor `n_when_shown`."""
 
-    format: Literal["tclib-ratings-1"]
+    format: Literal["tclib-ratings-1", "tclib-ratings-2"]
     rater: str
     n_items: Count
     answers: dict[int, _Answer]
+    notes: dict[int, str] = field(default_factory=dict)
+    n_when_shown: Natural | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Item:
 
 
 class RatingStore:
-    """One rater's answers, on disk after each.
+    """One rater's answers and notes, on disk after each.
 
     Args:
         path: a JSON file; made if it is not there.
@@ -68,38 +72,95 @@ class RatingStore:
         check_name("rater", rater, "-_. ")
         self.path, self.n_items, self.rater = path, n_items, rater
         self.answers: dict[int, dict[str, Any]] = {}
-        if not path.exists():
-            return
-        held = parse(_Held, read_json(path, "move it away"), f"{path} is no ratings file")
-        if (held.rater, held.n_items) != (rater, n_items):
+        self.notes: dict[int, str] = {}
+        self.n_when_shown: int | None = None
+        if path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        held = parse(_Held, read_json(self.path, "move it away"), f"{self.path} is no ratings file")
+        if (held.rater, held.n_items) != (self.rater, self.n_items):
             raise InputError(
-                f"{path} holds {held.n_items} items of rater {held.rater!r}, not {n_items} of "
-                f"{rater!r}: choose another file"
+                f"{self.path} holds {held.n_items} items of rater {held.rater!r}, not {self.n_items} of "
+                f"{self.rater!r}: choose another file"
             )
-        if beyond := [number for number in held.answers if not 0 <= number < n_items]:
+        numbers = sorted({*held.answers, *held.notes})
+        if beyond := [number for number in numbers if not 0 <= number < self.n_items]:
             raise InputError(
-                f"{path} is no ratings file: items {beyond} of {n_items}; move it away"
+                f"{self.path} is no ratings file: items {beyond} of {self.n_items}; move it away"
             )
         self.answers = {number: asdict(answer) for number, answer in held.answers.items()}
+        self.notes, self.n_when_shown = dict(held.notes), held.n_when_shown
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every item has an answer."""
+        return len(self.answers) == self.n_items
+
+    @property
+    def may_show(self) -> bool:
+        """Whether origins may be told: all is rated, or the rater has asked for them."""
+        return self.is_complete or self.n_when_shown is not None
 
     @checked
     def rate(self, number: int, rating: Rating, context_free: bool = False) -> None:
         """Record an answer (again, to change it) and save. Errors: `InputError` for an unknown one."""
+        self._check(number)
+        self.answers[number] = {"rating": rating, "context_free": context_free}
+        self._save()
+
+    @checked
+    def annotate(self, number: int, note: str) -> None:
+        """Record what the rater wrote beside an item, rated or not, and save; an empty note goes."""
+        self._check(number)
+        self.notes[number] = note
+        if not note.strip():
+            del self.notes[number]
+        self._save()
+
+    def show(self) -> None:
+        """Record, once, after how many ratings the rater asked for the results, and save."""
+        if not self.may_show:
+            self.n_when_shown = len(self.answers)
+            self._save()
+
+    def _check(self, number: int) -> None:
         if not 0 <= number < self.n_items:
             raise InputError(f"item {number}: expected 0 to {self.n_items - 1}")
-        self.answers[number] = {"rating": rating, "context_free": context_free}
-        held = {"format": FORMAT, "rater": self.rater, "n_items": self.n_items}
+
+    def _save(self) -> None:
+        held = {
+            "format": FORMAT,
+            "rater": self.rater,
+            "n_items": self.n_items,
+            "answers": self.answers,
+            "notes": self.notes,
+            "n_when_shown": self.n_when_shown,
+        }
         with new_file(self.path) as temporary:
-            temporary.write_text(json.dumps({**held, "answers": self.answers}), encoding="utf-8")
+            temporary.write_text(json.dumps(held, ensure_ascii=False), encoding="utf-8")
 
     def next_item(self) -> int | None:
         """The first item without an answer; None when all have one."""
         return next((i for i in range(self.n_items) if i not in self.answers), None)
 
     def table(self) -> pd.DataFrame:
-        """A line an answer: number, rating, context_free."""
-        lines = [{"number": number, **answer} for number, answer in sorted(self.answers.items())]
-        return pd.DataFrame(lines, columns=["number", "rating", "context_free"])
+        """A line an answer: number, rating, context_free, note."""
+        lines = [
+            {"number": number, **answer, "note": self.notes.get(number, "")}
+            for number, answer in sorted(self.answers.items())
+        ]
+        return pd.DataFrame(lines, columns=["number", "rating", "context_free", "note"])
+
+
+def ratings_path(folder: Path, rater: str) -> Path:
+    """Where a rater's answers lie, beside the pages."""
+    return folder / f"ratings_{rater}.json"
+
+
+def raters_of(folder: Path) -> list[str]:
+    """Whose answers lie beside the pages, by name."""
+    return sorted(path.stem.removeprefix("ratings_") for path in folder.glob("ratings_*.json"))
 
 
 def agreement(one: RatingStore, other: RatingStore) -> dict[str, float]:
@@ -119,52 +180,30 @@ def counts_by_origin(ratings: pd.DataFrame, origin: Mapping[int, str]) -> pd.Dat
     """Table 1: how many of each origin got each rating, and how many are context-free."""
     table = ratings.assign(kind=ratings["number"].map(origin))
     counts = pd.crosstab(table["kind"], table["rating"]).reindex(
-        columns=["interpretable", "maybe", "not"], fill_value=0
+        columns=list(RATINGS), fill_value=0
     )
     return counts.assign(context_free=table.groupby("kind")["context_free"].sum())
 
 
-def rating_widget(items: Sequence[Item], store: RatingStore) -> Any:
-    """The rating page for JupyterLab: dashboards, buttons, a key field, and the progress.
+def export_table(
+    stores: Iterable[RatingStore], origin: Mapping[int, str] | None = None
+) -> pd.DataFrame:
+    """All answers of some raters for a spreadsheet: `EXPORTED`, and with `origin` a column of that name.
 
-    In the key field i, m and n rate and go on; a capital letter also marks context-free; b goes back.
+    Numbers are those of the pages, from 1; what a spreadsheet would take for a formula stands behind an
+    apostrophe. Errors: `InputError` for origins before all is rated.
     """
-    import ipywidgets as widgets
-
-    view, bar = widgets.HTML(), widgets.IntProgress(max=len(items), description="rated")
-    free = widgets.Checkbox(description="context-free")
-    keys = widgets.Text(
-        placeholder="i, m, n (capital: context-free), b: back", continuous_update=True
-    )
-    shown = [store.next_item()]
-
-    def show() -> None:
-        bar.value = len(store.answers)
-        free.value = False
-        view.value = "<h2>All items are rated.</h2>"
-        if shown[0] is not None:
-            view.value = f"<h3>Item {shown[0] + 1}</h3>{items[shown[0]].html}"
-
-    def rate(rating: Rating, context_free: bool) -> None:
-        if shown[0] is not None:
-            store.rate(items[shown[0]].number, rating, context_free)
-            shown[0] = store.next_item()
-            show()
-
-    def on_key(change: Mapping[str, Any]) -> None:
-        key = str(change["new"])[-1:]
-        if key:
-            keys.value = ""
-        if key.lower() in KEYS:
-            rate(KEYS[key.lower()], free.value or key.isupper())
-        elif key == "b":
-            current = len(items) if shown[0] is None else shown[0]
-            shown[0] = max(0, current - 1)
-            show()
-
-    buttons = [widgets.Button(description=rating) for rating in KEYS.values()]
-    for button in buttons:
-        button.on_click(lambda pressed: rate(pressed.description, free.value))
-    keys.observe(on_key, names="value")
-    show()
-    return widgets.VBox([bar, widgets.HBox([*buttons, free, keys]), view])
+    tables = []
+    for store in stores:
+        if origin is not None and not store.is_complete:
+            raise InputError(
+                f"{store.rater!r} has rated {len(store.answers)} of {store.n_items} items: origins are told "
+                "when all are rated; rate the rest, or leave the origins out"
+            )
+        own = store.table()
+        own["note"] = own["note"].map(lambda note: f"'{note}" if note.startswith(FORMULA) else note)
+        if origin is not None:
+            own["origin"] = own["number"].map(origin)
+        tables.append(own.assign(number=own["number"] + 1, rater=store.rater))
+    columns = [*EXPORTED, *(["origin"] if origin is not None else [])]
+    return pd.concat(tables, ignore_index=True)[columns]
