@@ -51,6 +51,10 @@ preset_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="What a preset's file may hold."
 )
 app.add_typer(preset_app, name="preset")
+ratings_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Features rated by hand in notebook 05."
+)
+app.add_typer(ratings_app, name="ratings")
 
 
 def main() -> None:
@@ -242,6 +246,30 @@ def collect(
     kept = collect_run(load_preset(preset, seed, runs_dir), out, step or ())
     size = sum(path.stat().st_size for path in kept)
     typer.echo(f"{out}: {len(kept)} files, {size / 1e6:.1f} MB")
+
+
+@ratings_app.command("export")
+def export(
+    out: Annotated[Path, typer.Argument(parser=expanded, help="CSV file to write.")],
+    rater: Annotated[
+        list[str] | None, typer.Option(help="Whose ratings; all raters' by default.")
+    ] = None,
+    with_origin: Annotated[
+        bool, typer.Option(help="Tell where each feature comes from, once all are rated.")
+    ] = False,
+    preset: PresetOption = "demo",
+    seed: SeedOption = None,
+    runs_dir: RunsOption = None,
+) -> None:
+    """Write ratings as a CSV for spreadsheets: number (of the page), rating, context_free, note, rater."""
+    from tclib.replication.export_ratings import export_ratings
+    from tclib.replication.presets import load_preset
+
+    check_folder(out.parent)
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} is there already: choose another place, or remove it")
+    table = export_ratings(load_preset(preset, seed, runs_dir), rater or (), with_origin, out)
+    typer.echo(f"{out}: {len(table)} ratings by {', '.join(sorted(set(table['rater'])))}")
 
 
 # What a preset's transcoders do not say.

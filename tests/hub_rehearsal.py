@@ -277,7 +277,7 @@ SIZES: dict[str, Any] = {
     },
     "greater_than": {"components_every": 30, "templates": [PAPER_TEMPLATE]},
     "case_studies": {**_ROWS, "n_full": 1, "n_restricted": 0},
-    "comparison": {**_ROWS, "n_features": 4},
+    "comparison": {**_ROWS, "n_features": 4, "n_rated": 4},
 }
 # Of the preset that trains nothing, with a restricted study where the other has one with every tool.
 PUBLISHED_SIZES = {

@@ -250,7 +250,9 @@ def small_preset(runs_dir: Path) -> Preset:
         case_studies=replace(
             preset.case_studies, n_full=1, n_restricted=2, n_sae=1, n_rows=60, n_held_out_rows=20
         ),
-        comparison=replace(preset.comparison, n_features=4, n_rows=60, n_held_out_rows=20),
+        comparison=replace(
+            preset.comparison, n_features=6, n_rated=4, n_rows=60, n_held_out_rows=20
+        ),
         circuits=replace(
             preset.circuits,
             n_connection_features=3,

@@ -76,6 +76,7 @@ def build_dashboard(
     if acts is None:
         acts = feature_activations(lm, dictionary, [feature], rows)[0]
     check_acts(acts, rows)
+    acts = acts.where(rows != lm.bos_id, 0.0)  # given ones may not have it silenced
     n_tokens = int((rows != lm.bos_id).sum())
     n_fired = int(is_active(acts).sum())
     if n_fired == 0:

@@ -93,6 +93,24 @@ def firing_frequency(
     return n_fired.cpu() / int((rows != lm.bos_id).sum())
 
 
+def live_in_random_order(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    rows: Int[Tensor, "row pos"],
+    generator: torch.Generator,
+    min_log10_frequency: float = -4.0,
+) -> list[int]:
+    """All features that fire on more than 10^min of the tokens, BOS left out.
+
+    Every feature is put in a random order, live or not: should one at the border be live on one machine
+    only, the others stay in theirs.
+    """
+    frequency = firing_frequency(lm, dictionary, rows)
+    order = torch.randperm(len(frequency), generator=generator)
+    live: list[int] = order[(frequency > 10.0**min_log10_frequency)[order]].tolist()
+    return live
+
+
 def live_features(
     lm: LanguageModel,
     dictionary: Dictionary,
@@ -101,20 +119,14 @@ def live_features(
     generator: torch.Generator,
     min_log10_frequency: float = -4.0,
 ) -> list[int]:
-    """Features drawn at random from those that fire on more than 10^min of the tokens, BOS left out.
-
-    All features are put in a random order, and the first live ones are taken: should a feature at the
-    border be live on one machine only, the others stay as drawn. Errors: `InputError` if fewer than `n_features` are live.
-    """
-    frequency = firing_frequency(lm, dictionary, rows)
-    order = torch.randperm(len(frequency), generator=generator)
-    live = order[(frequency > 10.0**min_log10_frequency)[order]]
+    """The first of `live_in_random_order`. Errors: `InputError` if fewer than `n_features` are live."""
+    live = live_in_random_order(lm, dictionary, rows, generator, min_log10_frequency)
     if len(live) < n_features:
         raise InputError(
             f"{n_features} live features asked for, but layer {dictionary.config.layer} has {len(live)}: "
             "ask for fewer, or give more rows"
         )
-    return live[:n_features].tolist()
+    return live[:n_features]
 
 
 @dataclass(frozen=True)

@@ -77,16 +77,17 @@ class CaseStudies:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Step 05: the proxy's table, the latents' (empty off the demo world), and the hidden origins."""
+    """Step 05: the pairs, the proxy's table, the latents' (empty off the demo world), and the hidden origins."""
 
+    pairs: pd.DataFrame
     items: pd.DataFrame
     latents: pd.DataFrame
     origin: dict[int, str]
     folder: Path
 
     def pages(self) -> list[Item]:
-        """The dashboards in their shuffled order, without origin."""
-        numbers = sorted(self.origin)
+        """The dashboards of the features that are rated by hand, in their shuffled order, without origin."""
+        numbers = sorted(self.items.loc[self.items["has_page"], "number"].tolist())
         return [
             Item(i, (self.folder / f"item_{i}.html").read_text(encoding="utf-8")) for i in numbers
         ]

@@ -1,11 +1,14 @@
 """Notebook 05: are transcoder features more interpretable than SAE features? (paper Section 4.1, Table 1)
 
-Live features of both kinds are drawn by seed, shuffled, and shown without their origin. A person rates them
-(`ratings`); where there is none, an automatic proxy stands in: the simplest predicate that explains a feature's
-active positions on one text, scored on another.
+Live features of a transcoder and of SAEs on the MLP's input (the paper's) and output, at like L0, are drawn by seed.
+The first of the transcoder's and of one SAE's are shuffled and shown without their origin: a person rates them
+(`ratings`). All of them are rated by an automatic proxy: the simplest predicate that explains a feature's active
+positions on one text, scored on another.
 
-    items.csv     a line a feature: number (its place in the shuffled order), the proxy's scores and rating
-    latents.csv   on the demo world: each known latent's best feature, for both kinds
+    pairs.csv     a line a kind: the dictionary's name, its L0, how many features are live, drawn, rated by hand
+    items.csv     a line a feature: number (its place in the shuffled order), the proxy's scores and rating, and on the
+                  demo world the known latent that it stands for best
+    latents.csv   on the demo world: each known latent's best feature, for every kind
     origin.json   number to kind: kept apart from what a rater sees
 """
 
@@ -24,70 +27,79 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tclib.blind.latents import LabelledRows, label_scores, labelled_rows, recovered_latents
 from tclib.blind.predicates import fit_predicate, score
 from tclib.blind.ratings import Rating
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.dictionaries.kinds import Kind
-from tclib.evaluation.metrics import ACTIVE_SHARE, l0, strong_threshold
+from tclib.evaluation.metrics import l0, strong_threshold
 from tclib.features.dashboard import build_dashboard
-from tclib.features.examples import feature_activations, live_features
+from tclib.features.examples import feature_activations, live_in_random_order
 from tclib.features.html import dashboard_html, save_page
 from tclib.figures.comparison import proxy_figure
 from tclib.figures.style import save_figure
 from tclib.models.language_model import LanguageModel
 from tclib.replication.artifacts import Comparison
-from tclib.replication.paper import paper_table
+from tclib.replication.comparison_tables import (
+    COMPARATORS,
+    INTERPRETABLE_F1,
+    ON_FEW_TOKENS,
+    Hits,
+    comparators,
+    difference,
+    interpretability,
+    paper_hits,
+    proxy_hits,
+    proxy_shares,
+    relative_l0,
+)
+from tclib.replication.known_latents import best_latent, latent_scores, latents_table
 from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, Measured, claim_line, decided, verdict
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
 from tclib.support.progress import progress
-from tclib.support.statistics import fisher_p, newcombe_interval, wilson_interval
+from tclib.support.statistics import fisher_p
 from tclib.support.steps import Step, ensure, write_csv
 
 STEP = "05_interpretability_comparison"
-COMPARATOR: Kind = "sae_mlp_in"
-INTERPRETABLE_F1 = 0.6
-MIN_INTERPRETABLE = 0.2  # of the features of one kind, for a difference to mean anything
-SENSITIVITY = (0.4, 0.5, 0.6, 0.7, 0.8)
 N_SHOWN = 20
 N_L0_ROWS = 16
-ACTS_AT_ONCE = 2**26  # half a gibibyte in float64
 
 
-def choose_pair(
+def choose_matched(
     lm: LanguageModel,
     dictionaries: Mapping[str, Dictionary],
     rows: Int[Tensor, "row pos"],
     near_l0: float | None = None,
 ) -> dict[str, Dictionary]:
-    """A transcoder and an SAE of one layer whose L0 are nearest to each other, by name of kind.
+    """A transcoder and, of each site that has any, the SAE whose L0 is nearest to its own, by name of kind.
 
-    The SAE is on the MLP's input, as in the paper's Table 1, where there is one. With `near_l0`, nearest
-    to each other and to it; distances that agree to a ten-thousandth are a tie, which goes by name. Errors: `InputError` unless there is one of each.
+    Of all transcoders the one whose L0 is nearest to `near_l0` (by default the paper's share of d_model,
+    `relative_l0`) and to its SAEs', in ratios; sums that agree to a ten-thousandth are a tie, which goes by
+    name. Errors: `InputError` unless there is one of each.
     """
-    l0 = _l0s(lm, dictionaries, rows)
-    kinds = {name: dictionary.config.kind for name, dictionary in dictionaries.items()}
-    against = COMPARATOR if COMPARATOR in kinds.values() else "sae_mlp_out"
-    pairs = [
-        (round(abs(np.log(l0[one] / l0[other])) + _distance(l0[one], near_l0), 4), one, other)
-        for one in dictionaries
-        for other in dictionaries
-        if kinds[one] == "transcoder" and kinds[other] == against and l0[one] and l0[other]
-    ]
-    if not pairs:
-        firing = sorted({kinds[name] for name in dictionaries if l0[name]})
+    l0s = _l0s(lm, dictionaries, rows)
+    firing = {name: one.config.kind for name, one in dictionaries.items() if l0s[name]}
+    kinds = [kind for kind in COMPARATORS if kind in firing.values()]
+    found = []
+    for name in (name for name, kind in firing.items() if kind == "transcoder"):
+        wanted = near_l0 or relative_l0() * dictionaries[name].config.d_out
+        nearest = [
+            min((_ratio(l0s[other], l0s[name]), other) for other in firing if firing[other] == kind)
+            for kind in kinds
+        ]
+        far = _ratio(l0s[name], wanted) + sum(ratio for ratio, _ in nearest)
+        found.append((round(far, 4), [name, *(other for _, other in nearest)]))
+    if not (found and kinds):
         raise InputError(
-            f"dictionaries with features that fire: {', '.join(firing) or 'none'}; expected a transcoder and "
-            "an SAE"
+            f"dictionaries with features that fire: {', '.join(sorted(set(firing.values()))) or 'none'}; "
+            "expected a transcoder and an SAE"
         )
-    _, one, other = min(pairs)
-    return {kinds[name]: dictionaries[name] for name in (one, other)}
+    return {firing[name]: dictionaries[name] for name in min(found)[1]}
 
 
-def _distance(l0: float, wanted: float | None) -> float:
-    return 0.0 if wanted is None else abs(float(np.log(l0 / wanted)))
+def _ratio(one: float, other: float) -> float:
+    """How far apart two L0 are, in logarithms, to a ten-thousandth."""
+    return round(abs(float(np.log(one / other))), 4)
 
 
 @torch.no_grad()
@@ -112,55 +124,116 @@ def make_comparison(run: Run) -> Comparison:
 
     def make() -> Mapping[str, Any]:
         rows = run.corpus.evaluation
-        pair = choose_pair(run.lm, swept.dictionaries, rows, config.near_l0)
-        return _compare(run, pair, step)
+        matched = choose_matched(run.lm, swept.dictionaries, rows, config.near_l0)
+        names = {id(one): name for name, one in swept.dictionaries.items()}
+        return _compare(run, matched, {kind: names[id(one)] for kind, one in matched.items()}, step)
 
     ensure(step, {**asdict(config), "seed": run.preset.seed}, inputs, make)
-    origin = json.loads((step.folder / "origin.json").read_text())
-    return Comparison(
-        items=pd.read_csv(step.folder / "items.csv"),
-        latents=pd.read_csv(step.folder / "latents.csv"),
-        origin={int(number): kind for number, kind in origin.items()},
-        folder=step.folder,
-    )
+    return read_comparison(step.folder)
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """The artifacts as they were written."""
+    origin = json.loads((folder / "origin.json").read_text())
+    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("pairs", "items", "latents")}
+    return Comparison(**tables, origin={int(i): kind for i, kind in origin.items()}, folder=folder)
 
 
 class _Drawn(NamedTuple):
-    """Features of one kind, and where they are active on both texts."""
+    """Features of one kind, of how many live ones, and where they are active on both texts."""
 
     features: list[int]
+    n_live: int
     acts: Float[Tensor, "feature row pos"]
     held_out_acts: Float[Tensor, "feature row pos"]
 
 
-def _compare(run: Run, pair: dict[str, Dictionary], step: Step) -> dict[str, Any]:
-    config, lm = run.preset.comparison, run.lm
+class _Place(NamedTuple):
+    """One of a kind's drawn features, and whether raters see it."""
+
+    kind: str
+    i: int
+    has_page: bool
+
+
+def _compare(
+    run: Run, matched: dict[str, Dictionary], names: Mapping[str, str], step: Step
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(run.preset.seed)
+    drawn = {kind: _draw(run, one, generator) for kind, one in matched.items()}
+    places = _shuffled(drawn, run.preset.comparison.n_rated, generator)
+    f1, latent_names = latent_scores(run, matched)
+    lines = []
+    for number, (kind, i, has_page) in enumerate(progress(places, "features", unit="feature")):
+        own, feature = drawn[kind], drawn[kind].features[i]
+        if has_page:
+            path = step.folder / f"item_{number}.html"
+            _save_item(run, matched[kind], feature, own.acts[i], path, number)
+        line = {"number": number, "has_page": has_page, "feature": feature}
+        line |= _proxy_line(run, own.acts[i], own.held_out_acts[i])
+        lines.append({**line, **best_latent(f1.get(kind), feature, latent_names)})
+    pairs = _pairs(run, matched, names, drawn)
+    write_csv(pairs, step, "pairs")
+    write_csv(pd.DataFrame(lines), step, "items")
+    write_csv(latents_table(f1, latent_names), step, "latents")
+    with new_file(step.folder / "origin.json") as path:
+        path.write_text(json.dumps({n: place.kind for n, place in enumerate(places)}))
+    l0s = dict(zip(pairs["kind"], pairs["l0"], strict=True))
+    return {"n_items": len(lines), "l0": l0s, "layer": run.preset.sweep.layer}
+
+
+def _draw(run: Run, one: Dictionary, generator: torch.Generator) -> _Drawn:
+    """As many live features as asked for, or all. Errors: `InputError` if fewer are live than are rated."""
+    config = run.preset.comparison
     rows = run.corpus.train[: config.n_rows]
     held_out = run.corpus.evaluation[: config.n_held_out_rows]
-    generator = torch.Generator().manual_seed(run.preset.seed)
-    drawn = {}
-    for kind, one in pair.items():
-        least = config.min_log10_frequency
-        features = live_features(lm, one, rows, config.n_features, generator, least)
-        drawn[kind] = _Drawn(
-            features, *(feature_activations(lm, one, features, text) for text in (rows, held_out))
+    live = live_in_random_order(run.lm, one, rows, generator, config.min_log10_frequency)
+    if len(live) < config.n_rated:
+        raise InputError(
+            f"comparison.n_rated {config.n_rated}: {one.config.kind} has {len(live)} live features on "
+            f"{len(rows)} rows; rate fewer, or give more rows"
         )
-    places = [(kind, i) for kind in pair for i in range(config.n_features)]
-    order = torch.randperm(len(places), generator=generator).tolist()
-    lines, origin = [], {}
-    for number, place in enumerate(progress(order, "features", unit="feature")):
-        kind, i = places[place]
-        origin[number] = kind
-        feature, own = drawn[kind].features[i], drawn[kind].acts[i]
-        _save_item(run, pair[kind], feature, own, step.folder / f"item_{number}.html", number)
-        proxy = proxy_rating(rows, own, held_out, drawn[kind].held_out_acts[i], lm.bos_id)
-        lines.append({"number": number, "feature": feature, **proxy})
-    write_csv(pd.DataFrame(lines), step, "items")
-    write_csv(_latents(run, pair), step, "latents")
-    with new_file(step.folder / "origin.json") as path:
-        path.write_text(json.dumps(origin))
-    l0s = _l0s(lm, pair, run.corpus.evaluation)
-    return {"n_items": len(lines), "l0": l0s, "layer": next(iter(pair.values())).config.layer}
+    features = live[: config.n_features]
+    acts = (feature_activations(run.lm, one, features, text) for text in (rows, held_out))
+    return _Drawn(features, len(live), *acts)
+
+
+def _shuffled(
+    drawn: Mapping[str, _Drawn], n_rated: int, generator: torch.Generator
+) -> list[_Place]:
+    """The features that raters see in a random order, then the rest."""
+    rated = [kind for kind in drawn if kind != "transcoder"][:1] + ["transcoder"]
+    shown = [_Place(kind, i, True) for kind in drawn if kind in rated for i in range(n_rated)]
+    rest = [
+        _Place(kind, i, False)
+        for kind, own in drawn.items()
+        for i in range(n_rated if kind in rated else 0, len(own.features))
+    ]
+    order = torch.randperm(len(shown), generator=generator).tolist()
+    return [*(shown[place] for place in order), *rest]
+
+
+def _pairs(
+    run: Run,
+    matched: Mapping[str, Dictionary],
+    names: Mapping[str, str],
+    drawn: Mapping[str, _Drawn],
+) -> pd.DataFrame:
+    """What is compared, and of how many features."""
+    l0s = _l0s(run.lm, matched, run.corpus.evaluation)
+    lines = [
+        {
+            "kind": kind,
+            "name": names[kind],
+            "l0": l0s[kind],
+            "l0_per_d_model": l0s[kind] / one.config.d_out,
+            "n_features": one.config.n_features,
+            "n_live": drawn[kind].n_live,
+            "n_drawn": len(drawn[kind].features),
+        }
+        for kind, one in matched.items()
+    ]
+    return pd.DataFrame(lines)
 
 
 def _save_item(
@@ -183,6 +256,15 @@ def _save_item(
 # The proxy
 
 
+def _proxy_line(
+    run: Run, acts: Float[Tensor, "row pos"], held_acts: Float[Tensor, "held_row pos"]
+) -> dict[str, Any]:
+    config, corpus = run.preset.comparison, run.corpus
+    n_rows = min(config.n_fit_rows, len(acts))
+    rows, held_out = corpus.train[:n_rows], corpus.evaluation[: config.n_held_out_rows]
+    return proxy_rating(rows, acts[:n_rows], held_out, held_acts, run.lm.bos_id)
+
+
 def proxy_rating(
     rows: Int[Tensor, "row pos"],
     acts: Float[Tensor, "row pos"],
@@ -190,17 +272,23 @@ def proxy_rating(
     held_acts: Float[Tensor, "held_row pos"],
     bos_id: int,
 ) -> dict[str, Any]:
-    """The simplest predicate on one text, scored on the other: predicate, f1, auroc, rating, context_free.
+    """The simplest predicate on one text, scored on the other: predicate, context_free, n_tokens, f1, auroc, rating.
 
-    Active means above a quarter of the maximum on the first text. A feature that is never active on the
-    second has no score and counts as `not`.
+    Active means above a quarter of the maximum on the first text, BOS left out of both. A feature that is
+    never active on one of them has no score and counts as `not`. `n_tokens` is how many tokens a
+    context-free predicate names; 0 for others.
     """
+    acts, held_acts = acts.where(rows != bos_id, 0.0), held_acts.where(held_out != bos_id, 0.0)
     threshold = strong_threshold(acts)
+    line: dict[str, Any] = {"predicate": "", "context_free": False, "n_tokens": 0}
+    unscored = {"f1": np.nan, "auroc": np.nan, "rating": "not"}
+    if not bool((acts > threshold).any()):
+        return {**line, **unscored}
     predicate = fit_predicate(rows, acts, bos_id, threshold)
-    line: dict[str, Any] = {"predicate": json.dumps(predicate.as_dict())}
-    line["context_free"] = predicate.is_context_free
+    line = {"predicate": json.dumps(predicate.as_dict()), "context_free": predicate.is_context_free}
+    line["n_tokens"] = len(predicate.current or ()) if predicate.is_context_free else 0
     if not bool((held_acts > threshold).any()):
-        return {**line, "f1": np.nan, "auroc": np.nan, "rating": "not"}
+        return {**line, **unscored}
     found = score(predicate.holds(held_out, bos_id), held_acts, held_out != bos_id, threshold)
     return {**line, "f1": found.f1, "auroc": found.auroc, "rating": rating_of(found.f1)}
 
@@ -212,117 +300,8 @@ def rating_of(f1: float, interpretable: float = INTERPRETABLE_F1) -> Rating:
     return "maybe" if f1 >= interpretable / 2 else "not"
 
 
-def proxy_shares(comparison: Comparison) -> pd.DataFrame:
-    """Share interpretable and context-free by kind, with 95 % intervals (Wilson), at several thresholds.
-
-    Columns: kind, threshold, interpretable, low, high, context_free.
-    """
-    lines = []
-    for kind, own in _items_by_kind(comparison):
-        f1 = own["f1"].fillna(0.0).to_numpy()
-        for threshold in SENSITIVITY:
-            passes = f1 >= threshold
-            low, high = wilson_interval(int(passes.sum()), len(passes))
-            lines.append(
-                {
-                    "kind": kind,
-                    "threshold": threshold,
-                    "interpretable": passes.mean(),
-                    "low": low,
-                    "high": high,
-                    "context_free": float((own["context_free"] & passes).mean()),
-                }
-            )
-    return pd.DataFrame(lines)
-
-
-class Hits(NamedTuple):
-    """How many of a kind's features are interpretable, of how many."""
-
-    n_hits: int
-    n: int
-
-
-def interpretable(comparison: Comparison) -> tuple[Hits, Hits]:
-    """Interpretable features of the transcoder and of the SAE, by the proxy."""
-    found = {
-        kind: Hits(int((own["f1"].fillna(0.0) >= INTERPRETABLE_F1).sum()), len(own))
-        for kind, own in _items_by_kind(comparison)
-    }
-    (sae,) = (hits for kind, hits in found.items() if kind != "transcoder")
-    return found["transcoder"], sae
-
-
-def interpretability(one: Hits, other: Hits) -> Measured:
-    """The difference of two shares with Newcombe's interval; applicable if any of either is interpretable."""
-    low, high = newcombe_interval(*one, *other)
-    shares = one.n_hits / one.n, other.n_hits / other.n
-    return Measured(shares[0] - shares[1], low, high, max(shares) >= MIN_INTERPRETABLE)
-
-
-def _items_by_kind(comparison: Comparison) -> Any:
-    kinds = comparison.items["number"].map(comparison.origin)
-    return comparison.items.assign(kind=kinds).groupby("kind")
-
-
 # ---------------------------------------------------------------------------------------------
-# Known latents
-
-
-def _latents(run: Run, pair: dict[str, Dictionary]) -> pd.DataFrame:
-    """`recovered_latents` of both kinds, over latents with at least fifty positions; empty off the demo world."""
-    columns = ["kind", "latent", "best_feature", "f1", "n_features"]
-    lm, corpus = run.lm, run.preset.corpus
-    if corpus.kind != "demo":
-        return pd.DataFrame(columns=columns)
-    n_rows = run.preset.comparison.n_held_out_rows
-    labelled = labelled_rows(lm, n_rows, corpus.n_ctx, corpus.seed, corpus.eval_fraction)
-    counts = torch.bincount(
-        labelled.label[labelled.label >= 0].long(), minlength=len(labelled.names)
-    )
-    common = (counts >= 50).numpy()
-    tables = []
-    for kind, dictionary in pair.items():
-        f1 = _all_feature_scores(lm, dictionary, labelled)[:, common]
-        names = tuple(np.array(labelled.names)[common])
-        tables.append(recovered_latents(f1, names).assign(kind=kind))
-    return pd.concat(tables, ignore_index=True)[columns]
-
-
-def _all_feature_scores(
-    lm: LanguageModel, dictionary: Dictionary, labelled: LabelledRows
-) -> Float[np.ndarray, "feature label"]:
-    """F1 of every feature with every latent; the model reads the rows once for as many features as fit."""
-    found = []
-    at_once = max(1, ACTS_AT_ONCE // labelled.rows.numel())
-    for start in range(0, dictionary.config.n_features, at_once):
-        features = range(start, min(start + at_once, dictionary.config.n_features))
-        acts = feature_activations(lm, dictionary, features, labelled.rows)
-        largest = acts.amax((1, 2), keepdim=True)
-        found.append(label_scores((acts > ACTIVE_SHARE * largest) & (largest > 0), labelled))
-    return np.concatenate(found)
-
-
-def paper_table_1() -> pd.DataFrame:
-    """The paper's Table 1."""
-    return pd.DataFrame(paper_table("table1"))
-
-
-def latent_summary(comparison: Comparison) -> pd.DataFrame:
-    """How many latents each kind recovers, and how many of its features share one."""
-    return comparison.latents.groupby("kind").agg(
-        latents=("latent", "size"),
-        mean_f1=("f1", "mean"),
-        recovered=("f1", lambda f1: int((f1 >= 0.5).sum())),
-        features_sharing=("n_features", "mean"),
-    )
-
-
-def latent_differences(comparison: Comparison) -> pd.DataFrame:
-    """F1 of each latent's best feature by kind, and transcoder minus SAE."""
-    wide = comparison.latents.pivot(index="latent", columns="kind", values="f1")
-    other = wide.drop(columns="transcoder").iloc[:, 0]
-    return wide.assign(difference=wide["transcoder"] - other).sort_values("difference")
+# What it comes to
 
 
 def proxy_shares_figure(run: Run) -> Figure:
@@ -332,62 +311,98 @@ def proxy_shares_figure(run: Run) -> Figure:
 
 
 def measured(run: Run) -> dict[str, Measured]:
-    """Table 1's statistic, by the proxy."""
-    return {"interpretability": interpretability(*interpretable(run.comparison))}
+    """Table 1's statistic, by the proxy: against the SAE of the paper's place, and against the other."""
+    first, *others = comparators(run.comparison)
+    names = {first: "interpretability", **{sae: f"interpretability ({sae})" for sae in others}}
+    return {
+        name: interpretability(*proxy_hits(run.comparison, "interpretable", sae))
+        for sae, name in names.items()
+    }
 
 
 def claims(run: Run) -> list[Line]:
-    """Section 4.1's claim, by the proxy and on the demo world by known latents."""
+    """Section 4.1's claims, by the proxy and on the demo world by known latents."""
     comparison = run.comparison
-    transcoder, sae = interpretable(comparison)
-    measured = interpretability(transcoder, sae)
+    ours = "; ".join(
+        _in_words(sae, *proxy_hits(comparison, "interpretable", sae))
+        for sae in comparators(comparison)
+    )
     lines = [
         decided(
             "interpretability",
             "41 of 50 against 38 of 50 (by hand, Pythia-410M)",
-            f"{transcoder.n_hits} of {transcoder.n} against {sae.n_hits} of {sae.n} by an automatic proxy: "
-            f"{measured.in_words}; Fisher's p {fisher_p(*transcoder, *sae):.2f}",
-            measured,
-        )
+            f"by an automatic proxy, {ours}",
+            measured(run)["interpretability"],
+        ),
+        _context_free_claim(comparison),
     ]
-    if len(comparison.latents):
-        mean = comparison.latents.groupby("kind")["f1"].mean()
-        ours = ", ".join(f"{kind} {f1:.3f}" for kind, f1 in mean.items())
-        is_ahead = mean["transcoder"] >= mean.drop("transcoder").iloc[0]
-        lines.append(
-            claim_line(
-                "Known latents: mean F1 of the best feature",
-                "not published",
-                f"{ours} over {comparison.latents['latent'].nunique()} latents",
-                "transcoders ahead" if is_ahead else "SAE ahead",
-            )
-        )
-    return lines
+    return lines + ([_latent_claim(comparison)] if len(comparison.latents) else [])
+
+
+def _in_words(sae: str, own: Hits, other: Hits) -> str:
+    return (
+        f"{own.n_hits} of {own.n} against {other.n_hits} of {other.n} ({sae}): "
+        f"{difference(own, other).in_words}, Fisher's p {fisher_p(*own, *other):.2g}"
+    )
+
+
+def _context_free_claim(comparison: Comparison) -> Line:
+    """The paper's second count, against the SAE of its place."""
+    sae = comparators(comparison)[0]
+    found = difference(*proxy_hits(comparison, "interpretable and context-free", sae))
+    few = [f"{hits.n_hits} of {hits.n}" for hits in proxy_hits(comparison, ON_FEW_TOKENS, sae)]
+    return claim_line(
+        "Table 1: fewer transcoder than SAE features are context-free",
+        "6 of 50 against 16 of 50 (by hand, Pythia-410M)",
+        f"by an automatic proxy, {_in_words(sae, *proxy_hits(comparison, 'interpretable and context-free', sae))}; "
+        f"on one or two tokens {few[0]} against {few[1]}",
+        "fewer" if found.high < 0 else "more" if found.low > 0 else "no difference seen",
+    )
+
+
+def _latent_claim(comparison: Comparison) -> Line:
+    """Known latents, in the same order of kinds."""
+    mean = comparison.latents.groupby("kind")["f1"].mean()
+    kinds = ["transcoder", *comparators(comparison)]
+    is_ahead = mean["transcoder"] >= mean[kinds[1]]
+    return claim_line(
+        "Known latents: mean F1 of the best feature",
+        "not published",
+        f"{', '.join(f'{kind} {mean[kind]:.3f}' for kind in kinds)} over "
+        f"{comparison.latents['latent'].nunique()} latents",
+        "transcoders ahead" if is_ahead else "SAE ahead",
+    )
+
+
+def pairs_in_words(comparison: Comparison) -> str:
+    """Which dictionaries are compared, at which L0, and of how many features (Markdown)."""
+    said = [
+        f"{one.kind} `{one.name}`: L0 {one.l0:.1f} ({one.l0_per_d_model:.3f} of d_model), "
+        f"{one.n_drawn} of {one.n_live} live features drawn"
+        for one in comparison.pairs.itertuples()
+    ]
+    return (
+        "; ".join(said)
+        + f". The paper's: transcoder L0 44.04 ({relative_l0():.3f} of d_model), SAE on the MLP's input 47.85."
+    )
 
 
 def comparison_in_words(run: Run) -> str:
     """Paper and ours (Markdown)."""
-    paper = paper_table_1().set_index("kind")
-    shares = proxy_shares(run.comparison)
-    own = shares[shares["threshold"] == INTERPRETABLE_F1].set_index("kind")
-    measured = interpretability(*interpretable(run.comparison))
+    comparison = run.comparison
+    found = measured(run)["interpretability"]
+    paper = [paper_hits("interpretable", kind) for kind in ("transcoder", COMPARATORS[0])]
+    free = [
+        paper_hits("interpretable and context-free", kind)
+        for kind in ("transcoder", COMPARATORS[0])
+    ]
     ours = "; ".join(
-        f"{kind} {line.interpretable:.0%} ({line.low:.0%} to {line.high:.0%}), interpretable and "
-        f"context-free {line.context_free:.0%}"
-        for kind, line in own.iterrows()
+        _in_words(sae, *proxy_hits(comparison, "interpretable", sae))
+        for sae in comparators(comparison)
     )
-    published = "; ".join(
-        f"{kind} {int(line.interpretable)} of 50, context-free {int(line.context_free)}"
-        for kind, line in paper.iterrows()
-    )
+    claim = _context_free_claim(comparison)
     return (
-        f"*Paper:* {published} (rated by hand, Pythia-410M). *Ours:* {ours}; difference "
-        f"{measured.in_words}: {verdict('interpretability', measured)}. That fewer of the transcoder's are "
-        f"context-free is {'' if _fewer_are_context_free(own) else 'not '}seen."
+        f"*Paper:* {_in_words(COMPARATORS[0], *paper)}; context-free "
+        f"{_in_words(COMPARATORS[0], *free)} (rated by hand, Pythia-410M). *Ours:* {ours}: "
+        f"{verdict('interpretability', found)}. Context-free: {claim['ours']}: {claim['verdict']}."
     )
-
-
-def _fewer_are_context_free(own: pd.DataFrame) -> bool:
-    """Whether the paper's second count, 6 against 16, comes out the same way round."""
-    shares = own["context_free"]
-    return bool(shares["transcoder"] < shares.drop("transcoder").iloc[0])

@@ -270,16 +270,26 @@ class CaseStudiesConfig:
 class ComparisonConfig:
     """Notebook 05: how many features of each kind are drawn, from the sweep's dictionaries."""
 
-    n_features: Count = 50
-    """Features drawn of each kind. Paper: 50."""
+    n_features: Count = 200
+    """Features drawn of each kind for the proxy; all live ones where there are fewer. Paper: 50."""
+    n_rated: Count = 50
+    """The first of these that have a page, of the transcoder and of one SAE, for raters. Paper: 50."""
     near_l0: Positive | None = None
-    """L0 of the pair that is compared; null: the pair nearest in L0. Paper: 44 and 48."""
+    """L0 of the transcoder that is compared; null: the paper's in shares of d_model, 0.043."""
     n_rows: Count = 512
-    """Rows of the training split, for dashboards and predicates. Paper: 25,600."""
+    """Rows of the training split, for frequencies and dashboards. Paper: 25,600."""
+    n_fit_rows: Count = 256
+    """The first of these, from which a predicate is made for every feature."""
     n_held_out_rows: Count = 256
     """Rows on which the predicates are graded."""
     min_log10_frequency: NonPositive = -4.0
     """Of the features drawn. Published: -4."""
+
+    def __post_init__(self) -> None:
+        if self.n_rated > self.n_features:
+            raise InputError(
+                f"n_rated {self.n_rated}: expected at most n_features, {self.n_features}, of which they are"
+            )
 
 
 @declared(frozen=True)

@@ -23,7 +23,7 @@ from tclib.circuits.interventions import ablation_table
 from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.figures.comparison import proxy_figure
-from tclib.replication import case_studies, circuits, comparison
+from tclib.replication import case_studies, circuits, comparison, comparison_tables, known_latents
 from tclib.replication.artifacts import CaseStudies, Comparison
 from tclib.replication.comparison import proxy_rating, rating_of
 from tclib.replication.run import Run
@@ -63,7 +63,9 @@ def compared(run: Run) -> Comparison:
 
 def test_pages_do_not_tell_where_a_feature_comes_from(compared: Comparison) -> None:
     pages = compared.pages()
-    assert len(pages) == 8 and sorted(compared.origin.values()).count("transcoder") == 4
+    shown = [compared.origin[page.number] for page in pages]
+    assert len(pages) == 8 and shown.count("transcoder") == shown.count("sae_mlp_in") == 4
+    assert list(compared.origin.values()).count("sae_mlp_out") == 6
     shapes = set()
     for page in pages:
         assert not re.search("transcoder|sae|layer|embedding", page.html, re.IGNORECASE)
@@ -74,21 +76,30 @@ def test_pages_do_not_tell_where_a_feature_comes_from(compared: Comparison) -> N
 
 
 def test_proxy_shares_and_intervals_are_of_the_items(run: Run, compared: Comparison) -> None:
-    shares = comparison.proxy_shares(compared)
+    shares = comparison_tables.proxy_shares(compared)
     items = compared.items.assign(kind=compared.items["number"].map(compared.origin))
     for line in shares.itertuples():
         own = items[items["kind"] == line.kind]["f1"].fillna(0)
         assert line.interpretable == pytest.approx((own >= line.threshold).mean())
         assert line.low <= line.interpretable <= line.high
-    measured = comparison.interpretability(*comparison.interpretable(compared))
+    measured = comparison.measured(run)["interpretability"]
     assert measured.low <= measured.estimate <= measured.high
-    at_threshold = shares[shares["threshold"] == comparison.INTERPRETABLE_F1].set_index("kind")
+    at_threshold = shares[shares["threshold"] == comparison_tables.INTERPRETABLE_F1].set_index(
+        "kind"
+    )
     own = at_threshold["interpretable"]
-    assert measured.estimate == pytest.approx(own["transcoder"] - own.drop("transcoder").iloc[0])
+    assert measured.estimate == pytest.approx(own["transcoder"] - own["sae_mlp_in"])
     for word in ("*Paper:*", "*Ours:*"):
         assert word in comparison.comparison_in_words(run)
     assert len(proxy_figure(shares).axes) == 2
-    assert set(compared.latents["kind"]) == {"transcoder", "sae_mlp_in"}
+    assert set(compared.latents["kind"]) == {"transcoder", "sae_mlp_in", "sae_mlp_out"}
+    assert compared.pairs["n_drawn"].tolist() == [6, 6, 6]
+    assert (compared.pairs["n_live"] >= 6).all()
+    assert set(comparison.measured(run)) == {"interpretability", "interpretability (sae_mlp_out)"}
+    assert "d_model" in comparison.pairs_in_words(compared)
+    assert len(comparison.claims(run)) == 3 and compared.items["latent_f1"].between(0, 1).all()
+    assert len(known_latents.latent_differences(compared).columns) == 5
+    assert comparison_tables.calibration(compared)["n"].max() == 18
     assert compared.latents["f1"].between(0, 1).all()
 
 
@@ -129,10 +140,28 @@ def test_case_studies_leave_ledgers_dashboards_and_grades(run: Run) -> None:
 def test_a_pair_needs_both_kinds(run: Run) -> None:
     rows = run.corpus.evaluation
     with pytest.raises(InputError, match="that fire: transcoder; expected a transcoder and an SAE"):
-        comparison.choose_pair(run.lm, run.transcoders, rows)
+        comparison.choose_matched(run.lm, run.transcoders, rows)
     silent = {name: silenced(one) for name, one in run.swept.dictionaries.items()}
     with pytest.raises(InputError, match="that fire: none; expected a transcoder and an SAE"):
-        comparison.choose_pair(run.lm, silent, rows)
+        comparison.choose_matched(run.lm, silent, rows)
+
+
+def test_all_live_features_are_drawn_where_there_are_fewer_and_too_few_to_rate_are_said(
+    run: Run,
+) -> None:
+    one = next(iter(run.swept.dictionaries.values()))
+    many = replace(run.preset.comparison, n_features=100_000)
+    found = comparison._draw(
+        Run(replace(run.preset, comparison=many)), one, torch.Generator().manual_seed(0)
+    )
+    assert len(found.features) == found.n_live == len(found.acts)
+    more = replace(many, n_rated=10_000)
+    with pytest.raises(
+        InputError, match=r"comparison.n_rated 10000: transcoder has \d+ live features"
+    ):
+        comparison._draw(
+            Run(replace(run.preset, comparison=more)), one, torch.Generator().manual_seed(0)
+        )
 
 
 def silenced(one: Dictionary) -> Dictionary:

@@ -128,6 +128,10 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             {"case_studies": {"n_full": 0, "n_restricted": 0}},
         ),
         ("comparison.min_log10_frequency 4.0: expected at most 0", {"comparison": LOG}),
+        (
+            "comparison: n_rated 50: expected at most n_features, 20, of which they are",
+            {"comparison": {"n_features": 20}},
+        ),
         ("transcoders: k None for topk: .* need one", {"transcoders": {"activation": "topk"}}),
         ("transcoders: l1_coefficient 0: a relu", {"transcoders": {"layers": None}}),
         (r"transcoders: layers \[\]: expected different", {"transcoders": {"layers": []}}),

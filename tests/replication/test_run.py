@@ -45,7 +45,7 @@ def test_results_are_made_from_nothing_with_every_earlier_step(
     small: Preset, results: pd.DataFrame
 ) -> None:
     assert list(results.columns) == ["claim", "paper", "ours", "verdict", "power"]
-    assert len(results) == 17
+    assert len(results) == 18
     steps = {path.name for path in small.folder.iterdir() if path.is_dir()}
     made = {model_and_data.STEP, transcoders.STEP, sweep.STEP, circuits.STEP}
     assert made <= steps

@@ -21,7 +21,7 @@ from tclib.greater_than.lags import best_lags, shift_evidence, shift_test
 from tclib.greater_than.task import GreaterThan
 from tclib.models.language_model import LanguageModel
 from tclib.replication.case_studies import studied
-from tclib.replication.comparison import Hits, interpretability
+from tclib.replication.comparison_tables import Hits, interpretability
 from tclib.replication.greater_than import PAPER_KEPT, measured_evidence
 from tclib.replication.paper import paper_table
 from tclib.replication.sweep import paper_sweep
