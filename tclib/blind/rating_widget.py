@@ -86,8 +86,8 @@ class _RatingPage:
         self.free = widgets.Checkbox(description="context-free", indent=False)
         self.asking = widgets.Button(description="Show my results")
         self.asking.on_click(lambda _: self._ask())
-        listener = widgets.Output()
-        listener.append_display_data(_html(_LISTENER))
+        shown = {"output_type": "display_data", "data": {"text/html": _LISTENER}, "metadata": {}}
+        listener = widgets.Output(outputs=(shown,))
         top = widgets.HBox([self.bar, self.progress, self.asking])
         keys = widgets.HBox([*self._rating_buttons(), self._back_button(), self.free])
         self.note_row = widgets.HBox()
@@ -185,9 +185,3 @@ class _RatingPage:
             f"With {self.other.rater}, on {found['n_items']} items: κ {found['kappa_rating']:.2f} for the ratings, "
             f"{found['kappa_context_free']:.2f} for context-free."
         )
-
-
-def _html(text: str) -> Any:
-    from IPython.display import HTML
-
-    return HTML(text)
