@@ -87,8 +87,8 @@ def table_1(ratings: pd.DataFrame, origin: Mapping[int, str]) -> pd.DataFrame:
     """A line for each SAE and each of `LINES`: our counts beside the paper's.
 
     `ratings` has number, rating and context_free, the proxy's also n_tokens. Columns: sae, line,
-    transcoder, of, sae_count, sae_of, difference, low, high, p, and paper_ before transcoder,
-    sae_count and p, where the SAE is the paper's (of fifty each).
+    transcoder, of, sae_count, sae_of, difference, low, high, p, and where the SAE is the paper's the same
+    with paper_ before it (of fifty each).
     """
     table = ratings.assign(kind=ratings["number"].map(origin))
     lines = [
@@ -125,8 +125,10 @@ def _line(line: str, sae: str, own: Hits, other: Hits) -> dict[str, object]:
     found |= {"low": measured.low, "high": measured.high, "p": fisher_p(*own, *other)}
     if sae == COMPARATORS[0]:
         paper = paper_hits(line, "transcoder"), paper_hits(line, sae)
+        papers = difference(*paper)
         found |= {"paper_transcoder": paper[0].n_hits, "paper_sae_count": paper[1].n_hits}
-        found["paper_p"] = fisher_p(*paper[0], *paper[1])
+        found |= {"paper_difference": papers.estimate, "paper_low": papers.low}
+        found |= {"paper_high": papers.high, "paper_p": fisher_p(*paper[0], *paper[1])}
     return found
 
 
