@@ -147,9 +147,12 @@ class _RatingPage:
 
     def _show(self) -> None:
         """The item, or the end; and the results, where they may be told."""
+        self._show_item()
+        self.results.value = self._results() if self.store.may_show else ""
         n_rated = len(self.store.answers)
         self.bar.value, self.progress.value = n_rated, f"{n_rated} of {len(self.items)}"
-        self.results.value = self._results() if self.store.may_show else ""
+
+    def _show_item(self) -> None:
         if self.shown is None:
             self.free.value, self.note_row.children = False, ()
             self.view.value = "<h2>All items are rated.</h2>"
