@@ -1,8 +1,9 @@
 """The floor of a grade: what random hypotheses of the same shape and size reach.
 
 Every list of tokens is drawn anew, as many of them, by how frequent they are in the text; a class or a spelling
-becomes a list of as many tokens as it has there; a place keeps its width and stands elsewhere. What is left of a
-hypothesis is its structure: reaches, conjunctions, negations, levels.
+becomes a list of as many tokens as it has there; a place keeps its width and stands elsewhere. Only other tokens than
+its own are drawn: one draw in fifty would else say " to" where the hypothesis does, and the best of a hundred be the
+hypothesis itself. What is left of it is its structure: reaches, conjunctions, negations, levels.
 """
 
 from __future__ import annotations
@@ -101,23 +102,21 @@ def _redrawn(condition: Condition, text: _Text) -> Condition:
         return Claim(tuple(Case(_redrawn(case.condition, text), case.level) for case in cases))
     if isinstance(condition, InClause | InDocument):
         return _moved(condition, text.generator)
-    return OneOf(_drawn_ids(_n_tokens(condition, text), text))
+    return _other_tokens(condition, text)
 
 
-def _n_tokens(condition: Condition, text: _Text) -> int:
-    """How many different tokens of the vocabulary are meant."""
+def _other_tokens(condition: Condition, text: _Text) -> OneOf:
+    """As many different tokens as are meant, by frequency, none of them meant; fewer if the text has no more."""
     if isinstance(condition, OneOf):
-        return len(condition.ids)
-    return len(text.rows[condition.true(text.rows, text.vocabulary)].unique())
-
-
-def _drawn_ids(n: int, text: _Text) -> frozenset[int]:
-    """`n` different tokens by frequency; all of the text's where it has no more."""
-    most = min(n, int((text.counts > 0).sum()))
-    if not most:
-        return frozenset()
-    drawn = torch.multinomial(text.counts, most, generator=text.generator)
-    return frozenset(drawn.tolist())
+        own, n = torch.tensor(sorted(condition.ids), dtype=torch.long), len(condition.ids)
+    else:
+        own = text.rows[condition.true(text.rows, text.vocabulary)].unique()
+        n = len(own)
+    others = text.counts.clone()
+    others[own] = 0.0
+    n = min(n, int((others > 0).sum()))
+    drawn = torch.multinomial(others, n, generator=text.generator).tolist() if n else []
+    return OneOf(frozenset(drawn))
 
 
 def _moved(place: InClause | InDocument, generator: torch.Generator) -> InClause | InDocument:

@@ -45,8 +45,8 @@ N_EXTENDED = (8, 4)  # of one part, and of two parts
 N_WIDE, WIDE_RECALL = 3, 0.8  # and as many that leave little out, whatever their F1
 N_EXTENSIONS = 3  # of each, beside the lists that are fitted to it
 Bits: TypeAlias = UInt64[np.ndarray, "..."]  # a table of any rank, of words
-Counts: TypeAlias = Int[np.ndarray | np.int64, "..."]
-Shares: TypeAlias = Float[np.ndarray | np.float64, "..."]
+Counts: TypeAlias = Int[np.ndarray, "..."]
+Shares: TypeAlias = Float[np.ndarray, "..."]
 N_COMMON, N_PRECISE, LOOK_BACK, MIN_SHARE = 32, 16, 8, 0.02  # earlier tokens that are tried
 N_SPELLINGS, N_STRONGEST, N_PIECES = 2, 20, 10
 MIN_LEVEL = 1e-6
@@ -79,8 +79,7 @@ def _mask(bits: Bits, n: int) -> Bool[Tensor, "token"]:
 
 
 def _count(bits: Bits) -> Counts:
-    counts: Counts = np.bitwise_count(bits).sum(-1, dtype=np.int64)
-    return counts
+    return np.asarray(np.bitwise_count(bits).sum(-1, dtype=np.int64))
 
 
 def _f1(holds: Bits, active: Bits) -> Shares:
@@ -89,7 +88,7 @@ def _f1(holds: Bits, active: Bits) -> Shares:
 
 
 def _f1_of(hits: Counts, sizes: Counts, n_active: int) -> Shares:
-    return 2.0 * hits / (sizes + n_active)
+    return np.asarray(2.0 * hits / (sizes + n_active))
 
 
 class SearchedText:

@@ -72,7 +72,7 @@ PLANTED: Sequence[Condition] = (
     Spelt("begins", "S"),
     Spelt("ends", "er"),
     Spelt("contains", "ar"),
-    one_of(" war", " siege", " lamp", " ring"),
+    one_of(" was", " and", " shall", " from"),
     After(one_of(" was"), 1),
     After(one_of(" to"), 4),
     After(OfClass("capital"), 2),
@@ -103,7 +103,7 @@ def test_a_class_is_said_rather_than_its_tokens_and_nothing_is_said_in_vain() ->
 
 
 def test_cases_have_their_levels() -> None:
-    planted = Claim((Case(OfClass("year")), Case(After(one_of(" was"), 1), 0.5)))
+    planted = Claim((Case(OfClass("punctuation")), Case(After(one_of(" was"), 1), 0.5)))
     found = best_predicate(TEXT, activations(planted), VOCABULARY)
     assert [case.condition for case in found.cases] == [case.condition for case in planted.cases]
     assert found.cases[0].level / found.cases[1].level == pytest.approx(2.0, rel=0.1)
@@ -151,6 +151,7 @@ def test_random_hypotheses_have_the_shape_and_size_of_the_real_one() -> None:
         assert isinstance(first, Every) and isinstance(second, Every)
         listed, negated = first.parts
         assert isinstance(listed, OneOf) and len(listed.ids) == 2
+        assert not listed.ids & VOCABULARY.ids_of([" war", " siege"])
         assert isinstance(negated, Not) and isinstance(negated.condition, After)
         assert negated.condition.reach == 4
         years, clause, document = second.parts
