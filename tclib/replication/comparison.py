@@ -37,7 +37,7 @@ from tclib.features.html import dashboard_html, save_page
 from tclib.figures.comparison import proxy_figure
 from tclib.figures.style import save_figure
 from tclib.models.language_model import LanguageModel
-from tclib.replication.artifacts import Comparison
+from tclib.replication.artifacts import Comparison, Trained
 from tclib.replication.comparison_tables import (
     COMPARATORS,
     INTERPRETABLE_F1,
@@ -119,13 +119,11 @@ def _l0s(
 def make_comparison(run: Run) -> Comparison:
     """The artifacts of step 05, made once."""
     step, config = run.step(STEP), run.preset.comparison
-    swept = run.swept.only({spec.name for spec in run.preset.sweep.full_specs()})
-    inputs = run.inputs(swept)
+    inputs = run.inputs(_full(run))
 
     def make() -> Mapping[str, Any]:
-        rows = run.corpus.evaluation
-        matched = choose_matched(run.lm, swept.dictionaries, rows, config.near_l0)
-        names = {id(one): name for name, one in swept.dictionaries.items()}
+        names = {id(one): name for name, one in run.swept.dictionaries.items()}
+        matched = comparison_pair(run)
         return _compare(run, matched, {kind: names[id(one)] for kind, one in matched.items()}, step)
 
     ensure(step, {**asdict(config), "seed": run.preset.seed}, inputs, make)
@@ -137,6 +135,16 @@ def read_comparison(folder: Path) -> Comparison:
     origin = json.loads((folder / "origin.json").read_text())
     tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("pairs", "items", "latents")}
     return Comparison(**tables, origin={int(i): kind for i, kind in origin.items()}, folder=folder)
+
+
+def comparison_pair(run: Run) -> dict[str, Dictionary]:
+    """The dictionaries whose features step 05 compares, by kind."""
+    near_l0 = run.preset.comparison.near_l0
+    return choose_matched(run.lm, _full(run).dictionaries, run.corpus.evaluation, near_l0)
+
+
+def _full(run: Run) -> Trained:
+    return run.swept.only({spec.name for spec in run.preset.sweep.full_specs()})
 
 
 class _Drawn(NamedTuple):
