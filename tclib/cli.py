@@ -393,6 +393,59 @@ def evaluate(
 
 
 @app.command()
+def judge(
+    out: Annotated[
+        Path, typer.Argument(parser=expanded, help="Folder for tables, and for every answer.")
+    ],
+    preset: PresetOption = "demo",
+    seed: SeedOption = None,
+    runs_dir: RunsOption = None,
+    n_features: Annotated[
+        int, typer.Option(help="Then judge so many features of the preset's notebook 05.", min=0)
+    ] = 0,
+    n_latents: Annotated[int, typer.Option(help="Known latents of the demo world.")] = 6,
+    n_items: Annotated[int, typer.Option(help="Texts for detection, and for fuzzing.")] = 10,
+    n_trials: Annotated[int, typer.Option(help="Intruder questions.")] = 5,
+    n_shown: Annotated[int, typer.Option(help="Texts in one prompt.")] = 5,
+    model: Annotated[str | None, typer.Option(help="By default TCLIB_JUDGE_MODEL.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="By default OPENAI_BASE_URL.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request counts as lost.")] = 120.0,
+    price_in: Annotated[float | None, typer.Option(help="Of a million tokens of prompts.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="Of a million tokens of answers.")] = None,
+    show: Annotated[bool, typer.Option(help="Print every prompt and answer.")] = False,
+) -> None:
+    """Have a language model judge features, after holding it to the demo world's known latents.
+
+    It is asked over any OpenAI-compatible endpoint, with the key of OPENAI_API_KEY. The same command asks
+    nothing twice.
+    """
+    from tclib.blind.endpoint import Asker, endpoint_from_environment
+    from tclib.blind.judge import Judge
+    from tclib.replication import judging
+    from tclib.replication.presets import load_preset
+    from tclib.replication.run import Run
+
+    asked = judging.Asked(n_items, n_trials)
+    check_folder(out)
+    chosen = load_preset(preset, seed, runs_dir)
+    prices = {"price_in": price_in, "price_out": price_out}
+    endpoint = endpoint_from_environment(model, base_url, timeout=timeout, **prices)
+    asker = Asker(endpoint, out / judging.ANSWERS, show=typer.echo if show else None)
+    opened, judge = Run(chosen), Judge(asker, n_shown)
+    if n_features:
+        judging.check_compared(opened)
+    try:
+        found = judging.validate(judge, out, n_latents, asked, chosen.seed)
+        typer.echo(found.table.round(3).to_string(index=False))
+        typer.echo("\n".join(map(str, found.distinctions)))
+        if n_features:
+            judging.judge_run(opened, judge, out, n_features, asked)
+            typer.echo(f"{out / 'judged.csv'}: {n_features} features")
+    finally:
+        typer.echo(asker.usage.in_words(endpoint))
+
+
+@app.command()
 def inspect(
     path: Annotated[
         Path, typer.Argument(parser=expanded, help="A dictionary of any known format.")

@@ -144,7 +144,7 @@ def _level(act: float) -> int:
 
 def detection_items(found: Contexts, n: int, generator: torch.Generator) -> tuple[Item, ...]:
     """`n` contexts without marks, shuffled, half active. Errors: `InputError` for an odd n, or too few."""
-    half = _half(n)
+    half = half_of(n)
     active = _drawn("active", found.active, half, generator)
     silent = _drawn("silent", found.silent, half, generator)
     items = [Item(c.text(), True) for c in active] + [Item(c.text(), False) for c in silent]
@@ -156,7 +156,7 @@ def fuzzing_items(found: Contexts, n: int, generator: torch.Generator) -> tuple[
 
     Errors: `InputError` for an odd n, or too few contexts with as many silent tokens as active ones.
     """
-    half = _half(n)
+    half = half_of(n)
     usable = [c for c in found.active if len(c.silent) >= len(c.active)]
     drawn = _drawn("half-silent active", usable, 2 * half, generator)
     items = [Item(c.text(c.active), True) for c in drawn[:half]]
@@ -186,7 +186,8 @@ def intruder_trials(
     return tuple(trials)
 
 
-def _half(n: int) -> int:
+def half_of(n: int) -> int:
+    """Half of a number of texts. Errors: `InputError` unless it is even, and not 0."""
     if n < 2 or n % 2:
         raise InputError(f"{n} contexts to judge: expected an even number, at least 2")
     return n // 2

@@ -27,6 +27,7 @@ from tclib.blind.contexts import (
     contexts,
     detection_items,
     fuzzing_items,
+    half_of,
     intruder_trials,
 )
 from tclib.blind.judge import Found, Judge, Judged, Task
@@ -127,6 +128,7 @@ def validate_judge(
         raise InputError(
             f"n_latents {n_latents}: expected at least {MIN_LATENTS}, for an interval over them"
         )
+    half_of(n_items)
     drawn = _drawn_latents(lm, labelled, generator, n_latents, n_items, n_trials)
     names = list(drawn)
     scores: list[tuple[str, Explanation, str, Score]] = []

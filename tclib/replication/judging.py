@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -32,21 +32,25 @@ from tclib.features.examples import feature_activations
 from tclib.models.language_model import LanguageModel
 from tclib.replication.comparison import STEP, comparison_pair
 from tclib.replication.run import Run
+from tclib.support.declared import Count, Natural, declared
 from tclib.support.errors import InputError
 from tclib.support.files import new_file
 from tclib.support.progress import progress
 from tclib.support.steps import MANIFEST
 
-ANSWERS = "answers"
+ANSWERS = "answers"  # a folder of `out`
 N_ROWS, N_CTX = 256, 64  # of the demo world
 N_EXPLAINED = 10  # examples that an explanation is made from
 
 
-class Asked(NamedTuple):
+@declared(frozen=True)
+class Asked:
     """How much a judge is asked about one feature or latent."""
 
-    n_items: int = 10
-    n_trials: int = 5
+    n_items: Count = 10
+    """Texts for detection, and for fuzzing; even."""
+    n_trials: Natural = 5
+    """Intruder questions."""
 
 
 def validate(judge: Judge, out: Path, n_latents: int, asked: Asked, seed: int) -> Validation:
