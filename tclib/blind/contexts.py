@@ -60,7 +60,8 @@ class Context:
         return " ".join("".join(parts).split())
 
 
-class Contexts(NamedTuple):
+@dataclass(frozen=True)
+class Contexts:
     """Where a feature is active, strongest first, and where it is silent; what is between is left out."""
 
     active: tuple[Context, ...]

@@ -69,20 +69,6 @@ class Endpoint:
     price_out: NonNegative | None = None
     """Price of a million tokens of answers."""
 
-    def __post_init__(self) -> None:
-        try:
-            parts = urlsplit(self.base_url)
-            is_usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-            is_bare = "@" not in parts.netloc and not parts.query and (parts.port or 1) > 0
-        except ValueError:
-            is_usable = is_bare = False
-        if not (is_usable and is_bare):
-            # The value may hold a password: it is not repeated.
-            raise InputError(
-                "base_url: expected http:// or https://, a host and a path, without user, password or query, as "
-                f"{OPENAI_URL}; the key goes into OPENAI_API_KEY"
-            )
-
 
 def endpoint_from_environment(
     model: str | None = None, base_url: str | None = None, **values: Any
@@ -158,12 +144,18 @@ class Usage:
         )
 
 
-class _Fault(Exception):
-    """A request that failed: what happened, whether to try again, and when the server says to."""
+@dataclass(frozen=True)
+class _Fault:
+    """A request that failed: what happened, in whose words, what to do, and when the server says to try again.
 
-    def __init__(self, said: str, is_passing: bool, wait: float | None = None) -> None:
-        super().__init__(said)
-        self.is_passing, self.wait = is_passing, wait
+    No exception: those of the client hold the request, whose headers hold the key.
+    """
+
+    said: str
+    is_passing: bool
+    reason: str = ""
+    advice: str = "see that the server runs, and run it again"
+    wait: float | None = None
 
 
 class Asker:
@@ -176,7 +168,8 @@ class Asker:
         show: called with every prompt and answer, as text.
         sleep: waits that many seconds between two tries.
 
-    Errors: `InputError` if `openai` is not installed, or OpenAI itself is to be asked without a key.
+    Errors: `InputError` if `openai` is not installed, for an address that is none or holds a password, or if
+    OpenAI itself is to be asked without a key.
     """
 
     def __init__(
@@ -187,6 +180,7 @@ class Asker:
         show: Callable[[str], object] | None = None,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
+        _check_url(endpoint.base_url)
         key = _checked_key(api_key, endpoint)
         self.endpoint, self.usage = endpoint, Usage()
         self._cache = None if cache is None else expanded(cache)
@@ -225,45 +219,54 @@ class Asker:
         return answer.text
 
     def _asked(self, prompt: Prompt) -> Answer:
-        """Ask the server, as often as is allowed."""
-        n_tries = self.endpoint.n_tries
-        for n_tried in range(1, n_tries + 1):
-            try:
-                return self._asked_once(prompt)
-            except _Fault as fault:
-                said = self._without_key(str(fault))
-                wait = FIRST_WAIT * 2 ** (n_tried - 1) if fault.wait is None else fault.wait
-                if not fault.is_passing:
-                    raise InputError(f"{self!r}: {said}") from None
-                if n_tried == n_tries or (fault.wait or 0) > MAX_WAIT:
-                    break
-            self._sleep(min(wait, MAX_WAIT))
-        times = f"{n_tried} {'try' if n_tried == 1 else 'tries'}"
-        raise InputError(
-            f"{self!r}: {said}, after {times}: see that the server runs, and run it again; what it has "
-            "answered is kept"
-            if self._cache is not None
-            else f"{self!r}: {said}, after {times}: see that the server runs, and run it again"
-        ) from None
+        """Ask the server, as often as is allowed. Errors: `InputError` after the last time."""
+        wait = FIRST_WAIT
+        for n_tried in range(1, self.endpoint.n_tries + 1):
+            found = self._asked_once(prompt)
+            if isinstance(found, Answer):
+                return found._replace(text=self._without_key(found.text))
+            is_last = n_tried == self.endpoint.n_tries or (found.wait or 0) > MAX_WAIT
+            if is_last or not found.is_passing:
+                break
+            self._sleep(min(wait if found.wait is None else found.wait, MAX_WAIT))
+            wait *= 2
+        reason = " ".join(self._without_key(found.reason).split())[:200]
+        said = f"{found.said} ({reason})" if reason else found.said
+        if n_tried > 1:
+            said += f", after {n_tried} tries"
+        kept = "; what it has answered is kept" if self._cache is not None else ""
+        raise InputError(f"{self!r}: {said}: {found.advice}{kept}")
 
-    def _asked_once(self, prompt: Prompt) -> Answer:
-        """Ask the server once. Errors: `_Fault`, without the request, whose headers hold the key."""
+    def _asked_once(self, prompt: Prompt) -> Answer | _Fault:
+        """Ask the server once."""
         import openai
 
         try:
-            raw = self._create(model=self.endpoint.model, **_request(prompt))
-            text = raw.text if isinstance(raw.text, str) else raw.text()
+            text = self._create(model=self.endpoint.model, **_request(prompt)).text
         except openai.APITimeoutError:
-            raise _Fault(f"no answer within {self.endpoint.timeout:g} s", True) from None
+            return _Fault(f"no answer within {self.endpoint.timeout:g} s", True)
         except openai.APIConnectionError as error:
-            reason = _line(error.__cause__ or error)
-            raise _Fault(f"the connection failed ({reason})", True) from None
+            return _Fault("the connection failed", True, str(error.__cause__ or error))
         except openai.APIStatusError as error:
-            raise _refusal(error) from None
+            return _refusal(error)
         except (openai.OpenAIError, ValueError) as error:
-            raise _Fault(f"the request failed ({type(error).__name__})", False) from None
-        answer = _answer_of(text)
-        return answer._replace(text=self._without_key(answer.text))
+            return _Fault(f"the request failed ({type(error).__name__})", False)
+        return _answer_of(text)
+
+
+def _check_url(url: str) -> None:
+    """Raise `InputError`, which does not repeat it, unless `url` is one of a server, without a password."""
+    try:
+        parts = urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_bare = "@" not in parts.netloc and not parts.query and (parts.port or 1) > 0
+    except ValueError:
+        is_usable = is_bare = False
+    if not (is_usable and is_bare):
+        raise InputError(
+            "base_url: expected http:// or https://, a host and a path, without user, password or query, as "
+            f"{OPENAI_URL}; the key goes into OPENAI_API_KEY"
+        )
 
 
 def _checked_key(api_key: Any, endpoint: Endpoint) -> str:
@@ -321,13 +324,13 @@ def _refusal(error: Any) -> _Fault:
     """A status that is no success: 429 and 5xx pass, others do not."""
     status = int(error.status_code)
     if status in (401, 403):  # whose text may repeat a part of the key
-        return _Fault(f"the key is refused (status {status}): set OPENAI_API_KEY", False)
+        return _Fault(f"the key is refused (status {status})", False, advice="set OPENAI_API_KEY")
     body = error.body if isinstance(error.body, dict) else {}
     reason = str(body.get("message") or body.get("detail") or "")
-    said = f"status {status}{f' ({_shortened(reason)})' if reason else ''}"
     if status in RETRIED or status >= 500:
-        return _Fault(said, True, _retry_after(error.response.headers.get("retry-after")))
-    return _Fault(f"{said}: check the model's name and the server's address", False)
+        wait = _retry_after(error.response.headers.get("retry-after"))
+        return _Fault(f"status {status}", True, reason, wait=wait)
+    return _Fault(f"status {status}", False, reason, "check the model's name and the address")
 
 
 def _retry_after(header: str | None) -> float | None:
@@ -347,26 +350,18 @@ def _retry_after(header: str | None) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def _answer_of(text: str) -> Answer:
-    """What a chat completion says. Errors: `_Fault` for anything else, which may pass."""
+def _answer_of(text: str) -> Answer | _Fault:
+    """What a chat completion says; anything else is a fault, which may pass."""
     try:
         held = parse_json(text, Path("the answer"))
         said = held["choices"][0]["message"]["content"]
         usage = held.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (InputError, KeyError, IndexError, TypeError, AttributeError):
-        raise _Fault("the answer is no chat completion in JSON", True) from None
+        return _Fault("the answer is no chat completion in JSON", True)
     if not (said is None or isinstance(said, str)):
-        raise _Fault("the answer is no text", True)
+        return _Fault("the answer is no text", True)
     n_in, n_out = (n if type(n) is int and n >= 0 else None for n in counts)
     # Half a surrogate pair, which JSON can hold, cannot be written.
     whole = (said or "")[:MAX_ANSWER].encode("utf-8", "replace").decode("utf-8")
     return Answer(whole, n_in, n_out)
-
-
-def _line(error: BaseException) -> str:
-    return _shortened(str(error) or type(error).__name__)
-
-
-def _shortened(text: str) -> str:
-    return " ".join(text.split())[:200]

@@ -212,18 +212,14 @@ def score_line(score: Score) -> dict[str, Any]:
 
 def distinction(task: Task, table: pd.DataFrame, by_latent: pd.DataFrame) -> Distinction:
     """The rule, for one task: from pooled accuracies and those latent by latent."""
-    own = table[table["task"] == task].set_index("explanation")
+    lines = table[table["task"] == task].to_dict("records")
+    pooled: dict[str, Any] = {line["explanation"]: line for line in lines}
+    true, wrong = pooled["true"], pooled["wrong"]
     each = by_latent[by_latent["task"] == task].pivot(
         index="latent", columns="explanation", values="accuracy"
     )
     differences = (each["true"] - each["wrong"]).dropna().to_numpy()
-    true, wrong = own.loc["true"], own.loc["wrong"]
-    difference = true["accuracy"] - wrong["accuracy"]
-    # Over answers: the intervals of two accuracies, as Newcombe joins them.
-    low = difference - math.hypot(true["accuracy"] - true["low"], wrong["high"] - wrong["accuracy"])
-    high = difference + math.hypot(
-        true["high"] - true["accuracy"], wrong["accuracy"] - wrong["low"]
-    )
+    low, high = _over_answers(true, wrong)
     if len(differences) >= MIN_LATENTS:
         _, low_over, high_over = student_interval(differences)
         low, high = min(low, low_over), max(high, high_over)
@@ -232,6 +228,13 @@ def distinction(task: Task, table: pd.DataFrame, by_latent: pd.DataFrame) -> Dis
     n_unparsed = true["n_unparsed"] + wrong["n_unparsed"]
     is_read = n_unparsed <= MAX_UNPARSED * (true["n"] + wrong["n"] + n_unparsed)
     tells = bool(low > 0 and is_read)
-    return Distinction(
-        task, float(true["accuracy"]), float(wrong["accuracy"]), float(low), float(high), tells
-    )
+    return Distinction(task, true["accuracy"], wrong["accuracy"], low, high, tells)
+
+
+def _over_answers(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
+    """95 % interval of the difference of two accuracies from theirs, joined as Newcombe joins shares'."""
+    value, low, high = (float(one[name]) for name in ("accuracy", "low", "high"))
+    value_2, low_2, high_2 = (float(other[name]) for name in ("accuracy", "low", "high"))
+    below = math.hypot(value - low, high_2 - value_2)
+    above = math.hypot(high - value, value_2 - low_2)
+    return value - value_2 - below, value - value_2 + above

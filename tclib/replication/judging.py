@@ -87,7 +87,7 @@ def judge_run(run: Run, judge: Judge, out: Path, n_features: int, asked: Asked) 
     )
     for number, feature in progress(list(shown), "features", unit="feature"):
         kind = comparison.origin[number]
-        generator = torch.Generator().manual_seed(run.preset.seed + number)
+        generator = torch.Generator().manual_seed(run.preset.seed + int(number))
         judged = judge_feature(
             run.lm, pair[kind], feature, (rows, held_out), judge, asked, generator
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -166,7 +167,7 @@ def test_a_server_that_is_slow_is_tried_again(server: Server) -> None:
     ("fault", "words", "n_requests"),
     [
         (status(500), r"status 500 \(no\), after 3 tries", 3),
-        (status(429, Retry_After="99999"), "status 429 .* after 1 try", 1),
+        (status(429, Retry_After="99999"), r"status 429 \(no\): see that the server", 1),
         (cut, "the connection failed .* after 3 tries", 3),
         (says(b"{"), "no chat completion in JSON, after 3 tries", 3),
         (status(401, f"wrong key {KEY}"), r"the key is refused \(status 401\)", 1),
@@ -182,7 +183,7 @@ def test_what_does_not_pass_is_one_sentence(
     assert len(server.requests) == n_requests
     sentence = str(caught.value)
     assert "\n" not in sentence and KEY not in sentence and len(sentence) < 500
-    assert caught.value.__cause__ is None and all(wait <= MAX_WAIT for wait in server.waits)
+    assert caught.value.__context__ is None and all(wait <= MAX_WAIT for wait in server.waits)
 
 
 def test_no_server_at_all_is_one_sentence() -> None:
@@ -281,7 +282,7 @@ def test_what_is_missing_is_said_in_one_sentence(
 )
 def test_an_address_that_is_none_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(InputError, match="^base_url: expected http://") as caught:
-        Endpoint(model="m", base_url=url)
+        Asker(Endpoint(model="m", base_url=url), api_key=KEY)
     assert "hush" not in str(caught.value)
 
 
@@ -321,14 +322,14 @@ def test_contexts_are_cut_at_bos_and_sorted_by_strength() -> None:
     assert found.silent == ()  # the weak one is neither, and three tokens are too few
     with pytest.raises(InputError, match="never fires on these rows"):
         contexts(lm, rows, torch.zeros(2, 10))
-    with pytest.raises(InputError, match="one activation a token"):
+    with unchecked_types(), pytest.raises(InputError, match="one activation a token"):
         contexts(lm, rows, torch.zeros(2, 9))
 
 
 def test_questions_are_balanced_shuffled_and_the_same_for_one_seed() -> None:
     found = coloured()
     items = detection_items(found, 20, seeded())
-    assert [item.holds for item in items].count(True) == 10 and items != sorted(items)
+    assert [item.holds for item in items].count(True) == 10 and list(items) != sorted(items)
     assert all(("red" in item.text) == item.holds and "<<" not in item.text for item in items)
     assert items == detection_items(found, 20, seeded()) != detection_items(found, 20, seeded(1))
     fuzzed = fuzzing_items(found, 20, seeded())
@@ -367,7 +368,7 @@ def perfect(user: str) -> str:
 
 
 def random_judge(user: str) -> str:
-    generator = seeded(int.from_bytes(user.encode(), "little") % 2**63)
+    generator = seeded(int(hashlib.sha256(user.encode()).hexdigest()[:12], 16))
     n = len(texts_of(user))
     if "odd one out" in user:
         return f"[{int(torch.randint(n, (1,), generator=generator)) + 1}]"
@@ -394,9 +395,7 @@ def test_a_random_judge_is_at_chance(server: Server) -> None:
     judge, found = Judge(server.asker()), coloured(200)
     detected = judge.judge("detection", None, detection_items(found, 200, seeded()))
     intruders = judge.find_intruders(intruder_trials(found, 100, 4, seeded()))
-    assert detected.interval[0] < 0.5 < detected.interval[1]
-    assert intruders.interval[0] < 0.2 < intruders.interval[1]
-    assert 0.4 < detected.accuracy < 0.6
+    assert 0.4 < detected.accuracy < 0.6 and 0.08 < intruders.accuracy < 0.32
 
 
 def test_what_cannot_be_read_is_neither_right_nor_wrong(server: Server) -> None:
@@ -494,7 +493,7 @@ def test_a_judge_that_knows_is_told_from_one_that_guesses(
     for distinguished, task in zip(found.distinctions, ("detection", "fuzzing"), strict=True):
         assert distinguished.tells and distinguished.task == task
         assert table.loc[("true", task), "accuracy"] == 1.0
-        assert table.loc[("wrong", task), "accuracy"] == 0.5
+        assert table.loc[("wrong", task), "accuracy"] <= 0.5  # less: it knows that latent too
         assert "1.00 with true" in str(distinguished) and "tells these" in str(distinguished)
     assert table.loc[("none", "intruder"), "chance"] == pytest.approx(0.2)
     assert len(found.by_latent) == 4 * 7 and len(found.by_latent["latent"].unique()) == 4
@@ -538,12 +537,11 @@ def test_the_rule_asks_for_a_difference_over_latents_and_over_answers() -> None:
 
 
 def test_a_feature_is_explained_on_one_text_and_scored_on_another() -> None:
-    lm = tiny_lm("gpt2")
-    rows = torch.randint(2, 100, (12, 32), generator=seeded())
-    dictionary = random_transcoder(1, "relu", torch.float32)
-    texts, asked = (rows[:6], rows[6:]), Asked(2, 0)
-    line = judge_feature(lm, dictionary, 0, texts, Judge(Random()), asked, seeded())
-    assert set(line) >= {"explanation", "left_out"}
-    asked = Asked(1000, 0)
-    line = judge_feature(lm, dictionary, 0, (rows, rows), Judge(Random()), asked, seeded())
+    lm, dictionary = tiny_lm("gpt2"), random_transcoder(1, "relu", torch.float32)
+    rows = torch.randint(2, 100, (400, 4), generator=seeded())
+    texts, judge = (rows[:200], rows[200:]), Judge(Random())
+    line = judge_feature(lm, dictionary, 0, texts, judge, Asked(4, 2), seeded())
+    assert line["left_out"] == "" and line["explanation"]
+    assert line["detection_n"] == line["fuzzing_n"] == 4 and line["intruder_n"] == 2
+    line = judge_feature(lm, dictionary, 0, texts, judge, Asked(1000, 0), seeded())
     assert "contexts asked for, but there are" in line["left_out"]
