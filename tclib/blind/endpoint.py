@@ -220,22 +220,23 @@ class Asker:
 
     def _asked(self, prompt: Prompt) -> Answer:
         """Ask the server, as often as is allowed. Errors: `InputError` after the last time."""
-        wait = FIRST_WAIT
+        wait, fault = FIRST_WAIT, _Fault("not asked", False)
         for n_tried in range(1, self.endpoint.n_tries + 1):
             found = self._asked_once(prompt)
             if isinstance(found, Answer):
                 return found._replace(text=self._without_key(found.text))
-            is_last = n_tried == self.endpoint.n_tries or (found.wait or 0) > MAX_WAIT
-            if is_last or not found.is_passing:
+            fault = found
+            is_last = n_tried == self.endpoint.n_tries or (fault.wait or 0) > MAX_WAIT
+            if is_last or not fault.is_passing:
                 break
-            self._sleep(min(wait if found.wait is None else found.wait, MAX_WAIT))
+            self._sleep(min(wait if fault.wait is None else fault.wait, MAX_WAIT))
             wait *= 2
-        reason = " ".join(self._without_key(found.reason).split())[:200]
-        said = f"{found.said} ({reason})" if reason else found.said
+        reason = " ".join(self._without_key(fault.reason).split())[:200]
+        said = f"{fault.said} ({reason})" if reason else fault.said
         if n_tried > 1:
             said += f", after {n_tried} tries"
         kept = "; what it has answered is kept" if self._cache is not None else ""
-        raise InputError(f"{self!r}: {said}: {found.advice}{kept}")
+        raise InputError(f"{self!r}: {said}: {fault.advice}{kept}")
 
     def _asked_once(self, prompt: Prompt) -> Answer | _Fault:
         """Ask the server once."""
