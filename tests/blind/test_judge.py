@@ -38,6 +38,7 @@ from tclib.blind.endpoint import (
 from tclib.blind.judge import Found, Judge, Judged, parse_list, parse_number
 from tclib.blind.judge_validation import distinction, latent_in_words, validate_judge
 from tclib.blind.latents import LabelledRows, labelled_rows
+from tclib.features.examples import feature_activations
 from tclib.models.language_model import LanguageModel
 from tclib.replication.judging import Asked, judge_feature
 from tclib.support.errors import InputError
@@ -511,7 +512,7 @@ def test_too_much_asked_of_the_world_is_said(world: tuple[LanguageModel, Labelle
     with pytest.raises(InputError, match="7 contexts to judge: expected an even number"):
         validate_judge(judge, *world, seeded(), 4, 7)
     with pytest.raises(InputError, match="99 latents asked for, but .* ask for fewer"):
-        validate_judge(judge, *world, seeded(), 99, 4)
+        validate_judge(judge, *world, seeded(), 99, 4_000)
 
 
 def test_the_rule_asks_for_a_difference_over_latents_and_over_answers() -> None:
@@ -540,8 +541,10 @@ def test_a_feature_is_explained_on_one_text_and_scored_on_another() -> None:
     lm, dictionary = tiny_lm("gpt2"), random_transcoder(1, "relu", torch.float32)
     rows = torch.randint(2, 100, (400, 4), generator=seeded())
     texts, judge = (rows[:200], rows[200:]), Judge(Random())
-    line = judge_feature(lm, dictionary, 0, texts, judge, Asked(4, 2), seeded())
+    fires = (feature_activations(lm, dictionary, range(40), rows) > 0).any(2).float().mean(1)
+    feature = int((fires - 0.7).abs().argmin())  # in most contexts, but not in all
+    line = judge_feature(lm, dictionary, feature, texts, judge, Asked(4, 2), seeded())
     assert line["left_out"] == "" and line["explanation"]
     assert line["detection_n"] == line["fuzzing_n"] == 4 and line["intruder_n"] == 2
-    line = judge_feature(lm, dictionary, 0, texts, judge, Asked(1000, 0), seeded())
+    line = judge_feature(lm, dictionary, feature, texts, judge, Asked(1000, 0), seeded())
     assert "contexts asked for, but there are" in line["left_out"]
