@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,6 @@ from tclib.support.statistics import ranked
 GROUPS = ("the token itself", "earlier tokens", "features above layer 0", "the rest")
 TOKEN, EARLIER, DEEPER, REST = range(4)
 _TOKENS_OWN = ("embedding", "feature", "error", "mlp", "skip")  # of layer 0 or below
-LINE = ("kind", "layer", "head", "feature", "pos", "rank", "sign", "contribution", "share")
 
 
 def coarse(value: float) -> float:
@@ -41,27 +40,33 @@ def group_shares(found: Sources, pos: int) -> pd.Series:
 
 
 def source_lines(
-    table: pd.DataFrame, shares: pd.Series, n_sources: int, hides_layer_0: bool
+    found: Sources, shares: pd.Series, n_sources: int, hides_layer_0: bool
 ) -> pd.DataFrame:
     """The groups, and the strongest sources by rank."""
-    is_feature = table["kind"] == "feature"
-    if hides_layer_0:
-        table = table[~(is_feature & (table["layer"] == 0))]
-    order = ranked(table["contribution"].abs())[:n_sources]
-    listed = table.iloc[order].drop(columns=["activation", "weight"])
-    is_deep = (listed["kind"] == "feature") & (listed["layer"] > 0)
-    listed = listed.assign(
-        rank=range(1, len(listed) + 1),
-        sign=np.sign(listed["contribution"]).astype(int),
-        contribution=listed["contribution"].map(coarse).where(is_deep),
-        share=np.nan,
-    )
-    groups = pd.DataFrame({"kind": list(shares.index), "share": shares.to_numpy()})
-    whole = pd.concat([groups.reindex(columns=list(LINE)), listed[list(LINE)]], ignore_index=True)
-    numbers = {
-        name: whole[name].fillna(-1).astype(int) for name in ("layer", "head", "feature", "pos")
+    is_feature = found.kind == KINDS.index("feature")
+    shown = np.flatnonzero(~(is_feature & (found.layer == 0) & hides_layer_0))
+    order = shown[ranked(np.abs(found.contribution[shown]))[:n_sources]]
+    effect = found.contribution[order]
+    is_deep = is_feature[order] & (found.layer[order] > 0)
+    n, none = len(shares), [-1] * len(shares)
+
+    def column(of_groups: Sequence[object], of_sources: Iterable[object]) -> list[object]:
+        return [*of_groups, *of_sources]
+
+    places = {
+        name: column(none, getattr(found, name)[order].tolist())
+        for name in ("layer", "head", "feature", "pos")
     }
-    return whole.assign(**numbers)
+    given = [coarse(x) if deep else np.nan for x, deep in zip(effect, is_deep, strict=True)]
+    columns = {
+        "kind": column(list(shares.index), np.array(KINDS)[found.kind[order]].tolist()),
+        **places,
+        "rank": column([np.nan] * n, range(1, len(order) + 1)),
+        "sign": column([np.nan] * n, np.sign(effect).tolist()),
+        "contribution": column([np.nan] * n, given),
+        "share": column(shares.tolist(), [np.nan] * len(order)),
+    }
+    return pd.DataFrame(columns)
 
 
 def path_lines(paths: Sequence[Path], restricted: bool) -> pd.DataFrame:

@@ -198,8 +198,9 @@ def _said_of(
     listed: frozenset[int], scores: Mapping[int, float], vocabulary: Vocabulary
 ) -> Condition:
     """The tokens, or the class or spelling that they have in common and few others share."""
-    found = generalise({i: scores[i] for i in listed}, vocabulary, least=COMMON, n=1)
-    return found[0].condition if found else OneOf(listed)
+    named = {i: scores[i] for i in listed if i != vocabulary.bos_id}  # no text holds a BOS
+    found = generalise(named, vocabulary, least=COMMON, n=1) if named else []
+    return found[0].condition if found else OneOf(frozenset(named))
 
 
 def _strong(scores: dict[int, float]) -> frozenset[int]:

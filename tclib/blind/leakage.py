@@ -105,20 +105,23 @@ def _some(given: list[_Given]) -> list[_Given]:
 def _numbers(study: Sequence[Entry], order: Sequence[int]) -> Iterator[_Given]:
     """Every number of the blind answers that hangs on the input, and what follows from several."""
     own = study[0].arguments
-    wholes: dict[tuple[Any, ...], float] = {}
-    for entry in study:
-        if entry.kind != "question" or not entry.is_blind:
-            continue
+    blind = [entry for entry in study if entry.kind == "question" and entry.is_blind]
+    wholes = {
+        _asked_of(entry): float(entry.answer) for entry in blind if entry.question == "activation"
+    }
+    for entry in blind:
         asked = {"layer": own["layer"], "feature": own["feature"], **entry.arguments}
-        place = tuple(asked.get(name) for name in ("layer", "feature", "example", "pos"))
-        if entry.question == "activation":
-            wholes[place] = float(entry.answer)
         lines = list(_lines(entry))
         for line, what in lines:
             yield from _numbers_of(line, what, asked, order)
-        if entry.question == "sources" and wholes.get(place):
-            for line, what in _derived([line for line, _ in lines], wholes[place], asked):
+        whole = wholes.get(_asked_of(entry))
+        if entry.question == "sources" and whole:
+            for line, what in _derived([line for line, _ in lines], whole, asked):
                 yield from _numbers_of(line, what, asked, order)
+
+
+def _asked_of(entry: Entry) -> tuple[Any, ...]:
+    return tuple(entry.arguments.get(name) for name in ("layer", "feature", "example", "pos"))
 
 
 def _derived(
@@ -126,6 +129,8 @@ def _derived(
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """What is left of the whole without the lines that are given, and each line's part of it."""
     given = [(line, line["contribution"]) for line in lines if _is_number(line.get("contribution"))]
+    if not given:  # what is left is the whole, which counts as such
+        return
     left = whole - sum(number for _, number in given)
     rest = {"kind": "rest", "pos": asked["pos"], "contribution": left}
     yield rest, "the whole less all that is listed"
@@ -202,25 +207,22 @@ class _Attacker:
         found = dict(self._of_feature(place))
         direct, offset, size = found["direct"], 0.0, self._size(place.pos)
         if self.lm.W_pos is not None:
-            offset = float(self.lm.W_pos[place.pos] @ self._direction(place))
+            offset = float(self.lm.W_pos[place.pos] @ self._direction)
         found |= {"placed": direct + offset, "normed": (direct + offset) / size}
         scale = self._scale(place)
         return found | {f"{name} / scale": scores / scale for name, scores in found.items()}
 
-    def _direction(self, place: _Place) -> Float[Tensor, "d_model"]:
-        dictionary = self.by_layer[place.layer]
-        return weights.reading_direction(self.lm, dictionary, place.feature, place.head)
-
     def _of_feature(self, place: _Place) -> dict[str, np.ndarray]:
         """What hangs on the feature and the head alone."""
         if place[:3] not in self._read:
-            read = self._direction(place)
+            dictionary = self.by_layer[place.layer]
+            read = weights.reading_direction(self.lm, dictionary, place.feature, place.head)
+            self._direction = read
             found = {"direct": self.lm.W_E @ read}
             if place.layer > 0:
                 found["extended"] = self.lm.extended_embedding @ read
                 found["MLP 0"] = found["extended"] - found["direct"]
             if place.head is None:
-                dictionary = self.by_layer[place.layer]
                 found["lone"] = self.lone.scores(dictionary, place.feature)
             self._read = {place[:3]: {way: to_numpy(s).astype(float) for way, s in found.items()}}
         return self._read[place[:3]]

@@ -158,6 +158,11 @@ class BlindSession:
         return copy.deepcopy(tuple(SECRETS[self].ledger))
 
     @property
+    def n_questions(self) -> int:
+        """How many questions have been answered."""
+        return sum(entry.kind == "question" for entry in SECRETS[self].ledger)
+
+    @property
     def seal(self) -> str:
         """The hash of everything so far: print it where others see it, and the ledger cannot change."""
         return sealed(SECRETS[self].ledger).digest
@@ -165,10 +170,9 @@ class BlindSession:
     def __repr__(self) -> str:
         variant = "restricted" if self.restricted else "full"
         state = "blind" if self.is_blind else "unblinded"
-        n_questions = sum(entry.kind == "question" for entry in SECRETS[self].ledger)
         return (
             f"BlindSession(layer {self.layer}, feature {self.feature}, {variant}, {state}, "
-            f"{n_questions} questions)"
+            f"{self.n_questions} questions)"
         )
 
     def __reduce_ex__(self, _protocol: object) -> NoReturn:
@@ -218,7 +222,7 @@ class BlindSession:
         frozen = self._frozen(position)
         (found,) = sources(frozen, [self._target(frozen, layer, feature, position)])
         shares = group_shares(found, position.pos)
-        return source_lines(found.table, shares, n_sources, hides_layer_0=self.restricted)
+        return source_lines(found, shares, n_sources, hides_layer_0=self.restricted)
 
     @question
     def paths(

@@ -257,11 +257,12 @@ class Dictionary:
         own, trained_on = self.config.model_hash, self.config.model or "a model without a name"
         what = f"the {self.config.kind} of layer {self.config.layer} was trained on {trained_on}"
         meant = "if that is meant (a fine-tuned copy, say), take dictionary.for_model(lm)"
-        if own and lm.known_hash:
-            if own != lm.known_hash:
+        known = lm.known_hash if own else ""
+        if own and known:
+            if own != known:
                 raise InputError(
                     f"{what}, whose weights (hash {own[:8]}) are not those of {lm.name} "
-                    f"({lm.known_hash[:8]}): load the model that it was trained on; {meant}"
+                    f"({known[:8]}): load the model that it was trained on; {meant}"
                 )
         elif names_differ(self.config.model, lm.known_as):
             warnings.warn(f"{what}, and this is {lm.name}: {meant}", stacklevel=3)

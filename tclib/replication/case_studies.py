@@ -100,15 +100,11 @@ def session_on(
     rows = run.corpus.train[: run.preset.case_studies.n_rows]
     named = f"{run.preset.seed} {kind} {feature} {restricted}"
     key = hashlib.sha256(named.encode()).hexdigest()[:32]
-    others = {
-        "key": key,
-        "fresh_eyes": True,
-        "dictionary": None if kind == TRANSCODER else studied_sae(run),
-        **shared,
-    }
-    return BlindSession(
-        run.lm, run.transcoders, rows, studied_layer(run), feature, restricted, **others
-    )
+    if kind != TRANSCODER and "dictionary" not in shared:
+        shared["dictionary"] = studied_sae(run)
+    layer = studied_layer(run)
+    others = {"key": key, "fresh_eyes": True, **shared}
+    return BlindSession(run.lm, run.transcoders, rows, layer, feature, restricted, **others)
 
 
 def studied_sae(run: Run) -> Dictionary:
@@ -178,13 +174,15 @@ class _Studies:
         ended = []
         for subject, variant in progress(todo, "blind studies", unit="study"):
             of = (subject.feature, variant == "restricted", subject.kind)
-            session = session_on(self.run, *of, acts=subject.acts, lone=lone)
+            one = None if subject.kind == TRANSCODER else self.dictionaries[subject.kind]
+            shared = {"acts": subject.acts, "lone": lone, "dictionary": one}
+            session = session_on(self.run, *of, **shared)
             ended.append((subject, variant, session, investigate(session, self.vocabulary)))
         ceilings = [
             self._ceiling(one) for one in progress(self.subjects, "ceilings", unit="feature")
         ]
         best = dict(zip(map(id, self.subjects), ceilings, strict=True))
-        lines, sessions = [], []
+        lines, studies = [], []
         for subject, variant, session, hypothesis in progress(ended, "unblinded", unit="study"):
             self._unblind(step.folder, subject, session)
             name = study_name(subject.feature, variant, subject.kind)
@@ -197,8 +195,9 @@ class _Studies:
             line |= {"feature": subject.feature, "kind": variant, "seal": seal}
             graded = _graded(self, hypothesis, session, subject, best[id(subject)])
             lines.append({**line, **graded})
-            sessions.append(session)
-        leaks = leakage(self.lm, self.run.transcoders, _of_transcoder(sessions), self.rows)
+            if subject.kind == TRANSCODER:  # the attack computes what a transcoder's features read
+                studies.append(load_ledger(ledger, seal))
+        leaks = leakage(self.lm, self.run.transcoders, studies, self.rows)
         return _Made(pd.DataFrame(lines), leaks)
 
     def _unblind(self, folder: Path, subject: _Subject, session: BlindSession) -> None:
@@ -233,11 +232,6 @@ class _Studies:
         return [_Subject(kind, *pair) for pair in pairs]  # type: ignore[arg-type]
 
 
-def _of_transcoder(sessions: Sequence[BlindSession]) -> list[Any]:
-    """The ledgers that the attack reads: it computes what a transcoder's features read."""
-    return [s.ledger for s in sessions if s.ledger[0].arguments["kind"] == TRANSCODER]
-
-
 def _held_out(run: Run) -> LabelledRows:
     """Text that no study saw; with labels on the demo world."""
     n_rows, corpus = run.preset.case_studies.n_held_out_rows, run.preset.corpus
@@ -259,7 +253,7 @@ def _graded(
         "hypothesis": hypothesis.text,
         "predicate": json.dumps(hypothesis.predicate.as_dict()),
         "best": best.in_words(studies.vocabulary),
-        "n_questions": sum(entry.kind == "question" for entry in session.ledger),
+        "n_questions": session.n_questions,
     }
     acts, held_out = subject.held_out_acts, studies.held_out
     if not bool((acts > 0).any()):
