@@ -31,7 +31,7 @@ from tclib.models.running import Site
 from tclib.support.statistics import to_numpy
 
 N_DEALT = 1_000
-MAX_NUMBERS = 2_000  # of one kind
+MAX_NUMBERS = 1_000  # of one kind
 LISTED = "sources: which features of layer 0 are active"
 ALLOWED = {  # by the paper's rules, whatever it tells
     "examples, activation": "activations may be seen",
