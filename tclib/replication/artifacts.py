@@ -59,10 +59,11 @@ def study_name(feature: int, variant: str, dictionary: str = "transcoder") -> st
 
 @dataclass(frozen=True)
 class CaseStudies:
-    """Step 04: the table of studies, the attack on their ledgers, and where these and the dashboards lie."""
+    """Step 04: the table of studies, the attack on their ledgers, the paper's own hypotheses graded, and the folder."""
 
     table: pd.DataFrame
     leaks: pd.DataFrame
+    papers: pd.DataFrame
     folder: Path
 
     def ledger_path(self, study: str) -> Path:

@@ -4,6 +4,7 @@ studies.csv             a line a study: hypothesis, scores between floor and cei
                         on the demo world the latents
 ledger_<study>.jsonl    every question and answer, chained and sealed; can be replayed
 leakage.csv             the attack on every number of the ledgers
+paper_hypotheses.csv    with the paper's released transcoders: its own hypotheses, graded by the same rule
 dashboard_<name>.html   what each feature is, opened after all of its studies
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from tclib.blind.floor import N_RANDOM
 from tclib.blind.grading import MOSTLY_F1, active_positions, grade_predicate
 from tclib.blind.investigator import Hypothesis, investigate
+from tclib.blind.language import Condition
 from tclib.blind.latents import LabelledRows, label_scores, labelled_rows
 from tclib.blind.leakage import leakage
 from tclib.blind.ledger import Entry, example_order, key_of, load_ledger
@@ -46,6 +48,7 @@ from tclib.figures.graph import layered_graph
 from tclib.figures.style import save_figure
 from tclib.replication.artifacts import CaseStudies, study_name
 from tclib.replication.paper import paper_table
+from tclib.replication.paper_hypotheses import PaperHypothesis, paper_hypotheses
 from tclib.replication.run import Run
 from tclib.replication.verdicts import Line, Measured, decided
 from tclib.support.errors import InputError
@@ -79,6 +82,7 @@ def make_case_studies(run: Run) -> CaseStudies:
         made = _Studies(run).make(step)
         write_csv(made.table, step, "studies")
         write_csv(made.leaks, step, "leakage")
+        write_csv(made.papers, step, "paper_hypotheses")
         counts = {
             "n_studies": len(made.table),
             "n_failures": int((made.table["grade"] == "failure").sum()),
@@ -86,8 +90,9 @@ def make_case_studies(run: Run) -> CaseStudies:
         return {**counts, "seals": dict(zip(made.table["study"], made.table["seal"], strict=True))}
 
     ensure(step, parameters, inputs, make)
-    table, leaks = (pd.read_csv(step.folder / f"{name}.csv") for name in ("studies", "leakage"))
-    return CaseStudies(table, leaks, step.folder)
+    names = ("studies", "leakage", "paper_hypotheses")
+    table, leaks, papers = (pd.read_csv(step.folder / f"{name}.csv") for name in names)
+    return CaseStudies(table, leaks, papers, step.folder)
 
 
 def session_on(
@@ -141,6 +146,7 @@ def _transcoder(run: Run) -> Dictionary:
 class _Made:
     table: pd.DataFrame
     leaks: pd.DataFrame
+    papers: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,23 @@ class _Studies:
             if subject.kind == TRANSCODER:  # the attack computes what a transcoder's features read
                 studies.append(load_ledger(ledger, seal))
         leaks = leakage(self.lm, self.run.transcoders, studies, self.rows)
-        return _Made(pd.DataFrame(lines), leaks)
+        return _Made(pd.DataFrame(lines), leaks, self._papers(best))
+
+    def _papers(self, best: Mapping[int, Condition]) -> pd.DataFrame:
+        """The paper's own hypotheses on its own features, graded by our rule."""
+        said: dict[int, PaperHypothesis] = {}
+        if self.run.preset.transcoders.published:
+            every = paper_hypotheses(self.vocabulary)
+            said = {one.feature: one for one in every if one.layer == studied_layer(self.run)}
+        lines = [
+            {"feature": one.feature, "hypothesis": own.text, "truth": own.truth}
+            | {"paper": own.grade, **_grade(self, own.condition, one, best[id(one)])}
+            | {"unsaid": own.unsaid}
+            for one in self.subjects
+            if (own := said.get(one.feature)) is not None
+        ]
+        columns = ["feature", "hypothesis", "truth", "paper", "grade", "f1", "floor", "ceiling"]
+        return pd.DataFrame(lines, columns=[*columns, "correlation", "n_active", "unsaid"])
 
     def _unblind(self, folder: Path, subject: _Subject, session: BlindSession) -> None:
         """End a study; a feature's page is written once."""
@@ -206,7 +228,7 @@ class _Studies:
         dashboard = session.unblind(N_SHOWN)
         save_page(page, [dashboard_html(dashboard)], dashboard.title)
 
-    def _ceiling(self, subject: _Subject) -> Any:
+    def _ceiling(self, subject: _Subject) -> Condition:
         threshold = strong_threshold(subject.acts)
         return best_predicate(self.text, subject.acts, self.vocabulary, threshold)
 
@@ -246,7 +268,7 @@ def _graded(
     hypothesis: Hypothesis,
     session: BlindSession,
     subject: _Subject,
-    best: Any,
+    best: Condition,
 ) -> dict[str, Any]:
     """Scores and grade of one study; a feature that never fires on the held-out text is a failure."""
     line: dict[str, Any] = {
@@ -255,14 +277,30 @@ def _graded(
         "best": best.in_words(studies.vocabulary),
         "n_questions": session.n_questions,
     }
-    acts, held_out = subject.held_out_acts, studies.held_out
+    line |= _grade(studies, hypothesis.predicate, subject, best)
+    held_out = studies.held_out
+    if not held_out.names or not line["n_active"]:
+        return line
+    holds = hypothesis.predicate.holds(held_out.rows, studies.vocabulary)
+    active = active_positions(subject.held_out_acts)
+    f1 = label_scores(torch.stack([active, holds]), held_out)
+    for name, own in zip(("true", "said"), f1, strict=True):
+        line |= {f"{name}_latent": held_out.names[own.argmax()], f"{name}_latent_f1": own.max()}
+    return line
+
+
+def _grade(
+    studies: _Studies, said: Condition, subject: _Subject, best: Condition
+) -> dict[str, Any]:
+    """A hypothesis on the held-out text: grade, scores, ceiling, floor."""
+    rows, acts = studies.held_out.rows, subject.held_out_acts
     if not bool((acts > 0).any()):
         missing = {"ceiling": math.nan, "floor": math.nan}
-        return {**line, "grade": "failure", **UNGRADED.as_dict(), **missing}
+        return {"grade": "failure", **UNGRADED.as_dict(), **missing}
     generator = torch.Generator().manual_seed(subject.feature)
     graded = grade_predicate(
-        hypothesis.predicate,
-        held_out.rows,
+        said,
+        rows,
         acts,
         studies.lm.bos_id,
         vocabulary=studies.vocabulary,
@@ -270,15 +308,8 @@ def _graded(
         n_random=N_RANDOM,
         generator=generator,
     )
-    line |= {"grade": graded.grade, **graded.score.as_dict()}
-    line |= {"ceiling": graded.ceiling, "floor": graded.floor}
-    if not held_out.names:
-        return line
-    holds = hypothesis.predicate.holds(held_out.rows, studies.vocabulary)
-    f1 = label_scores(torch.stack([active_positions(acts), holds]), held_out)
-    for name, own in zip(("true", "said"), f1, strict=True):
-        line |= {f"{name}_latent": held_out.names[own.argmax()], f"{name}_latent_f1": own.max()}
-    return line
+    scores = {"grade": graded.grade, **graded.score.as_dict()}
+    return {**scores, "ceiling": graded.ceiling, "floor": graded.floor}
 
 
 def paper_studies() -> pd.DataFrame:
@@ -328,8 +359,9 @@ def told(studies: pd.DataFrame) -> pd.DataFrame:
 def first_sources(entries: Sequence[Entry], n: int = 12) -> pd.DataFrame:
     """What a study was told when it first asked for sources."""
     answer = next(entry.answer for entry in entries if entry.question == "sources")
-    table = pd.DataFrame(answer).head(n)
-    return table.astype({"rank": "Int64", "sign": "Int64"}).astype(object).where(table.notna(), "")
+    table = pd.DataFrame(answer).head(n).astype({"rank": "Int64", "sign": "Int64"})
+    says_nothing = table.isna() | table.eq(-1).assign(sign=False, contribution=False, share=False)
+    return table.astype(object).mask(says_nothing, "")
 
 
 def circuit_figure(run: Run, study: str, feature: int) -> Figure:

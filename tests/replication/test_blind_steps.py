@@ -192,7 +192,11 @@ def test_features_that_never_fire_on_the_held_out_rows_are_said_to_be_ungraded(
         name for name in run.studies.table if "latent" in name
     }
     with monkeypatch.context() as patch:
-        patch.setattr(run, "studies", CaseStudies(table, run.studies.leaks, run.studies.folder))
+        patch.setattr(
+            run,
+            "studies",
+            CaseStudies(table, run.studies.leaks, run.studies.papers, run.studies.folder),
+        )
         words = case_studies.studies_in_words(run)
         assert "0 of 1 full" in words and words.endswith(
             "1 never fire there and could not be graded."
