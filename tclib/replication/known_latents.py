@@ -14,6 +14,7 @@ from tclib.blind.latents import LabelledRows, label_scores, labelled_rows, recov
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.metrics import ACTIVE_SHARE
 from tclib.features.examples import feature_activations
+from tclib.models.language_model import LanguageModel
 from tclib.replication.artifacts import Comparison
 from tclib.replication.comparison_tables import comparators
 from tclib.replication.run import Run
