@@ -12,6 +12,9 @@ from tclib.circuits.paths import Path
 from tclib.circuits.sources import Sources
 from tclib.support.statistics import ranked
 
+N_NUMBERED = (
+    3  # deeper features whose contributions are given: all of them would give the sum of the rest
+)
 # What makes up a pre-activation, by where it comes from.
 GROUPS = ("the token itself", "earlier tokens", "features above layer 0", "the rest")
 TOKEN, EARLIER, DEEPER, REST = range(4)
@@ -19,8 +22,13 @@ _TOKENS_OWN = ("embedding", "feature", "error", "mlp", "skip")  # of layer 0 or 
 
 
 def coarse(value: float) -> float:
-    """A number about a deeper feature, to two significant digits."""
+    """An activation of a deeper feature, to two significant digits."""
     return float(f"{value:.2g}")
+
+
+def rough(value: float) -> float:
+    """A contribution of a deeper feature, to one: what it leaves of the whole says less of the rest."""
+    return float(f"{value:.1g}")
 
 
 def group_shares(found: Sources, pos: int) -> pd.Series:
@@ -48,6 +56,7 @@ def source_lines(
     order = shown[ranked(np.abs(found.contribution[shown]))[:n_sources]]
     effect = found.contribution[order]
     is_deep = is_feature[order] & (found.layer[order] > 0)
+    is_deep &= is_deep.cumsum() <= N_NUMBERED
     n, none = len(shares), [-1] * len(shares)
 
     def column(of_groups: Sequence[object], of_sources: Iterable[object]) -> list[object]:
@@ -57,7 +66,7 @@ def source_lines(
         name: column(none, getattr(found, name)[order].tolist())
         for name in ("layer", "head", "feature", "pos")
     }
-    given = [coarse(x) if deep else np.nan for x, deep in zip(effect, is_deep, strict=True)]
+    given = [rough(x) if deep else np.nan for x, deep in zip(effect, is_deep, strict=True)]
     columns = {
         "kind": column(list(shares.index), np.array(KINDS)[found.kind[order]].tolist()),
         **places,
@@ -78,7 +87,7 @@ def path_lines(paths: Sequence[Path], restricted: bool) -> pd.DataFrame:
             continue
         rank = ranks[len(path.nodes)] = ranks.get(len(path.nodes), 0) + 1
         is_deep = end.kind == "feature" and end.layer > 0
-        contribution = coarse(path.contribution) if is_deep else np.nan
+        contribution = rough(path.contribution) if is_deep else np.nan
         named = " <- ".join(map(str, path.nodes))
         lines.append((named, rank, int(np.sign(path.contribution)), contribution))
     return pd.DataFrame(lines, columns=["path", "rank", "sign", "contribution"])

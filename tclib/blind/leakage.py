@@ -277,13 +277,15 @@ def _against_chance(by_way: Mapping[str, Sequence[Float[np.ndarray, "_ _"]]]) ->
     above = {way: found.true - found.dealt.mean() for way, found in hits.items()}
     best = max(above, key=lambda way: above[way])
     best_dealt = np.max([found.dealt - found.dealt.mean() for found in hits.values()], axis=0)
-    narrowed = [_dealt(blocks, _bits) for blocks in by_way.values()]
+    bits = [_dealt(blocks, _bits) for blocks in by_way.values()]
+    narrowed = max(found.true - found.dealt.mean() for found in bits)
+    by_chance = np.max([found.dealt - found.dealt.mean() for found in bits], axis=0).mean()
     return {
         "n": n,
         "hits": hits[best].true,
         "chance": float(hits[best].dealt.mean()),
         "p": (1 + int((best_dealt >= above[best] - 1e-9).sum())) / (1 + N_DEALT),
-        "bits": max(float(found.true - found.dealt.mean()) for found in narrowed) / n,
+        "bits": float(narrowed - by_chance) / n,
     }
 
 

@@ -38,6 +38,7 @@ class Secret:
     key: str
     identity: str
     is_blind: bool = True
+    is_unblinded: bool = False  # by this session; another may have been before it
     has_hypothesis: bool = False
     ledger: list[Entry] = field(default_factory=list)
     frozen: dict[Position, FrozenPrompts] = field(default_factory=dict)

@@ -9,7 +9,7 @@ entries are chained by hashes; a ledger can be replayed.
 
 Numbers can name tokens: W_E[token] · u is another for every token. So an answer gives, of what hangs on the input,
 
-    features above layer 0     activation and contribution, to two significant digits
+    features above layer 0     activation, to two significant digits; contribution of the three strongest, to one
     groups of sources          which quarter of the pre-activation they bring
     every other source         its rank and its sign
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import secrets
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -214,7 +215,7 @@ class BlindSession:
         """The strongest sources of a feature at a position, and in which quarter each group's part lies.
 
         Of the feature under study by default, or of one that feeds it. A line a source has its rank by size
-        and its sign, and if it is a feature above layer 0 its contribution (two digits). The first lines are
+        and its sign, and if it is one of the three strongest features above layer 0 its contribution (one digit). The first lines are
         groups (`GROUPS`), with `share`: the pre-activation's quarters that they bring, rounded down, between
         −0.25 (less than nothing) and 1 (all of it or more).
         """
@@ -230,7 +231,7 @@ class BlindSession:
     ) -> pd.DataFrame:
         """The greedy search from the feature at a position: path, rank, sign, contribution.
 
-        A contribution (two digits) where the path ends in a feature above layer 0. Restricted: without paths
+        A contribution (one digit) where the path ends in a feature above layer 0. Restricted: without paths
         that end in a feature of layer 0, as in the paper.
         """
         frozen = self._frozen(position)
@@ -306,9 +307,12 @@ class BlindSession:
         """Write down what the feature means; the last one before `unblind` counts."""
         if not text.strip():
             raise BlindnessError("an empty hypothesis: say what the feature means")
+        if SECRETS[self].is_unblinded:
+            raise BlindnessError("the session is unblinded: a hypothesis comes before that")
         if not self.is_blind:
-            raise BlindnessError(
-                "the feature is unblinded, in this session or before it: a hypothesis comes before that"
+            warnings.warn(
+                "this feature was unblinded before: the ledger says that the study is not blind",
+                stacklevel=2,
             )
         SECRETS[self].has_hypothesis = True
         SECRETS[self].frozen.clear()  # which takes the memory of a forward pass a position
@@ -320,7 +324,7 @@ class BlindSession:
         secret = SECRETS[self]
         if not secret.has_hypothesis:
             raise BlindnessError("no hypothesis yet: call hypothesise() before unblind()")
-        secret.is_blind = False
+        secret.is_blind, secret.is_unblinded = False, True
         SEEN.add(secret.identity)
         record(self, "unblind", "unblind", {"n_examples": n_examples, "key": secret.key}, None)
         lm, every = secret.lm, secret.transcoders
@@ -331,7 +335,7 @@ class BlindSession:
     @checked
     def text(self, position: Position) -> str:
         """The text up to a position; only after `unblind()`. That it was read goes into the ledger."""
-        if self.is_blind:
+        if not SECRETS[self].is_unblinded:
             raise BlindnessError("text is hidden until unblind()")
         self._check(position)
         record(self, "text", "text", vars(position), None)

@@ -75,7 +75,8 @@ def sessions(
 def ask(
     lm: LanguageModel, transcoders: dict[str, Dictionary], rows: torch.Tensor, feature: int
 ) -> BlindSession:
-    session = BlindSession(lm, transcoders, rows, 2, feature, restricted=feature % 2 == 0)
+    restricted, key = feature % 2 == 0, f"study {feature}"
+    session = BlindSession(lm, transcoders, rows, 2, feature, restricted, key=key)
     found = session.examples(N_POSITIONS, 0.3)
     for example, pos in zip(found["example"], found["pos"], strict=True):
         position = Position(int(example), int(pos))
@@ -126,7 +127,7 @@ def test_the_attack_names_tokens_where_every_number_is_given(
     rows: torch.Tensor,
     sessions: list[BlindSession],
 ) -> None:
-    studies = [told_all(session, rows, session.ledger) for session in sessions[:6]]
+    studies = [told_all(session, rows, session.ledger) for session in sessions[:3]]
     found = leakage(lm, transcoders, studies, rows)
     for given in ("weight", "contribution"):
         own = line(found, f"sources: embedding, {given}")
