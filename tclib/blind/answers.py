@@ -1,8 +1,14 @@
-"""What a blind session says of sources and paths: enough to read a circuit by, too little to name a token by."""
+"""What a blind session says of sources and paths: enough to read a circuit by, too little to name a token by.
+
+Not only numbers name tokens: the sign of a head's line is the sign of a product that hangs on one token, and five such
+questions name it. So nothing is said of single sources but which features above layer 0 there are, which features of
+layer 0 raise the target (in full studies), and which heads raise it most from earlier tokens, each by rank among its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,6 +21,8 @@ from tclib.support.statistics import ranked
 N_NUMBERED = (
     3  # deeper features whose contributions are given: all of them would give the sum of the rest
 )
+N_HEADS = 5  # lines of heads that are listed
+MAX_LISTED = 50  # features
 # What makes up a pre-activation, by where it comes from.
 GROUPS = ("the token itself", "earlier tokens", "features above layer 0", "the rest")
 TOKEN, EARLIER, DEEPER, REST = range(4)
@@ -48,46 +56,49 @@ def group_shares(found: Sources, pos: int) -> pd.Series:
 
 
 def source_lines(
-    found: Sources, shares: pd.Series, n_sources: int, hides_layer_0: bool
+    found: Sources, shares: pd.Series, n_sources: int, hides_layer_0: bool, pos: int
 ) -> pd.DataFrame:
-    """The groups, and the strongest sources by rank."""
-    is_feature = found.kind == KINDS.index("feature")
-    shown = np.flatnonzero(~(is_feature & (found.layer == 0) & hides_layer_0))
-    order = shown[ranked(np.abs(found.contribution[shown]))[:n_sources]]
-    effect = found.contribution[order]
-    is_deep = is_feature[order] & (found.layer[order] > 0)
-    is_deep &= is_deep.cumsum() <= N_NUMBERED
-    n, none = len(shares), [-1] * len(shares)
+    """The groups, and what is listed, each kind by rank: deeper features, features of layer 0, heads."""
+    kind, effect = np.array(KINDS)[found.kind], found.contribution
+    is_feature, n = kind == "feature", min(n_sources, MAX_LISTED)
+    is_earlier = (kind == "head") & (found.pos > 0) & (found.pos < pos)
+    listed = [
+        (is_feature & (found.layer > 0), n),
+        (is_feature & (found.layer == 0) & (effect > 0), 0 if hides_layer_0 else n),
+        (is_earlier & (effect > 0), N_HEADS),
+    ]
+    lines: list[dict[str, object]] = [
+        {"kind": name, "layer": -1, "head": -1, "feature": -1, "pos": -1, "share": share}
+        for name, share in shares.items()
+    ]
+    for place, (mask, n_kept) in enumerate(listed):
+        which = np.flatnonzero(mask)
+        for rank, i in enumerate(which[ranked(np.abs(effect[which]))[:n_kept]], 1):
+            where = {name: int(getattr(found, name)[i]) for name in _PLACE}
+            given = rough(float(effect[i])) if place == 0 and rank <= N_NUMBERED else np.nan
+            lines.append({"kind": kind[i], **where, "rank": rank, "contribution": given})
+    columns = ["kind", *_PLACE, "rank", "contribution", "share"]
+    return pd.DataFrame(lines, columns=columns)
 
-    def column(of_groups: Sequence[object], of_sources: Iterable[object]) -> list[object]:
-        return [*of_groups, *of_sources]
 
-    places = {
-        name: column(none, getattr(found, name)[order].tolist())
-        for name in ("layer", "head", "feature", "pos")
-    }
-    given = [rough(x) if deep else np.nan for x, deep in zip(effect, is_deep, strict=True)]
-    columns = {
-        "kind": column(list(shares.index), np.array(KINDS)[found.kind[order]].tolist()),
-        **places,
-        "rank": column([np.nan] * n, range(1, len(order) + 1)),
-        "sign": column([np.nan] * n, np.sign(effect).tolist()),
-        "contribution": column([np.nan] * n, given),
-        "share": column(shares.tolist(), [np.nan] * len(order)),
-    }
-    return pd.DataFrame(columns)
+_PLACE = ("layer", "head", "feature", "pos")
 
 
 def path_lines(paths: Sequence[Path], restricted: bool) -> pd.DataFrame:
-    """Paths by level, strongest first: path, rank in its level, sign, and contribution where it tells nothing."""
-    lines, ranks = [], dict[int, int]()
+    """Paths that end in deeper features, strongest first, the first of each length with their contributions.
+
+    Then those that raise the root from a feature of layer 0 or a head, by name. All others end at the token
+    itself or in a bias. Restricted: without paths through a feature of layer 0.
+    """
+    deep, others, n_numbered = [], [], Counter[int]()
     for path in paths:
-        end = path.nodes[-1]
+        end, named = path.nodes[-1], " <- ".join(map(str, path.nodes))
         if restricted and any(node.kind == "feature" and node.layer == 0 for node in path.nodes):
             continue
-        rank = ranks[len(path.nodes)] = ranks.get(len(path.nodes), 0) + 1
-        is_deep = end.kind == "feature" and end.layer > 0
-        contribution = rough(path.contribution) if is_deep else np.nan
-        named = " <- ".join(map(str, path.nodes))
-        lines.append((named, rank, int(np.sign(path.contribution)), contribution))
-    return pd.DataFrame(lines, columns=["path", "rank", "sign", "contribution"])
+        if end.kind == "feature" and end.layer > 0:
+            n_numbered[len(path.nodes)] += 1
+            is_given = n_numbered[len(path.nodes)] <= N_NUMBERED
+            deep.append((named, rough(path.contribution) if is_given else np.nan))
+        elif end.kind in ("feature", "head") and path.contribution > 0:
+            others.append((named, np.nan))
+    return pd.DataFrame([*deep, *sorted(others)], columns=["path", "contribution"])

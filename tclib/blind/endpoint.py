@@ -188,7 +188,7 @@ class Asker:
             check_folder(self._cache)
         self._show, self._sleep = show, sleep
         self._create = _client(endpoint, key)
-        self._without_key = lambda text: text if key == NO_KEY else text.replace(key, "(key)")
+        self._without_key = lambda text: text.replace(key, "(key)") if len(key) >= 8 else text
 
     def __repr__(self) -> str:
         return f"Asker({self.endpoint.model!r} at {self.endpoint.base_url})"

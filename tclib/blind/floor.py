@@ -27,6 +27,7 @@ from tclib.blind.language import (
 )
 from tclib.blind.predicates import f1_score
 from tclib.blind.vocabulary import Vocabulary
+from tclib.features.examples import check_acts
 from tclib.support.declared import whole
 from tclib.support.errors import InputError
 
@@ -75,19 +76,23 @@ def floor_f1(
     n: int = N_RANDOM,
     generator: torch.Generator | None = None,
 ) -> float:
-    """The best F1 of `n` random hypotheses of the same shape: a real one is worth something above it.
+    """The best F1 of `n` random hypotheses of the same shape, and of the one that holds everywhere.
+
+    A real one is worth something above it.
 
     Errors: `InputError` if the feature is never above the threshold, and as `random_predicates`.
     """
     drawn = random_predicates(condition, rows, vocabulary, n, generator)
     text = rows != vocabulary.bos_id
+    check_acts(acts, rows)
     active = (acts > threshold) & text
     if not active.any():
         raise InputError(
             f"the feature is never above {threshold:g} on this text: give more text, or a live feature"
         )
     checked_rows = rows.long()
-    return max(f1_score(one.true(checked_rows, vocabulary), active) for one in drawn)
+    everywhere = f1_score(text, active)
+    return max(everywhere, *(f1_score(one.true(checked_rows, vocabulary), active) for one in drawn))
 
 
 def _redrawn(condition: Condition, text: _Text) -> Condition:

@@ -26,6 +26,7 @@ from tclib.blind.language import Condition, from_predicate
 from tclib.blind.predicates import Predicate, Score, score
 from tclib.blind.vocabulary import Vocabulary
 from tclib.evaluation.metrics import strong_threshold
+from tclib.features.examples import check_acts
 from tclib.support.errors import InputError
 
 Grade = Literal["success", "mostly", "failure"]
@@ -83,6 +84,7 @@ def grade_predicate(
         isinstance(predicate, Predicate) and best is None and not n_random
     ):
         raise InputError("no vocabulary: expected the model's, Vocabulary.of(lm), for what is said")
+    check_acts(acts, rows)
     threshold, text = strong_threshold(acts), rows != bos_id
     if vocabulary is None:
         assert isinstance(predicate, Predicate)

@@ -31,7 +31,7 @@ MIN_SHARE = 0.5  # of the maximum: which activations are looked at, as the paper
 N_MIDDLE_FEATURES = 3
 N_HEADS = 3
 N_LOW_FEATURES = 3
-N_SOURCES = 100  # listed one by one, strongest first
+N_SOURCES = 20  # of each kind that is listed
 N_TOKENS = 40  # of each de-embedding that is read
 COMMON = 0.8  # how much more of the listed scores than of other tokens a class must hold
 MIN_Z, KEPT_SCORE = 2.0, 0.5  # tokens far above the vocabulary's mean, and near the best of them
@@ -120,13 +120,12 @@ def _look_at(
     value = max(session.activation(position, layer, feature), 1e-9)
     share = table.set_index("kind")["share"]
     current, attended = float(share[GROUPS[TOKEN]]), float(share[GROUPS[EARLIER]])
-    listed = table[table["sign"] > 0]
-    is_feature = listed["kind"] == "feature"
-    at_token = listed[is_feature & (listed["layer"] == 0)]
-    is_earlier = (listed["kind"] == "head") & listed["pos"].between(1, position.pos - 1)
-    _read_tokens(session, position, listed[is_earlier], evidence, layer, feature, weight)
+    is_feature = table["kind"] == "feature"
+    at_token = table[is_feature & (table["layer"] == 0)]
+    heads = table[table["kind"] == "head"]
+    _read_tokens(session, position, heads, evidence, layer, feature, weight)
     _read_layer_0(session, at_token, evidence, weight)
-    middle = listed[is_feature & (listed["layer"] > 0)]
+    middle = table[is_feature & (table["layer"] > 0) & (table["contribution"] > 0)]
     followed = middle.iloc[: N_MIDDLE_FEATURES if follow else 0]  # strongest first
     parts = followed["contribution"] / value
     current += float(share[GROUPS[DEEPER]]) - float(parts.sum())

@@ -33,9 +33,11 @@ from tclib.support.statistics import to_numpy
 N_DEALT = 1_000
 MAX_NUMBERS = 1_000  # of one kind
 LISTED = "sources: which features of layer 0 are active"
+HEADS = "sources: which heads raise it most, and from where"
 ALLOWED = {  # by the paper's rules, whatever it tells
     "examples, activation": "activations may be seen",
     "activation, activation": "activations may be seen",
+    HEADS: "circuits may be seen",
     LISTED: "full studies may read the de-embeddings of active features",
 }
 WAYS = tuple(
@@ -83,9 +85,10 @@ def leakage(
         for given in _numbers(study, order):
             by_what[given.what].append(given)
     lines = [_best_attack(attacker, what, _some(given)) for what, given in by_what.items()]
-    listings = [_listing_ranks(attacker, study) for study in studies]
-    if listings := [ranks for ranks in listings if len(ranks)]:
-        lines.append({"given": LISTED, **_against_chance({"listed": listings})})
+    for name, listed in ((LISTED, _low_lines), (HEADS, _head_lines)):
+        found = [_listing_ranks(attacker, study, listed) for study in studies]
+        if ranks := [block for block in found if len(block)]:
+            lines.append({"given": name, **_against_chance({"listed": ranks})})
     table = pd.DataFrame(lines, columns=["given", "n", "hits", "chance", "p", "bits"])
     return table.assign(rule=table["given"].map(ALLOWED).fillna(""))
 
@@ -204,7 +207,7 @@ class _Attacker:
 
     def candidates(self, place: _Place) -> dict[str, Float[np.ndarray, "d_vocab"]]:
         """What the number would be for every token, in each way that can be computed."""
-        found = dict(self._of_feature(place))
+        found = dict(self.of_feature(place))
         direct, offset, size = found["direct"], 0.0, self._size(place.pos)
         if self.lm.W_pos is not None:
             offset = float(self.lm.W_pos[place.pos] @ self._direction)
@@ -212,7 +215,7 @@ class _Attacker:
         scale = self._scale(place)
         return found | {f"{name} / scale": scores / scale for name, scores in found.items()}
 
-    def _of_feature(self, place: _Place) -> dict[str, np.ndarray]:
+    def of_feature(self, place: _Place) -> dict[str, np.ndarray]:
         """What hangs on the feature and the head alone."""
         if place[:3] not in self._read:
             dictionary = self.by_layer[place.layer]
@@ -243,11 +246,6 @@ class _Attacker:
             scales = self.lm.read_with_scale(row, set(sites))[1]
             self._scales[place.row] = torch.stack([scales[site][0] for site in sites])
         return float(self._scales[place.row][place.layer, place.reader])
-
-    def low(self, feature: int) -> Float[np.ndarray, "d_vocab"]:
-        """The de-embedding of a feature of layer 0, in standard deviations."""
-        scores = to_numpy(weights.de_embedding(self.lm, self.by_layer[0], feature))
-        return np.asarray((scores - scores.mean()) / scores.std())
 
     def truth(self, place: _Place) -> int:
         """The token that is sought."""
@@ -289,27 +287,60 @@ def _against_chance(by_way: Mapping[str, Sequence[Float[np.ndarray, "_ _"]]]) ->
     }
 
 
-def _listing_ranks(attacker: _Attacker, study: Sequence[Entry]) -> Float[np.ndarray, "n n"]:
-    """At [i, j] the rank of the token at place j by the de-embeddings of the features listed for place i."""
-    own = study[0].arguments
+_Line = Mapping[str, Any]
+
+
+def _listing_ranks(
+    attacker: _Attacker,
+    study: Sequence[Entry],
+    listed: Callable[[_Attacker, _Line, Entry], tuple[int, np.ndarray] | None],
+) -> Float[np.ndarray, "n n"]:
+    """At [i, j] the rank of the token at place j by all that is listed about place i.
+
+    Every line that a study was given about a place speaks for the tokens that its feature or head reads.
+    """
     order = example_order(key_of(study), len(attacker.rows)).tolist()
-    scores, tokens = [], []
+    places: dict[tuple[int, int], np.ndarray] = {}
     for entry in study:
-        asked = entry.arguments
-        if entry.question != "sources" or not entry.is_blind or asked["feature"] != own["feature"]:
+        if entry.question != "sources" or not entry.is_blind:
             continue
-        if listed := [line["feature"] for line in entry.answer if _is_low(line)]:
-            scores.append(sum(attacker.low(feature) for feature in listed))
-            tokens.append(attacker.rows[order[asked["example"]], asked["pos"]])
-    if not scores:
+        for found in (listed(attacker, line, entry) for line in entry.answer):
+            if found is not None:
+                place = (order[entry.arguments["example"]], found[0])
+                places[place] = places.get(place, 0.0) + found[1]
+    if not places:
         return np.zeros((0, 0))
-    table = np.stack(scores)  # [place, d_vocab]
-    of_tokens = table[:, np.array(tokens)]
+    table = np.stack(list(places.values()))  # [place, d_vocab]
+    of_tokens = table[:, [int(attacker.rows[place]) for place in places]]
     return np.asarray((table[:, None] > of_tokens[:, :, None]).sum(-1), dtype=float)
 
 
-def _is_low(line: Mapping[str, Any]) -> bool:
-    return bool(line["kind"] == "feature" and line["layer"] == 0 and line["sign"] > 0)
+def _low_lines(
+    attacker: _Attacker, line: _Line, entry: Entry
+) -> tuple[int, Float[np.ndarray, "d_vocab"]] | None:
+    """What a listed feature of layer 0 says of the token at the position."""
+    if line["kind"] != "feature" or line["layer"] != 0:
+        return None
+    read = weights.de_embedding(attacker.lm, attacker.by_layer[0], int(line["feature"]))
+    return int(entry.arguments["pos"]), _in_deviations(read)
+
+
+def _head_lines(
+    attacker: _Attacker, line: _Line, entry: Entry
+) -> tuple[int, Float[np.ndarray, "d_vocab"]] | None:
+    """What a listed head says of the token that it reads."""
+    if line["kind"] != "head":
+        return None
+    asked = entry.arguments
+    head = weights.Head(int(line["layer"]), int(line["head"]))
+    place = _Place(int(asked["layer"]), int(asked["feature"]), head, 0, int(line["pos"]), 0)
+    found = attacker.of_feature(place)
+    return int(line["pos"]), _in_deviations(found["direct" if head.layer == 0 else "extended"])
+
+
+def _in_deviations(scores: Any) -> Float[np.ndarray, "d_vocab"]:
+    values = to_numpy(scores) if isinstance(scores, Tensor) else scores
+    return np.asarray((values - values.mean()) / values.std(), dtype=float)
 
 
 def _ranks(attacker: _Attacker, group: Sequence[_Given]) -> dict[str, Float[np.ndarray, "n n"]]:

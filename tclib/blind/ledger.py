@@ -132,20 +132,46 @@ def load_ledger(path: Path, seal: str | None = None) -> list[Entry]:
     return entries[:-1]
 
 
+KINDS = ("begin", "question", "hypothesis", "unblind", "text", "seal")
+
+
 def _check_chain(path: Path, entries: Sequence[Entry]) -> None:
-    before, is_blind = GENESIS, True
+    before = GENESIS
     for index, entry in enumerate(entries):
         if entry.index != index or entry.digest != digest_of(before, entry.body()):
             raise InputError(
                 f"{path}: entry {index} was changed, dropped or moved since it was written"
             )
-        if (entry.kind == "begin") != (index == 0):
-            raise InputError(f"{path}: entry {index} is {entry.kind}: a ledger begins once")
-        if entry.kind == "unblind":
-            is_blind = False
-        if entry.is_blind and not is_blind:
-            raise InputError(f"{path}: entry {index} claims to be blind after the unblinding")
         before = entry.digest
+        if problem := _out_of_order(entries[:index], entry, index == len(entries) - 1):
+            raise InputError(f"{path}: entry {index} {problem}")
+
+
+def _out_of_order(before: Sequence[Entry], entry: Entry, is_last: bool) -> str:
+    """What no session could have written at this place, if it is that."""
+    kinds = {one.kind for one in before}
+    if entry.kind not in KINDS:
+        return f"is {entry.kind!r}: expected {', '.join(KINDS)}"
+    if (entry.kind == "begin") == bool(before):
+        return f"is {entry.kind}: a ledger begins once"
+    if entry.is_blind and ("unblind" in kinds or entry.kind in ("unblind", "text")):
+        return "claims to be blind after the unblinding"
+    if entry.is_blind and before and not before[-1].is_blind:
+        return "claims to be blind again"
+    if entry.kind == "hypothesis" and "unblind" in kinds:
+        return "is a hypothesis after the unblinding"
+    if entry.kind == "unblind" and "hypothesis" not in kinds:
+        return "is an unblinding without a hypothesis"
+    if entry.kind == "unblind" and key_hash(str(entry.arguments.get("key"))) != before[
+        0
+    ].arguments.get("key"):
+        return "has another key than the ledger began with"
+    if entry.kind == "text" and "unblind" not in kinds:
+        return "is text before the unblinding"
+    is_whole = entry.arguments.get("n_entries") == len(before)
+    if entry.kind == "seal" and not (is_last and is_whole):
+        return "is a seal, and not the last line of as many entries as it says"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from tclib.blind.language import (
 )
 from tclib.blind.vocabulary import CLASSES, Vocabulary
 from tclib.evaluation.metrics import strong_threshold
+from tclib.features.examples import check_acts
 from tclib.support.errors import InputError
 
 GAIN = 0.05  # of F1, which something that says more has to bring
@@ -153,6 +154,7 @@ def best_predicate(
     for several features on one text makes its `SearchedText` once. Errors: `InputError` if the feature is
     never active here.
     """
+    check_acts(acts, rows.rows if isinstance(rows, SearchedText) else rows)
     text = rows if isinstance(rows, SearchedText) else SearchedText(rows, vocabulary)
     values = text.flat(acts)
     active = _bits(values > (strong_threshold(values) if threshold is None else threshold))

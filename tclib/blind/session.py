@@ -7,16 +7,15 @@ question after it counts as blind, nor any about a feature that has been unblind
 also refuses input-dependent facts about features of layer 0. Every question and answer goes into a ledger whose
 entries are chained by hashes; a ledger can be replayed.
 
-Numbers can name tokens: W_E[token] · u is another for every token. So an answer gives, of what hangs on the input,
-
-    features above layer 0     activation, to two significant digits; contribution of the three strongest, to one
-    groups of sources          which quarter of the pre-activation they bring
-    every other source         its rank and its sign
-
-and `leakage` measures what that still tells.
+Numbers and signs can name tokens: W_E[token] · u is another for every token. So an answer gives, of what hangs on the
+input, activations of features above layer 0 to two significant digits; of the sources, in which quarter of the
+pre-activation each group lies, the deeper features by rank (three of them with a contribution, to one digit), and which
+heads raise it most from earlier tokens; and only of the feature under study, or of one that such an answer has listed at
+that position. `leakage` measures what that still tells.
 
 What Python cannot keep from its own user: another process does not know what this one has unblinded; and who reads
-the secrets' own module (`secret`), walks the garbage collector, patches the model's classes, runs the model on the
+the secrets' own module (`secret`), walks the garbage collector, patches classes or hands in
+models and dictionaries of its own making, runs the model on the
 corpus beside the session, or asks for the activations of thousands of features at one place and decodes them, sees
 the text. The rules hold for answers; for the rest a session is a lock on a door, not a wall.
 """
@@ -47,14 +46,25 @@ from tclib.blind.ledger import (
     save_ledger,
     sealed,
 )
-from tclib.blind.secret import OWN, SECRETS, SEEN, Secret, question, record
+from tclib.blind.secret import (
+    OWN,
+    SECRETS,
+    Secret,
+    check_own,
+    dictionary_hashes,
+    held_dictionaries,
+    question,
+    record,
+    remember,
+    studied_dictionary,
+)
 from tclib.circuits.frozen import FrozenPrompts, Target, by_layer
 from tclib.circuits.paths import greedy_paths
 from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.features import from_weights as weights
 from tclib.features.dashboard import Dashboard, build_dashboard
-from tclib.features.examples import check_acts, feature_activations, sample_in_bands
+from tclib.features.examples import feature_activations, sample_in_bands
 from tclib.models.checks import check_hooks
 from tclib.models.language_model import LanguageModel
 from tclib.support.checked import checked
@@ -81,11 +91,16 @@ class BlindSession:
         acts, lone: the feature's activations on `rows`, and lone tokens of these transcoders; whoever
             studies several features computes them once and shares them.
 
-    Errors: `InputError` for a layer without a transcoder, a model with hooks on it, activations of another
-    shape than the rows, or a feature that never fires here.
+    Errors: `InputError` for a layer without a transcoder, a restricted study of layer 0, a model with hooks
+    on it, activations that are not the feature's, or a feature that never fires here.
     """
 
     __slots__ = ("__weakref__",)
+
+    def __init_subclass__(cls) -> NoReturn:
+        raise BlindnessError(
+            "a blind session is not to be subclassed: another class could say that it is not blind"
+        )
 
     @checked
     def __init__(
@@ -107,12 +122,18 @@ class BlindSession:
         lm.check_text(rows)
         if layer not in found:
             raise InputError(f"no transcoder at layer {layer}: there is one at {sorted(found)}")
-        studied = _studied(lm, found[layer], dictionary)
+        if restricted and layer == 0:
+            raise InputError(
+                "restricted study of layer 0: all facts about its features that need the input are refused; "
+                "expected a layer above it, or restricted=False"
+            )
+        studied = studied_dictionary(lm, found[layer], dictionary)
         studied.check_features(feature)
         check_hooks(lm.model, lm.name)
         if acts is None:
             acts = feature_activations(lm, studied, [feature], rows)[0]
-        check_acts(acts, rows)
+        else:
+            check_own(acts, lm, studied, feature, rows)
         if not bool((acts > 0).any()):
             raise InputError(
                 f"feature {feature} of layer {layer} never fires on this corpus: draw a live one"
@@ -124,11 +145,11 @@ class BlindSession:
         subject |= {"kind": studied.config.kind, "fresh_eyes": fresh_eyes}
         subject |= {"model": lm.known_hash, "corpus": corpus, "key": key_hash(key)}
         order = example_order(key, len(rows))
-        read = studied.encoder_direction(feature).cpu().numpy().tobytes()
-        identity = hashlib.sha256(f"{corpus} {layer} ".encode() + read).hexdigest()
         hidden = (rows[order], acts[order])
-        is_new = fresh_eyes or identity not in SEEN
-        SECRETS[self] = Secret(lm, found, studied, *hidden, lone, subject, key, identity, is_new)
+        secret = Secret(lm, found, studied, *hidden, lone, subject, key, fresh_eyes, {})
+        secret.hashes = dictionary_hashes(held_dictionaries(secret))
+        subject["dictionaries"] = hashlib.sha256(str(secret.hashes).encode()).hexdigest()
+        SECRETS[self] = secret
         record(self, "begin", "begin", subject, None)
 
     # -- what can be seen of it -------------------------------------------------------------
@@ -136,17 +157,17 @@ class BlindSession:
     @property
     def layer(self) -> int:
         """The layer of the feature under study."""
-        return int(SECRETS[self].subject["layer"])
+        return SECRETS[self].own[0]
 
     @property
     def feature(self) -> int:
         """The feature under study."""
-        return int(SECRETS[self].subject["feature"])
+        return SECRETS[self].own[1]
 
     @property
     def restricted(self) -> bool:
         """Whether input-dependent facts about layer 0's features are refused."""
-        return bool(SECRETS[self].subject["restricted"])
+        return SECRETS[self].restricted
 
     @property
     def is_blind(self) -> bool:
@@ -200,44 +221,59 @@ class BlindSession:
 
         Two significant digits. Layer 0's features are listed among the sources, by rank.
         """
-        self._refuse_layer_0(layer)
-        if layer == 0 and self.layer != 0:
+        _check_place(self, position)
+        _check_met(self, position, layer, feature)
+        if layer == 0 and (layer, feature) != SECRETS[self].own:
             raise BlindnessError(
                 "activations of layer 0's features name the token: sources() lists the active ones by rank"
             )
-        frozen = self._frozen(position)
-        return coarse(max(0.0, frozen.value(self._target(frozen, layer, feature, position))))
+        frozen = SECRETS[self].at(position)
+        target = _target(self, frozen, layer, feature, position)
+        return coarse(max(0.0, frozen.value(target)))
 
     @question
     def sources(
         self, position: Position, n_sources: Natural = 20, layer: int = OWN, feature: int = OWN
     ) -> pd.DataFrame:
-        """The strongest sources of a feature at a position, and in which quarter each group's part lies.
+        """In which quarter each group's part lies, and what is listed of the sources, each kind by rank.
 
-        Of the feature under study by default, or of one that feeds it. A line a source has its rank by size
-        and its sign, and if it is one of the three strongest features above layer 0 its contribution (one digit). The first lines are
-        groups (`GROUPS`), with `share`: the pre-activation's quarters that they bring, rounded down, between
-        −0.25 (less than nothing) and 1 (all of it or more).
+        Of the feature under study by default, or of one that an answer has listed at this position. The first
+        lines are groups (`GROUPS`), with `share`: the pre-activation's quarters that they bring, rounded down,
+        between −0.25 (less than nothing) and 1 (all of it or more). Then features above layer 0 (the three
+        strongest with their contributions, to one digit), features of layer 0 that raise it (not in a
+        restricted study), and the five lines of heads that raise it most from earlier tokens.
         """
-        self._refuse_layer_0(layer)
-        frozen = self._frozen(position)
-        (found,) = sources(frozen, [self._target(frozen, layer, feature, position)])
+        _check_place(self, position)
+        _check_met(self, position, layer, feature)
+        secret = SECRETS[self]
+        frozen = secret.at(position)
+        (found,) = sources(frozen, [_target(self, frozen, layer, feature, position)])
         shares = group_shares(found, position.pos)
-        return source_lines(found, shares, n_sources, hides_layer_0=self.restricted)
+        table = source_lines(found, shares, n_sources, secret.restricted, position.pos)
+        is_feature = table["feature"] >= 0
+        for at, index in table.loc[is_feature, ["layer", "feature"]].itertuples(index=False):
+            secret.met.add((position, int(at), int(index)))
+        return table
 
     @question
     def paths(
         self, position: Position, n_iterations: Count = 3, n_branches: Count = 10
     ) -> pd.DataFrame:
-        """The greedy search from the feature at a position: path, rank, sign, contribution.
+        """The greedy search from the feature at a position: path, contribution.
 
-        A contribution (one digit) where the path ends in a feature above layer 0. Restricted: without paths
-        that end in a feature of layer 0, as in the paper.
+        Contributions (one digit) of the three strongest paths of each length that end in a feature above layer
+        0. Restricted: without paths through a feature of layer 0.
         """
-        frozen = self._frozen(position)
-        root = self._target(frozen, self.layer, self.feature, position)
+        _check_place(self, position)
+        secret = SECRETS[self]
+        frozen = secret.at(position)
+        root = _target(self, frozen, *secret.own, position)
         found = greedy_paths(frozen, root, n_iterations, n_branches)
-        return path_lines([path for level in found for path in level], self.restricted)
+        every = [path for level in found for path in level]
+        for node in (path.nodes[-1] for path in every):
+            if node.kind == "feature" and node.pos == position.pos:
+                secret.met.add((position, node.layer, node.feature))
+        return path_lines(every, secret.restricted)
 
     # -- questions that need no input -------------------------------------------------------
 
@@ -255,7 +291,7 @@ class BlindSession:
         through = None if head is None else weights.Head(*head)
         lm = SECRETS[self].lm
         return weights.token_table(
-            lm, function(lm, self._holder(layer, feature), feature, through), k
+            lm, function(lm, _holder(self, layer, feature), feature, through), k
         )
 
     @question
@@ -265,7 +301,7 @@ class BlindSession:
         The model runs on single tokens, not on the corpus: no input of the study is in it.
         """
         secret = SECRETS[self]
-        scores = secret.lone.scores(self._holder(layer, feature), feature)
+        scores = secret.lone.scores(_holder(self, layer, feature), feature)
         return weights.token_table(secret.lm, scores, k)
 
     @question
@@ -278,7 +314,7 @@ class BlindSession:
         k: Count = 10,
     ) -> pd.DataFrame:
         """Earlier features that excite a feature, from weights alone: feature, score."""
-        dictionary, earlier = self._holder(layer, feature), self._transcoder(earlier_layer)
+        dictionary, earlier = _holder(self, layer, feature), _transcoder(self, earlier_layer)
         through = None if head is None else weights.Head(*head)
         lm = SECRETS[self].lm
         return weights.feature_table(weights.pullback(lm, dictionary, feature, earlier, through), k)
@@ -307,6 +343,8 @@ class BlindSession:
         """Write down what the feature means; the last one before `unblind` counts."""
         if not text.strip():
             raise BlindnessError("an empty hypothesis: say what the feature means")
+        if text != text.encode("utf-8", "replace").decode("utf-8"):
+            raise BlindnessError("a hypothesis with half a surrogate pair: expected text")
         if SECRETS[self].is_unblinded:
             raise BlindnessError("the session is unblinded: a hypothesis comes before that")
         if not self.is_blind:
@@ -324,8 +362,8 @@ class BlindSession:
         secret = SECRETS[self]
         if not secret.has_hypothesis:
             raise BlindnessError("no hypothesis yet: call hypothesise() before unblind()")
-        secret.is_blind, secret.is_unblinded = False, True
-        SEEN.add(secret.identity)
+        secret.is_unblinded = True
+        remember(secret)
         record(self, "unblind", "unblind", {"n_examples": n_examples, "key": secret.key}, None)
         lm, every = secret.lm, secret.transcoders
         earlier = every if secret.studied.config.kind == "transcoder" else None
@@ -337,7 +375,7 @@ class BlindSession:
         """The text up to a position; only after `unblind()`. That it was read goes into the ledger."""
         if not SECRETS[self].is_unblinded:
             raise BlindnessError("text is hidden until unblind()")
-        self._check(position)
+        _check_place(self, position)
         record(self, "text", "text", vars(position), None)
         ids = SECRETS[self].rows[position.example, : position.pos + 1]
         return "".join(SECRETS[self].lm.token_strings(ids.tolist()))
@@ -350,60 +388,53 @@ class BlindSession:
         """
         return save_ledger(path, SECRETS[self].ledger)
 
-    # -- inside -----------------------------------------------------------------------------
 
-    def _frozen(self, position: Position) -> FrozenPrompts:
-        self._check(position)
-        secret = SECRETS[self]
-        if position not in secret.frozen:
-            check_hooks(secret.lm.model, secret.lm.name)
-            tokens = secret.rows[[position.example], : position.pos + 1].long()
-            transcoders = secret.transcoders.values()
-            secret.frozen[position] = FrozenPrompts(secret.lm, tokens, transcoders)
-        return secret.frozen[position]
-
-    def _check(self, position: Position) -> None:
-        n_rows, n_pos = SECRETS[self].rows.shape
-        if not (0 <= position.example < n_rows and 0 < position.pos < n_pos):
-            raise BlindnessError(
-                f"position ({position.example}, {position.pos}) is outside the corpus: expected "
-                f"example 0 to {n_rows - 1}, pos 1 to {n_pos - 1}"
-            )
-
-    def _refuse_layer_0(self, layer: int) -> None:
-        if self.restricted and layer == 0:
-            raise BlindnessError(
-                "restricted: activations of layer 0's features are not to be asked for; "
-                "de_embedding and pullback need no input"
-            )
-
-    def _target(
-        self, frozen: FrozenPrompts, layer: int, feature: int, position: Position
-    ) -> Target:
-        dictionary = self._holder(layer, feature)
-        return frozen.feature_target(layer, feature, position.pos, dictionary=dictionary)
-
-    def _holder(self, layer: int, feature: int) -> Dictionary:
-        """The dictionary of a feature: the one under study for its own."""
-        is_own = (layer, feature) == (self.layer, self.feature)
-        return SECRETS[self].studied if is_own else self._transcoder(layer)
-
-    def _transcoder(self, layer: int) -> Dictionary:
-        transcoders = SECRETS[self].transcoders
-        if layer not in transcoders:
-            raise BlindnessError(
-                f"no transcoder at layer {layer}: there is one at {sorted(transcoders)}"
-            )
-        return transcoders[layer]
+# ---------------------------------------------------------------------------------------------
+# Not on the session, from which nothing is to be had but answers
 
 
-def _studied(lm: LanguageModel, transcoder: Dictionary, other: Dictionary | None) -> Dictionary:
-    """Whose feature is studied. Errors: `InputError` unless it reads what the layer's transcoder reads."""
-    if other is None:
-        return transcoder
-    other.check_model(lm)
-    if other.config.input_site != transcoder.config.input_site:
-        raise InputError(
-            f"dictionary on {other.config.input_site}: expected one that reads {transcoder.config.input_site}"
+def _check_place(session: BlindSession, position: Position) -> None:
+    n_rows, n_pos = SECRETS[session].rows.shape
+    if not (0 <= position.example < n_rows and 0 < position.pos < n_pos):
+        raise BlindnessError(
+            f"position ({position.example}, {position.pos}) is outside the corpus: expected "
+            f"example 0 to {n_rows - 1}, pos 1 to {n_pos - 1}"
         )
-    return other.to(lm.device, lm.dtype)
+
+
+def _check_met(session: BlindSession, position: Position, layer: int, feature: int) -> None:
+    """Refuse to be asked about any feature anywhere: that many answers could be decoded."""
+    secret = SECRETS[session]
+    if secret.restricted and layer == 0:
+        raise BlindnessError(
+            "restricted: activations of layer 0's features are not to be asked for; "
+            "de_embedding and pullback need no input"
+        )
+    _holder(session, layer, feature).check_features(feature)
+    if (layer, feature) != secret.own and (position, layer, feature) not in secret.met:
+        raise BlindnessError(
+            f"feature {feature} of layer {layer} has not been met at this position: sources() and paths() list "
+            "what feeds the feature there"
+        )
+
+
+def _target(
+    session: BlindSession, frozen: FrozenPrompts, layer: int, feature: int, position: Position
+) -> Target:
+    dictionary = _holder(session, layer, feature)
+    return frozen.feature_target(layer, feature, position.pos, dictionary=dictionary)
+
+
+def _holder(session: BlindSession, layer: int, feature: int) -> Dictionary:
+    """The dictionary of a feature: the one under study for its own."""
+    is_own = (layer, feature) == SECRETS[session].own
+    return SECRETS[session].studied if is_own else _transcoder(session, layer)
+
+
+def _transcoder(session: BlindSession, layer: int) -> Dictionary:
+    transcoders = SECRETS[session].transcoders
+    if layer not in transcoders:
+        raise BlindnessError(
+            f"no transcoder at layer {layer}: there is one at {sorted(transcoders)}"
+        )
+    return transcoders[layer]

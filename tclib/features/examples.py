@@ -55,12 +55,14 @@ def feature_activations(
 
 
 def check_acts(acts: Float[Tensor, "row pos"], rows: Int[Tensor, "row pos"]) -> None:
-    """Raise `InputError` unless there is an activation a token."""
+    """Raise `InputError` unless there is a finite activation a token."""
     if acts.shape != rows.shape:
         raise InputError(
             f"activations of shape {tuple(acts.shape)} for rows of shape {tuple(rows.shape)}: "
             "give one activation a token, or leave them out"
         )
+    if not bool(acts.isfinite().all()):
+        raise InputError("activations that are NaN or infinite: expected finite ones")
 
 
 def _encoded(

@@ -359,8 +359,8 @@ def told(studies: pd.DataFrame) -> pd.DataFrame:
 def first_sources(entries: Sequence[Entry], n: int = 12) -> pd.DataFrame:
     """What a study was told when it first asked for sources."""
     answer = next(entry.answer for entry in entries if entry.question == "sources")
-    table = pd.DataFrame(answer).head(n).astype({"rank": "Int64", "sign": "Int64"})
-    says_nothing = table.isna() | table.eq(-1).assign(sign=False, contribution=False, share=False)
+    table = pd.DataFrame(answer).head(n).astype({"rank": "Int64"})
+    says_nothing = table.isna() | table.eq(-1).assign(contribution=False, share=False)
     return table.astype(object).mask(says_nothing, "")
 
 

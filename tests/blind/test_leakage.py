@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tclib.blind import secret
-from tclib.blind.leakage import ALLOWED, LISTED, leakage
+from tclib.blind.leakage import ALLOWED, HEADS, LISTED, leakage
 from tclib.blind.ledger import (
     Entry,
     Position,
@@ -81,9 +81,10 @@ def ask(
     for example, pos in zip(found["example"], found["pos"], strict=True):
         position = Position(int(example), int(pos))
         session.activation(position)
-        session.sources(position, 100)
-        session.activation(position, 1, 3)
-        session.sources(position, 20, 1, 3)
+        table = session.sources(position, 50)
+        for met in table[table["layer"] == 1]["feature"].head(2).astype(int):
+            session.activation(position, 1, met)
+            session.sources(position, 20, 1, met)
         session.paths(position)
     session.hypothesise("none")
     session.unblind(1)
@@ -105,7 +106,7 @@ def told_all(session: BlindSession, rows: torch.Tensor, asks: Sequence[Entry]) -
                 frozen, [frozen.feature_target(at["layer"], at["feature"], at["pos"])]
             )
             is_token = found.table["kind"].isin(["embedding", "head"])
-            table = found.table[is_token & (found.table["layer"] <= 0)].assign(sign=1)
+            table = found.table[is_token & (found.table["layer"] <= 0)]
             answer = plain(table)
         study.append(
             next_entry(study, entry.kind, entry.is_blind, entry.question, at_of(entry), answer)
@@ -132,7 +133,7 @@ def test_the_attack_names_tokens_where_every_number_is_given(
     for given in ("weight", "contribution"):
         own = line(found, f"sources: embedding, {given}")
         assert own["hits"] > 0.95 * own["n"] > 2 * own["chance"] and own["p"] < SURE
-        assert own["bits"] > 5
+        assert own["bits"] > 3
     heads = line(found, "sources: head of layer 0, weight")
     assert heads["hits"] > 0.8 * heads["n"] and heads["p"] < SURE
 
@@ -153,7 +154,9 @@ def test_no_answer_of_a_session_names_tokens_but_what_the_rules_allow(
     assert (hidden["bits"] < 0.6).all(), hidden  # of the 9.8 of this vocabulary
     allowed = found[found["rule"] != ""]
     assert set(allowed["given"]) <= set(ALLOWED)
-    assert (allowed["hits"] < 0.25 * allowed["n"]).all()
+    assert set(allowed["given"]) == set(ALLOWED)
+    numbers = allowed[~allowed["given"].isin([HEADS, LISTED])]
+    assert (numbers["hits"] < 0.25 * numbers["n"]).all()
 
 
 def test_a_restricted_study_lists_nothing_of_layer_0(
@@ -163,7 +166,7 @@ def test_a_restricted_study_lists_nothing_of_layer_0(
     sessions: list[BlindSession],
 ) -> None:
     restricted, full = (
-        leakage(lm, transcoders, [s.ledger for s in sessions if s.restricted == kind], rows)
+        leakage(lm, transcoders, [s.ledger for s in sessions[:6] if s.restricted == kind], rows)
         for kind in (True, False)
     )
     assert LISTED not in set(restricted["given"])

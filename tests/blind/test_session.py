@@ -65,12 +65,18 @@ def make_session(restricted: bool = False, **others: Any) -> BlindSession:
     return BlindSession(tiny_lm(), transcoders, ROWS, 2, 5, restricted, **{"key": KEY, **others})
 
 
+def met(session: BlindSession) -> int:
+    """A feature of layer 1 that the session lists as a source at the position."""
+    table = session.sources(POSITION, 50)
+    return int(table[table["layer"] == 1]["feature"].iloc[0])
+
+
 def ask_everything(session: BlindSession) -> list[Any]:
     return [
         session.examples(5, 0.2),
         session.activation(POSITION),
-        session.activation(POSITION, 1, 4),
         session.sources(POSITION),
+        session.activation(POSITION, 1, met(session)),
         session.sources(POSITION, 3),
         session.paths(POSITION),
         session.de_embedding(),
@@ -166,6 +172,8 @@ def test_a_hypothesis_comes_before_the_unblinding() -> None:
     assert session.is_blind
     with pytest.raises(BlindnessError, match="empty hypothesis"):
         session.hypothesise("  ")
+    with pytest.raises(BlindnessError, match="half a surrogate pair"):
+        session.hypothesise("a\ud800")
     session.hypothesise("the token is w5")
     board = session.unblind(5)
     assert board.feature == 5 and not session.is_blind
@@ -190,6 +198,10 @@ def test_the_restricted_variant_refuses_input_dependent_facts_about_layer_0() ->
         session.activation(POSITION, 0, 3)
     with pytest.raises(BlindnessError, match="restricted"):
         session.sources(POSITION, layer=0, feature=3)
+    with pytest.raises(InputError, match="restricted study of layer 0"):
+        BlindSession(
+            tiny_lm(), {"t": random_transcoder(0, "relu", torch.float32)}, ROWS, 0, 5, True
+        )
     table = session.sources(POSITION, 10_000)
     assert not ((table["kind"] == "feature") & (table["layer"] == 0)).any()
     assert not session.paths(POSITION, 3, 200)["path"].str.contains("L0.", regex=False).any()
@@ -212,7 +224,7 @@ def saved(tmp_path: Path) -> Path:
 def test_a_ledger_can_be_replayed(tmp_path: Path) -> None:
     entries = load_ledger(saved(tmp_path))
     table = replay(entries, make_session(key=key_of(entries)))
-    assert len(table) == 15 and table["agrees"].all()
+    assert len(table) == 16 and table["agrees"].all()
     with pytest.raises(InputError, match="the ledger is about"):
         replay(entries, make_session(restricted=True))
     with pytest.raises(InputError, match="the ledger is about"):
@@ -268,8 +280,8 @@ def test_a_ledger_that_is_forged_as_a_whole_has_another_seal(tmp_path: Path) -> 
     better = replace(entries[2], arguments={"text": "the token is w7", "predicate": None})
     forgeries = {
         "hypothesis": [*entries[:2], better, *entries[3:]],
-        "cut": entries[:3],
-        "never unblinded": [entry for entry in entries if entry.kind != "unblind"],
+        "cut": entries[:2],
+        "never unblinded": entries[:3],
         "fewer questions": [entries[0], *entries[2:]],
     }
     for name, forged in forgeries.items():
@@ -277,9 +289,30 @@ def test_a_ledger_that_is_forged_as_a_whole_has_another_seal(tmp_path: Path) -> 
         load_ledger(path)  # by itself it is whole
         with pytest.raises(InputError, match="has the seal .* it was written anew since"):
             load_ledger(path, seal)
-    late = chained_anew([*entries, entries[0]], tmp_path / "two.jsonl")
-    with pytest.raises(InputError, match="entry 4 is begin: a ledger begins once"):
-        load_ledger(late)
+    text = Entry(0, "text", True, "text", {}, None, "")
+    other_key = replace(entries[3], arguments={"n_examples": 2, "key": "another"})
+    for name, forged, problem in (
+        ("two", [*entries, entries[0]], "entry 4 is begin: a ledger begins once"),
+        ("none", entries[1:], "entry 0 is question: a ledger begins once"),
+        (
+            "late",
+            [*entries, replace(entries[2], is_blind=False)],
+            "hypothesis after the unblinding",
+        ),
+        ("again", [*entries, entries[1]], "claims to be blind after the unblinding"),
+        ("text", [*entries[:2], text], "claims to be blind after the unblinding"),
+        ("early", [*entries[:2], replace(text, is_blind=False)], "text before the unblinding"),
+        ("bare", [*entries[:2], entries[3]], "an unblinding without a hypothesis"),
+        ("key", [*entries[:3], other_key], "another key than the ledger began with"),
+        ("kind", [*entries[:2], replace(text, kind="guess")], "is 'guess': expected begin"),
+        (
+            "seal",
+            [*entries[:2], replace(text, kind="seal"), entries[2]],
+            "is a seal, and not the last",
+        ),
+    ):
+        with pytest.raises(InputError, match=problem):
+            load_ledger(chained_anew(forged, tmp_path / f"{name}.jsonl"))
 
 
 def test_signs_that_only_look_like_ends_of_lines_do_not_break_a_ledger(tmp_path: Path) -> None:
@@ -423,29 +456,91 @@ def test_dead_features_and_missing_layers_are_named() -> None:
 
 
 @pytest.mark.parametrize("restricted", [False, True])
-def test_numbers_are_given_of_deeper_features_alone(restricted: bool) -> None:
+def test_no_number_and_no_sign_is_given_that_hangs_on_one_token(restricted: bool) -> None:
     session = make_session(restricted)
     place = session.examples(5).iloc[-1]
     position = Position(int(place["example"]), int(place["pos"]))
     table = session.sources(position, 10_000)
+    assert table.columns.tolist() == [
+        *("kind", "layer", "head", "feature", "pos", "rank", "contribution", "share")
+    ]
     groups, listed = table[table["share"].notna()], table[table["share"].isna()]
     assert groups["kind"].tolist() == list(GROUPS)
     assert set(groups["share"] * 4) <= {-1.0, 0.0, 1.0, 2.0, 3.0, 4.0}
-    assert listed["rank"].tolist() == list(range(1, len(listed) + 1))
+    assert set(listed["kind"]) == {"feature", "head"}
     is_deep = (listed["kind"] == "feature") & (listed["layer"] > 0)
     assert (listed["contribution"].notna() == (is_deep & (is_deep.cumsum() <= 3))).all()
-    assert is_deep.sum() > 3
-    assert set(listed["kind"]) >= {"feature", "head", "embedding"}
+    assert 3 < is_deep.sum() <= 50
+    assert ((listed["kind"] == "head").sum() == 5) and listed["pos"].between(1, position.pos).all()
+    assert (listed[listed["kind"] == "head"]["pos"] < position.pos).all()
     assert all(value == float(f"{value:.1g}") for value in listed["contribution"].dropna())
     assert all(value == float(f"{value:.2g}") for value in session.examples(9)["activation"])
     paths = session.paths(position, 3, 60)
     ends = paths["path"].str.split(" <- ").str[-1]
-    assert (paths["contribution"].notna() == ends.str.match(r"L[1-9]")).all()
-    if not restricted:
-        with pytest.raises(
-            BlindnessError, match="activations of layer 0's features name the token"
-        ):
-            session.activation(position, 0, 3)
+    is_deep_end = ends.str.match(r"L[1-9]")
+    assert (is_deep_end | ~paths["contribution"].notna()).all()
+    assert ends.str.match(r"L\d|attn").all()
+    assert ends[~is_deep_end].index.tolist() == list(range(is_deep_end.sum(), len(ends)))
+    assert paths["path"][~is_deep_end].tolist() == sorted(paths["path"][~is_deep_end])
+
+
+def test_only_features_that_were_met_at_a_position_are_answered_for() -> None:
+    """Five questions about features of one's choice would name the token."""
+    session = make_session()
+    with pytest.raises(
+        BlindnessError, match="feature 3 of layer 1 has not been met at this position"
+    ):
+        session.activation(POSITION, 1, 3)
+    with pytest.raises(BlindnessError, match="has not been met"):
+        session.sources(POSITION, layer=1, feature=3)
+    listed = met(session)
+    assert session.activation(POSITION, 1, listed) > 0
+    with pytest.raises(BlindnessError, match="has not been met"):
+        session.activation(Position(POSITION.example, POSITION.pos - 1), 1, listed)
+    table = session.sources(POSITION, 50)
+    low = int(table[(table["kind"] == "feature") & (table["layer"] == 0)]["feature"].iloc[0])
+    with pytest.raises(BlindnessError, match="activations of layer 0's features name the token"):
+        session.activation(POSITION, 0, low)
+    every = {f"t{i}": random_transcoder(i, "relu", torch.float32) for i in range(3)}
+    of_layer_0 = BlindSession(tiny_lm(), every, ROWS, 0, 5)
+    assert of_layer_0.activation(POSITION) >= 0
+    with pytest.raises(BlindnessError, match="has not been met"):
+        of_layer_0.activation(POSITION, 0, 3)
+
+
+def test_nothing_is_answered_past_the_ledger() -> None:
+    session = make_session()
+    for name in ("examples", "sources", "activation", "paths"):
+        method = getattr(BlindSession, name)
+        assert not hasattr(method, "__wrapped__")
+    public = {name for name in vars(BlindSession) if not name.startswith("__")}
+    assert not any(name.startswith("_") for name in public)
+    with pytest.raises(BlindnessError, match="not to be subclassed"):
+        type("Mine", (BlindSession,), {"__slots__": ()})
+    before = session.n_questions
+    session.examples(3)
+    assert session.n_questions == before + 1
+
+
+def test_a_second_session_that_is_open_does_not_stay_blind() -> None:
+    one, other = make_session(), make_session(key="another")
+    one.hypothesise("something")
+    one.unblind(2)
+    assert not other.is_blind
+    sliced = {f"t{i}": random_transcoder(i, "relu", torch.float32) for i in range(3)}
+    assert not BlindSession(tiny_lm(), sliced, ROWS[:-1].flip(0), 2, 5).is_blind
+
+
+def test_dictionaries_that_are_edited_and_activations_of_others_are_refused() -> None:
+    transcoders = {f"t{i}": random_transcoder(i, "relu", torch.float32) for i in range(3)}
+    session = BlindSession(tiny_lm(), transcoders, ROWS, 2, 5)
+    session.examples(3)
+    transcoders["t1"].W_enc[:, 7] = 1.0
+    with pytest.raises(BlindnessError, match="a dictionary was edited since the session began"):
+        session.examples(3)
+    forged = torch.arange(len(ROWS)).float()[:, None].expand(ROWS.shape).contiguous()
+    with pytest.raises(InputError, match="acts are not those of feature 5"):
+        make_session(acts=forged)
 
 
 def test_groups_say_in_which_quarter_their_part_lies() -> None:
