@@ -47,10 +47,14 @@ QUESTIONS: dict[Task, str] = {
         "the feature describes?\n\n{texts}\n\n"
     ),
 }
-FORM = "Answer with a list of {n} numbers, one a text, 1 for yes and 0 for no, such as {sample}, and nothing else."
+# Without a sample, which a judge that only repeats would be taken at.
+FORM = (
+    "Answer with a list of {n} numbers in brackets, with commas between them, one a text, 1 for yes and 0 for no, "
+    "and nothing else."
+)
 INTRUDER = (
     f"{MARKS} In all texts below but one the marked tokens have something in common.\n\n{{texts}}\n\n"
-    "Which text is the odd one out? Answer with its number in brackets, such as [1], and nothing else."
+    "Which text is the odd one out? Answer with its number in brackets and nothing else."
 )
 NO_EXPLANATION = "(not described)"
 
@@ -145,13 +149,12 @@ class Judge:
         return reduce(add, (self._batch(task, explanation, batch) for batch in batches), Judged())
 
     def _batch(self, task: Task, explanation: str | None, batch: Sequence[Item]) -> Judged:
-        n, sample = len(batch), [(i + 1) % 2 for i in range(len(batch))]
+        n = len(batch)
         question = QUESTIONS[task] + FORM
         user = question.format(
             explanation=explanation or NO_EXPLANATION,
             texts=_numbered(item.text for item in batch),
             n=n,
-            sample=sample,
         )
         said = parse_list(self.asker.ask(Prompt(SYSTEM, user, 8 + 4 * n)), n)
         if said is None:

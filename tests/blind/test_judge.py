@@ -18,6 +18,7 @@ import pytest
 import torch
 from tiny import random_transcoder, tiny_lm, unchecked_types
 
+from tclib.blind import judge
 from tclib.blind.contexts import (
     Context,
     Contexts,
@@ -213,6 +214,15 @@ def test_what_was_answered_is_not_asked_again(server: Server, tmp_path: Path) ->
     # Another question, as a model or its parameters are another, has another answer.
     third.ask(prompts[0]._replace(max_tokens=9))
     assert len(server.requests) == n_before + 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_an_echo_of_the_question_is_no_answer(n: int) -> None:
+    texts = "\n".join(f"{i}. The dog sleeps." for i in range(1, n + 1))
+    for task, question in judge.QUESTIONS.items():
+        said = question.format(explanation="dogs", texts=texts) + judge.FORM.format(n=n)
+        assert judge.parse_list(said, n) is None, task
+    assert judge.parse_number(judge.INTRUDER.format(texts=texts), n) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"format": "tclib-answer-1"}'])
