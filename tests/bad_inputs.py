@@ -723,7 +723,7 @@ BLIND = {
     "tc.load_ledger(files / 'ledger_types.jsonl')": "is no ledger",
     "tc.load_ledger(None)": "path None: expected",
     "tc.replay([], session())": "the ledger is empty",
-    "tc.replay(tc.load_ledger(files / 'ledger.jsonl'), session(feature=3))": "the ledger is about",
+    "tc.replay(tc.load_ledger(files / 'ledger.jsonl'), session(feature=3))": "the ledger is about something else (feature 2, not 3",
     "tc.replay(tc.load_ledger(files / 'ledger.jsonl'), lm)": "session LanguageModel: expected a",
     "tc.replay(files / 'ledger.jsonl', session())": "entries",
     "tc.replay(['a'], session())": "entries.0 'a': expected an Entry",

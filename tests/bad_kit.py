@@ -20,7 +20,7 @@ from tiny import random_rows, random_transcoder, tiny_lm
 from torch import Tensor
 
 import tclib as tc
-from tclib.blind.ledger import GENESIS, digest_of
+from tclib.blind.ledger import Entry, next_entry, sealed
 from tclib.blind.predicates import Predicate
 from tclib.blind.ratings import RatingStore
 from tclib.circuits.faithfulness import faithfulness_curves
@@ -171,7 +171,7 @@ class Kit:
     def session(self, **values: Any) -> tc.BlindSession:
         transcoders = {f"t{i}": d for i, d in enumerate(self.d)}
         usual = {"lm": self.lm, "transcoders": transcoders, "rows": self.rows, "layer": 1}
-        return tc.BlindSession(**{**usual, "feature": 2, **values})
+        return tc.BlindSession(**{**usual, "feature": 2, "key": "kit", **values})
 
     def drawn(self, figure: Any) -> None:
         """A figure on disk: only then are its titles laid out."""
@@ -317,13 +317,12 @@ def write_ledgers(folder: Path, kit: Kit) -> None:
         (folder / f"ledger_{name}.jsonl").write_text(text + "\n")
 
     def forged(**values: Any) -> list[dict[str, Any]]:
-        """A whole chain whose question is another."""
-        before, chain = GENESIS, []
+        """A whole chain, sealed, whose question is another."""
+        chain: list[Entry] = []
         for entry in (lines[0], {**lines[1], **values}):
-            body = {name: value for name, value in entry.items() if name != "digest"}
-            before = digest_of(before, body)
-            chain.append({**body, "digest": before})
-        return chain
+            body = {name: entry[name] for name in entry if name not in ("index", "digest")}
+            chain.append(next_entry(chain, **body))
+        return [vars(entry) for entry in (*chain, sealed(chain))]
 
     write("altered", [{**lines[0], "kind": "question"}, *lines[1:]])
     write("types", [{"index": "a"}])

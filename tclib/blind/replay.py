@@ -27,9 +27,14 @@ def replay(entries: Sequence[Entry], session: BlindSession) -> pd.DataFrame:
         raise InputError(
             "the ledger is empty: expected at least the line with which a study begins"
         )
-    if session.ledger[0].arguments != entries[0].arguments:
+    own, asked = session.ledger[0].arguments, entries[0].arguments
+    if own != asked:
+        other = [name for name in own if own[name] != asked.get(name)] or sorted({*asked} - {*own})
+        differing = ", ".join(
+            f"{name} {str(asked.get(name))[:16]}, not {str(own.get(name))[:16]}" for name in other
+        )
         raise InputError(
-            f"the ledger is about {entries[0].arguments}, the session about {session.ledger[0].arguments}"
+            f"the ledger is about something else ({differing}): begin a session with the same, and its key"
         )
     lines = []
     for entry in entries:

@@ -64,7 +64,7 @@ from tclib.circuits.sources import sources
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.features import from_weights as weights
 from tclib.features.dashboard import Dashboard, build_dashboard
-from tclib.features.examples import feature_activations, sample_in_bands
+from tclib.features.examples import check_acts, feature_activations, sample_in_bands
 from tclib.models.checks import check_hooks
 from tclib.models.language_model import LanguageModel
 from tclib.support.checked import checked
@@ -130,14 +130,16 @@ class BlindSession:
         studied = studied_dictionary(lm, found[layer], dictionary)
         studied.check_features(feature)
         check_hooks(lm.model, lm.name)
+        is_given = acts is not None
         if acts is None:
             acts = feature_activations(lm, studied, [feature], rows)[0]
-        else:
-            check_own(acts, lm, studied, feature, rows)
+        check_acts(acts, rows)
         if not bool((acts > 0).any()):
             raise InputError(
                 f"feature {feature} of layer {layer} never fires on this corpus: draw a live one"
             )
+        if is_given:
+            check_own(acts, lm, studied, feature, rows)
         lone = weights.LoneTokens(lm, transcoders.values()) if lone is None else lone
         key = secrets.token_hex(16) if key is None else key
         corpus = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
