@@ -243,7 +243,7 @@ class _Studies:
         if not features:
             features = live_features(self.lm, one, self.rows, n, generator, least)
         else:
-            n_restricted = len(features)
+            n_restricted = len(features) if n_restricted else 0
         texts = (self.rows, self.held_out.rows)
         acts, held_out_acts = (feature_activations(self.lm, one, features, text) for text in texts)
         variants = [

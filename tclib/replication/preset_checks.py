@@ -46,15 +46,20 @@ def _check_sweep(preset: Preset) -> None:
 
 
 def _check_studies(preset: Preset) -> None:
-    """Raise `InputError` if notebook 04 would study layer 0 without what may be asked there."""
+    """Raise `InputError` if notebook 04 would study layer 0 blindly, or features of an SAE that there is not."""
     studies = preset.case_studies
     layer = preset.sweep.layer if studies.layer is None else studies.layer
-    n_given = len(studies.features)
-    n_restricted = n_given - studies.n_full if n_given else studies.n_restricted
-    if "04" not in preset.skipped and layer == 0 and n_restricted > 0:
+    if "04" in preset.skipped:
+        return
+    if layer == 0 and (studies.n_restricted or studies.n_sae):
         raise InputError(
             "case_studies.layer 0 (null: the sweep's): restricted studies ask nothing of layer 0; expected "
             "another layer, n_restricted 0, or skip notebook 04"
+        )
+    swept = {spec.kind for spec in preset.sweep.full_specs()} if layer == preset.sweep.layer else ()
+    if studies.n_sae and "sae_mlp_in" not in swept:
+        raise InputError(
+            f"case_studies.n_sae {studies.n_sae}: expected an sae_mlp_in among the sweep's, at layer {layer}, or 0"
         )
 
 

@@ -145,7 +145,7 @@ def test_a_second_time_everything_is_loaded(
 
 def test_a_layer_without_a_transcoder_is_named(run: Run, tmp_path: Path) -> None:
     config = replace(run.preset.transcoders, layers=(0, 1))
-    studied = replace(run.preset.case_studies, layer=1)
+    studied = replace(run.preset.case_studies, layer=1, n_sae=0)
     preset = replace(run.preset, runs_dir=tmp_path, transcoders=config, case_studies=studied)
     elsewhere = Run(preset)
     with pytest.raises(

@@ -198,15 +198,24 @@ def test_what_a_run_would_stumble_over_is_refused_when_the_preset_is_read(
 
 def test_a_preset_that_trains_nothing_needs_neither_sparsity_nor_sweep(tmp_path: Path) -> None:
     values = yaml.safe_load((PRESETS / "demo.yaml").read_text())
+    with_sae = {**values, "skipped": {"02": "no sweep", "05": "no sweep"}, "sweep": {"layer": 2}}
+    del values["case_studies"]["n_sae"]
     path = tmp_path / "mine.yaml"
     changes: dict[str, Any] = {"sweep": {"layer": 2}, "transcoders": {"published": "hub"}}
     skipped = {"02": "no sweep", "05": "no sweep"}
     path.write_text(yaml.safe_dump({**values, **changes, "skipped": skipped}))
     assert load_preset(str(path)).sweep.specs() == []
+    path.write_text(yaml.safe_dump({**with_sae, "case_studies": {"n_sae": 5}}))
+    with pytest.raises(InputError, match="case_studies.n_sae 5: expected an sae_mlp_in among the"):
+        load_preset(str(path))
     with pytest.raises(InputError, match=r"case_studies.layer 0 \(null: the sweep's\)"):
         path.write_text(yaml.safe_dump({**values, "skipped": skipped, "sweep": {"layer": 0}}))
         load_preset(str(path))
-    for studies in ({"n_restricted": 0}, {"features": [3], "n_full": 1}, {"layer": 1}):
+    for studies in (
+        {"n_restricted": 0},
+        {"features": [3], "n_full": 1, "n_restricted": 0},
+        {"layer": 1},
+    ):
         changes = {"sweep": {"layer": 0}, "case_studies": studies, "skipped": skipped}
         path.write_text(yaml.safe_dump({**values, **changes}))
         preset = load_preset(str(path), runs_dir=tmp_path / "runs")

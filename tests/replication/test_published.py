@@ -79,7 +79,7 @@ def preset(tmp_path: Path, runner_config: type) -> Preset:
         ),
         circuits=small.circuits,
         greater_than=small.greater_than,
-        case_studies=replace(small.case_studies, layer=2, features=(3, 5)),
+        case_studies=replace(small.case_studies, layer=2, features=(3, 5), n_sae=0),
     )
 
 
