@@ -18,9 +18,8 @@ from tclib.circuits.paths import Path
 from tclib.circuits.sources import Sources
 from tclib.support.statistics import ranked
 
-N_NUMBERED = (
-    3  # deeper features whose contributions are given: all of them would give the sum of the rest
-)
+# Deeper features whose contributions are given: all of them would give the sum of the rest.
+N_NUMBERED = 3
 N_HEADS = 5  # lines of heads that are listed
 MAX_LISTED = 50  # features
 # What makes up a pre-activation, by where it comes from.

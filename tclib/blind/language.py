@@ -214,21 +214,14 @@ class After(Condition):
         return {"kind": self.kind, "condition": self.condition.as_dict(), "reach": self.reach}
 
 
-@declared(frozen=True)
-class InClause(Condition):
-    """From `least` to `most` tokens stand between the token and the last punctuation, line break or BOS."""
+class _Between(Condition):
+    """A place between two bounds, of which the upper may be none."""
 
-    least: Natural = 0
-    most: Natural | None = None
-    kind: ClassVar[str] = "in_clause"
+    least: int
+    most: int | None
 
     def __post_init__(self) -> None:
         _check_range(self.least, self.most)
-
-    def _meets(
-        self, rows: Int[Tensor, "row pos"], vocabulary: Vocabulary
-    ) -> Bool[Tensor, "row pos"]:
-        return _is_between(distances(vocabulary.ends_clause[rows]) - 1, self.least, self.most)
 
     @property
     def size(self) -> int:
@@ -237,6 +230,23 @@ class InClause(Condition):
     @property
     def is_context_free(self) -> bool:
         return False
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "least": self.least, "most": self.most}
+
+
+@declared(frozen=True)
+class InClause(_Between):
+    """From `least` to `most` tokens stand between the token and the last punctuation, line break or BOS."""
+
+    least: Natural = 0
+    most: Natural | None = None
+    kind: ClassVar[str] = "in_clause"
+
+    def _meets(
+        self, rows: Int[Tensor, "row pos"], vocabulary: Vocabulary
+    ) -> Bool[Tensor, "row pos"]:
+        return _is_between(distances(vocabulary.ends_clause[rows]) - 1, self.least, self.most)
 
     def phrase(self, vocabulary: Vocabulary) -> str:
         if self.most is None:
@@ -245,33 +255,19 @@ class InClause(Condition):
             return f"has {self.least or 'no'} tokens of its clause before it"
         return f"has {self.least} to {self.most} tokens of its clause before it"
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "least": self.least, "most": self.most}
-
 
 @declared(frozen=True)
-class InDocument(Condition):
+class InDocument(_Between):
     """The token is from the `least`-th to the `most`-th of its document, the first behind BOS being 1."""
 
     least: Count = 1
     most: Count | None = None
     kind: ClassVar[str] = "in_document"
 
-    def __post_init__(self) -> None:
-        _check_range(self.least, self.most)
-
     def _meets(
         self, rows: Int[Tensor, "row pos"], vocabulary: Vocabulary
     ) -> Bool[Tensor, "row pos"]:
         return _is_between(distances(rows == vocabulary.bos_id), self.least, self.most)
-
-    @property
-    def size(self) -> int:
-        return 2
-
-    @property
-    def is_context_free(self) -> bool:
-        return False
 
     def phrase(self, vocabulary: Vocabulary) -> str:
         if self.most is None:
@@ -279,9 +275,6 @@ class InDocument(Condition):
         if self.least == self.most:
             return f"is token {self.least} of its document"
         return f"is one of tokens {self.least} to {self.most} of its document"
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "least": self.least, "most": self.most}
 
 
 @declared(frozen=True)

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -41,12 +40,13 @@ from tclib.circuits.graph import attribution_graph
 from tclib.circuits.prune import prune_to_size
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.metrics import strong_threshold
-from tclib.features.examples import feature_activations, firing_frequency, live_features
+from tclib.features.examples import feature_activations, live_features
 from tclib.features.from_weights import LoneTokens
 from tclib.features.html import dashboard_html, save_page
 from tclib.figures.graph import layered_graph
 from tclib.figures.style import save_figure
 from tclib.replication.artifacts import CaseStudies, study_name
+from tclib.replication.comparison import l0_distance, mean_l0s
 from tclib.replication.paper import paper_table
 from tclib.replication.paper_hypotheses import PaperHypothesis, paper_hypotheses
 from tclib.replication.run import Run
@@ -100,7 +100,8 @@ def session_on(
 ) -> BlindSession:
     """A session of the automatic investigator on one feature of the studied layer.
 
-    `shared` as `BlindSession` takes it. Examples are numbered by a key that hangs on the run's seed and the study, so that a study can be replayed.
+    `shared` as `BlindSession` takes it. Examples are numbered by a key that hangs on the run's seed and the
+    study, so that a study can be replayed.
     """
     rows = run.corpus.train[: run.preset.case_studies.n_rows]
     named = f"{run.preset.seed} {kind} {feature} {restricted}"
@@ -118,20 +119,19 @@ def studied_sae(run: Run) -> Dictionary:
     Errors: `InputError` if the sweep has none on that layer.
     """
     layer = studied_layer(run)
-    saes = [
-        d
-        for d in run.swept.dictionaries.values()
-        if d.config.kind == SAE and d.config.layer == layer
-    ]
+    saes = {
+        name: one
+        for name, one in run.swept.dictionaries.items()
+        if one.config.kind == SAE and one.config.layer == layer
+    }
     if not saes:
         raise InputError(
             f"case_studies.n_sae {run.preset.case_studies.n_sae}: the sweep has no {SAE} at layer {layer}; "
             "expected n_sae 0, or one in sweep.families"
         )
-    rows = run.corpus.train[:16]
-    wanted = float(firing_frequency(run.lm, _transcoder(run), rows).sum())
-    found = [float(firing_frequency(run.lm, sae, rows).sum()) for sae in saes]
-    return saes[int(np.argmin([round(abs(math.log((l0 + 1e-9) / wanted)), 4) for l0 in found]))]
+    l0s = mean_l0s(run.lm, {**saes, TRANSCODER: _transcoder(run)}, run.corpus.train)
+    wanted = l0s[TRANSCODER]
+    return saes[min(saes, key=lambda name: l0_distance(l0s[name] + 1e-9, wanted))]
 
 
 def _transcoder(run: Run) -> Dictionary:

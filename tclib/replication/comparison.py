@@ -77,17 +77,21 @@ def choose_matched(
     `relative_l0`) and to its SAEs', in ratios; sums that agree to a ten-thousandth are a tie, which goes by
     name. Errors: `InputError` unless there is one of each.
     """
-    l0s = _l0s(lm, dictionaries, rows)
+    l0s = mean_l0s(lm, dictionaries, rows)
     firing = {name: one.config.kind for name, one in dictionaries.items() if l0s[name]}
     kinds = [kind for kind in COMPARATORS if kind in firing.values()]
     found = []
     for name in (name for name, kind in firing.items() if kind == "transcoder"):
         wanted = near_l0 or relative_l0() * dictionaries[name].config.d_out
         nearest = [
-            min((_ratio(l0s[other], l0s[name]), other) for other in firing if firing[other] == kind)
+            min(
+                (l0_distance(l0s[other], l0s[name]), other)
+                for other in firing
+                if firing[other] == kind
+            )
             for kind in kinds
         ]
-        far = _ratio(l0s[name], wanted) + sum(ratio for ratio, _ in nearest)
+        far = l0_distance(l0s[name], wanted) + sum(ratio for ratio, _ in nearest)
         found.append((round(far, 4), [name, *(other for _, other in nearest)]))
     if not (found and kinds):
         raise InputError(
@@ -97,13 +101,13 @@ def choose_matched(
     return {firing[name]: dictionaries[name] for name in min(found)[1]}
 
 
-def _ratio(one: float, other: float) -> float:
+def l0_distance(one: float, other: float) -> float:
     """How far apart two L0 are, in logarithms, to a ten-thousandth."""
     return round(abs(float(np.log(one / other))), 4)
 
 
 @torch.no_grad()
-def _l0s(
+def mean_l0s(
     lm: LanguageModel, dictionaries: Mapping[str, Dictionary], rows: Int[Tensor, "row pos"]
 ) -> dict[str, float]:
     """L0 of each dictionary over the first rows, BOS left out."""
@@ -228,7 +232,7 @@ def _pairs(
     drawn: Mapping[str, _Drawn],
 ) -> pd.DataFrame:
     """What is compared, and of how many features."""
-    l0s = _l0s(run.lm, matched, run.corpus.evaluation)
+    l0s = mean_l0s(run.lm, matched, run.corpus.evaluation)
     lines = [
         {
             "kind": kind,

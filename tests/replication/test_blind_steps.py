@@ -129,7 +129,7 @@ def test_case_studies_leave_ledgers_dashboards_and_grades(run: Run) -> None:
     assert 1 <= len(told) <= 2
     study, feature = told.iloc[0][["study", "feature"]]
     assert case_studies.circuit_figure(run, study, int(feature)).axes
-    missing = replace(run.preset, case_studies=replace(run.preset.case_studies, layer=9))
+    missing = replace(run.preset, case_studies=replace(run.preset.case_studies, layer=9, n_sae=0))
     (run.step(case_studies.STEP).folder / "manifest.json").unlink()
     with pytest.raises(InputError, match="case_studies.layer 9: expected 0 to 3 for demo"):
         _ = Run(missing).studies
@@ -230,4 +230,4 @@ def test_the_l0_of_a_pair_leaves_out_every_bos(run: Run) -> None:
     site = one.config.input_site
     z = one.encode(run.lm.read(rows, {site})[site])
     expected = float((z > 0).sum(-1)[rows != run.lm.bos_id].double().mean())
-    assert comparison._l0s(run.lm, {name: one}, rows)[name] == pytest.approx(expected, rel=1e-6)
+    assert comparison.mean_l0s(run.lm, {name: one}, rows)[name] == pytest.approx(expected, rel=1e-6)

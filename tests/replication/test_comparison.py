@@ -159,7 +159,7 @@ def test_the_transcoder_is_near_the_papers_sparsity_and_each_sae_near_to_it(
     paper = comparison_tables.relative_l0() * next(iter(ours.values())).config.d_out
     values = dict(zip(named, (paper, 30, 90, paper, 30, 0, 200, 2 * paper, 0), strict=True))
     values |= {"c1": 20.0} if near else {}
-    monkeypatch.setattr(comparison, "_l0s", lambda *_: values)
+    monkeypatch.setattr(comparison, "mean_l0s", lambda *_: values)
     found = choose_matched(make_lm("gpt2"), named, random_rows(2), near)
     assert list(found) == list(KINDS)
     assert [next(n for n, d in named.items() if d is one) for one in found.values()] == expected

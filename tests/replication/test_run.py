@@ -189,7 +189,7 @@ def test_a_damaged_dictionary_is_named_with_the_command(
     [
         ("transcoders", {"layers": (2, 4)}, "transcoders.layers 4: expected 0 to 3 for demo"),
         ("sweep", {"layer": 12}, "sweep.layer 12: expected 0 to 3"),
-        ("case_studies", {"layer": 4}, "case_studies.layer 4: expected 0 to 3"),
+        ("case_studies", {"layer": 4, "n_sae": 0}, "case_studies.layer 4: expected 0 to 3"),
         ("greater_than", {"layer": 4}, "greater_than.layer 4: expected 0 to 3"),
         ("greater_than", {"head": (4, 0)}, "greater_than.head.0 4: expected 0 to 3"),
         ("greater_than", {"head": (0, 4)}, "greater_than.head.1 4: expected 0 to 3"),
