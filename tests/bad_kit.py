@@ -20,9 +20,11 @@ from tiny import random_rows, random_transcoder, tiny_lm
 from torch import Tensor
 
 import tclib as tc
+from tclib.blind.language import from_dict as said
 from tclib.blind.ledger import Entry, next_entry, sealed
 from tclib.blind.predicates import Predicate
 from tclib.blind.ratings import RatingStore
+from tclib.blind.vocabulary import Vocabulary
 from tclib.circuits.faithfulness import faithfulness_curves
 from tclib.circuits.files import load_json, load_parquet, save_for_viewer, save_json, save_parquet
 from tclib.circuits.interventions import ablation_table
@@ -81,6 +83,7 @@ class Kit:
             "files": files,
             "lm": self.lm,
             "rows": self.rows,
+            "vocabulary": Vocabulary.of(self.lm),
             "bos_rows": torch.zeros(4, 16, dtype=torch.int32),
             "prompts": prompts,
             "d0": self.d[0],
@@ -377,4 +380,4 @@ __all__ = [
 ]
 __all__ += ["feature_activations", "head_heatmap", "layered_graph", "load_json", "load_parquet"]
 __all__ += ["node_filter", "read_manifest"]
-__all__ += ["np", "pack", "save_for_viewer", "score_bars", "top_examples"]
+__all__ += ["np", "pack", "said", "save_for_viewer", "score_bars", "top_examples"]

@@ -29,7 +29,7 @@ from tclib.support.paths import check_folder, expanded
 
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"  # what a server of one's own is sent
-FORMAT = "tclib-answer-1"
+FORMAT = "tclib-answer-2"
 RETRIED = {408, 409, 425, 429}  # and every status from 500 on
 FIRST_WAIT, MAX_WAIT = 1.0, 120.0  # seconds
 MAX_ANSWER = 10_000  # characters that are kept of an answer
@@ -98,10 +98,11 @@ class Answer(NamedTuple):
 class _Kept:
     """What an answer's file holds."""
 
-    format: Literal["tclib-answer-1"]
-    hash: str
+    format: Literal["tclib-answer-2"]
+    hash: str  # of the question
     model: str
     text: str
+    text_hash: str
     n_prompt_tokens: Natural | None
     n_answer_tokens: Natural | None
 
@@ -209,6 +210,7 @@ class Asker:
             self.usage.take(answer)
             if path is not None:
                 kept = {"format": FORMAT, "hash": digest, "model": self.endpoint.model}
+                kept["text_hash"] = _text_hash(answer.text)
                 with new_file(path) as temporary:
                     held = json.dumps({**kept, **answer._asdict()}, ensure_ascii=False)
                     temporary.write_text(held, encoding="utf-8")
@@ -307,6 +309,10 @@ def _hash(model: str, request: Mapping[str, Any]) -> str:
     return hashlib.sha256(held.encode()).hexdigest()
 
 
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _kept_answer(path: Path, digest: str) -> Answer | None:
     """An answer that is on disk; a damaged one is named, and counts as none."""
     if not path.exists():
@@ -315,6 +321,8 @@ def _kept_answer(path: Path, digest: str) -> Answer | None:
         kept = parse(_Kept, read_json(path), f"{path} is no answer")
         if kept.hash != digest:
             raise InputError(f"{path} holds the answer to another question")
+        if kept.text_hash != _text_hash(kept.text):
+            raise InputError(f"{path} holds an answer that was changed since")
     except InputError as error:
         warnings.warn(f"{error}: it is asked again", stacklevel=3)
         return None

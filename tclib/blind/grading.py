@@ -27,7 +27,6 @@ from tclib.blind.predicates import Predicate, Score, score
 from tclib.blind.vocabulary import Vocabulary
 from tclib.evaluation.metrics import strong_threshold
 from tclib.features.examples import check_acts
-from tclib.support.errors import InputError
 
 Grade = Literal["success", "mostly", "failure"]
 SUCCESS_F1, MOSTLY_F1 = 0.6, 0.3
@@ -61,9 +60,8 @@ def grade_predicate(
     predicate: Predicate | Condition,
     rows: Int[Tensor, "row pos"],
     acts: Float[Tensor, "row pos"],
-    bos_id: int,
+    vocabulary: Vocabulary,
     *,
-    vocabulary: Vocabulary | None = None,
     best: Condition | None = None,
     n_random: int = 0,
     generator: torch.Generator | None = None,
@@ -72,24 +70,16 @@ def grade_predicate(
 
     Args:
         predicate: three sets of tokens, or a condition of the language, which may predict levels.
-        rows, acts, bos_id: the held-out text, the feature's activations there, and the token at its rows' begin.
-        vocabulary: that of the model; needed for all but the three sets.
+        rows, acts: the held-out text, and the feature's activations there.
+        vocabulary: that of the model.
         best: what the sighted search found on the study's text: the ceiling.
         n_random, generator: how many random hypotheses the floor is the best of; none, no floor. A
             hundred is what the rules say (`floor.N_RANDOM`).
 
-    Errors: `InputError` if the feature never fires there, or without a vocabulary where one is needed.
+    Errors: `InputError` if the feature never fires there, or for tokens that the vocabulary does not have.
     """
-    if vocabulary is None and not (
-        isinstance(predicate, Predicate) and best is None and not n_random
-    ):
-        raise InputError("no vocabulary: expected the model's, Vocabulary.of(lm), for what is said")
     check_acts(acts, rows)
-    threshold, text = strong_threshold(acts), rows != bos_id
-    if vocabulary is None:
-        assert isinstance(predicate, Predicate)
-        found = score(predicate.holds(rows, bos_id), acts, text, threshold)
-        return Graded(found, grade_of(found), threshold)
+    threshold, text = strong_threshold(acts), rows != vocabulary.bos_id
     said = from_predicate(predicate) if isinstance(predicate, Predicate) else predicate
     found = score(said.predicted(rows, vocabulary), acts, text, threshold)
     floor = math.nan

@@ -65,6 +65,7 @@ def _isin(rows: Int[Tensor, "row pos"], ids: frozenset[int]) -> Bool[Tensor, "ro
 
 def _seen_before(here: Bool[Tensor, "row pos"], reach: int) -> Bool[Tensor, "row pos"]:
     """Whether any of the `reach` positions before each one is marked."""
+    reach = min(reach, here.shape[1])
     n_before = pad(here.cumsum(1, dtype=torch.int32), (1, 0))[:, :-1]
     beyond = pad(n_before, (reach, 0))[:, : here.shape[1]] if reach else 0
     return n_before > beyond

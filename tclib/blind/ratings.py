@@ -7,8 +7,9 @@ restarted kernel goes on where it stopped; two raters' files can be compared.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from tclib.support.statistics import cohens_kappa
 
 Rating = Literal["interpretable", "maybe", "not"]
 RATINGS: tuple[Rating, ...] = ("interpretable", "maybe", "not")
-FORMAT = "tclib-ratings-2"
+FORMAT = "tclib-ratings-3"
 EXPORTED = ("number", "rating", "context_free", "note", "rater")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
 
@@ -37,14 +38,15 @@ class _Answer:
 
 @declared(frozen=True)
 class _Held:
-    """What a ratings file holds; those of the first format have neither notes nor `n_when_shown`."""
+    """What a ratings file holds; older formats lack the pages' hash, the first also notes and `n_when_shown`."""
 
-    format: Literal["tclib-ratings-1", "tclib-ratings-2"]
+    format: Literal["tclib-ratings-1", "tclib-ratings-2", "tclib-ratings-3"]
     rater: str
     n_items: Count
     answers: dict[int, _Answer]
     notes: dict[int, str] = field(default_factory=dict)
     n_when_shown: Natural | None = None
+    pages: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Item:
     html: str
 
 
+def pages_hash(items: Sequence[Item]) -> str:
+    """By what a ratings file knows the pages that were rated."""
+    return hashlib.sha256(json.dumps([item.html for item in items]).encode()).hexdigest()
+
+
 class RatingStore:
     """One rater's answers and notes, on disk after each.
 
@@ -62,15 +69,16 @@ class RatingStore:
         path: a JSON file; made if it is not there.
         n_items: how many items there are.
         rater: whose answers they are.
+        pages: `pages_hash` of what is rated; "" if it is not known.
 
-    Errors: `InputError` for a name that no file can have, a file of another rater or another number of
-    items.
+    Errors: `InputError` for a name that no file can have, a file of another rater, of another number of
+    items or of other pages.
     """
 
     @checked
-    def __init__(self, path: Path, n_items: Count, rater: Name) -> None:
+    def __init__(self, path: Path, n_items: Count, rater: Name, pages: str = "") -> None:
         check_name("rater", rater, "-_. ")
-        self.path, self.n_items, self.rater = path, n_items, rater
+        self.path, self.n_items, self.rater, self.pages = path, n_items, rater, pages
         self.answers: dict[int, dict[str, Any]] = {}
         self.notes: dict[int, str] = {}
         self.n_when_shown: int | None = None
@@ -84,6 +92,12 @@ class RatingStore:
                 f"{self.path} holds {held.n_items} items of rater {held.rater!r}, not {self.n_items} of "
                 f"{self.rater!r}: choose another file"
             )
+        if held.pages and self.pages not in ("", held.pages):
+            raise InputError(
+                f"{self.path} holds ratings of other pages ({held.pages[:12]}, not {self.pages[:12]}), which have "
+                "been made anew since: move it away, and rate these"
+            )
+        self.pages = self.pages or held.pages
         numbers = sorted({*held.answers, *held.notes})
         if beyond := [number for number in numbers if not 0 <= number < self.n_items]:
             raise InputError(
@@ -133,6 +147,7 @@ class RatingStore:
             "format": FORMAT,
             "rater": self.rater,
             "n_items": self.n_items,
+            "pages": self.pages,
             "answers": self.answers,
             "notes": self.notes,
             "n_when_shown": self.n_when_shown,

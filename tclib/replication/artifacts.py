@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from tclib.blind.ratings import Item
+from tclib.blind.ratings import Item, RatingStore, pages_hash, ratings_path
 from tclib.circuits.frozen import FrozenPrompts, Target
 from tclib.circuits.graph import AttributionGraph
 from tclib.dictionaries.dictionary import Dictionary
@@ -92,6 +92,12 @@ class Comparison:
         return [
             Item(i, (self.folder / f"item_{i}.html").read_text(encoding="utf-8")) for i in numbers
         ]
+
+    def ratings(self, rater: str) -> RatingStore:
+        """A rater's answers on these pages, kept beside them. Errors: `InputError` for those on other pages."""
+        pages = self.pages()
+        path = ratings_path(self.folder, rater)
+        return RatingStore(path, len(pages), rater, pages_hash(pages))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tclib.blind.ratings import RatingStore, export_table, raters_of, ratings_path
+from tclib.blind.ratings import export_table, raters_of
 from tclib.replication.comparison import STEP, read_comparison
 from tclib.replication.presets import Preset
 from tclib.support.errors import InputError
@@ -20,7 +20,8 @@ def export_ratings(
 ) -> pd.DataFrame:
     """Write the ratings of some raters, or all, to a CSV, and return them; nothing of the run is made.
 
-    Errors: `InputError` for a run without step 05, a rater without a file, or origins before all is rated.
+    Errors: `InputError` for a run without step 05, a rater without a file, ratings of other pages, or
+    origins before all is rated.
     """
     folder = preset.step(STEP).folder
     if not (folder / MANIFEST).is_file():
@@ -35,8 +36,7 @@ def export_ratings(
     if not there:
         raise InputError(f"{folder} has no ratings: rate in notebook 05, with `rater` set")
     comparison = read_comparison(folder)
-    n_items = int(comparison.items["has_page"].sum())
-    stores = [RatingStore(ratings_path(folder, name), n_items, name) for name in raters or there]
+    stores = [comparison.ratings(name) for name in raters or there]
     table = export_table(stores, comparison.origin if with_origin else None)
     with new_file(out) as temporary:
         # The mark by which spreadsheets know UTF-8.

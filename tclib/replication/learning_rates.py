@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
@@ -55,10 +55,8 @@ def rate_table(preset: str, runs_dir: Any = None) -> pd.DataFrame:
     step, rows = asked.step(STEP), run.corpus.evaluation
 
     def make() -> Mapping[str, Any]:
-        found = {
-            spec: _held_out(run.lm, trained.dictionaries[spec.name], spec, rows)
-            for spec in progress(specs, "held-out objective", unit="dictionary")
-        }
+        dictionaries = {spec: trained.dictionaries[spec.name] for spec in specs}
+        found = _held_out(run.lm, dictionaries, rows)
         write_csv(chosen_rates(found), step, "rates")
         return {"n_dictionaries": len(found)}
 
@@ -89,25 +87,49 @@ class Held(NamedTuple):
 
 @torch.no_grad()
 def _held_out(
-    lm: LanguageModel, dictionary: Dictionary, spec: DictionarySpec, rows: Int[Tensor, "row pos"]
-) -> Held:
-    """One dictionary on held-out rows, BOS left out."""
-    config, sums, found = dictionary.config, ReconstructionSums(), []
-    for batch in rows.split(ROWS_PER_FORWARD):
-        acts = lm.read(batch.long(), {config.input_site, config.output_site})
-        y = acts[config.output_site].float()
-        output = dictionary(acts[config.input_site].float())
-        is_text = (batch != lm.bos_id).to(y.device)
-        sums.add(y[is_text], output.reconstruction[is_text], output.feature_acts[is_text])
-        errors = (output.reconstruction - y).pow(2).sum(-1)
-        weights = token_weights(y.flatten(0, 1), spec.loss).view(errors.shape)
-        price = spec.l1_coefficient * output.feature_acts.sum(-1)
-        price += spec.l0_coefficient * (output.feature_acts > 0).sum(-1)
-        losses = (errors * weights + price) * is_text
-        found.append(losses.sum(1) / is_text.sum(1))
+    lm: LanguageModel,
+    dictionaries: Mapping[DictionarySpec, Dictionary],
+    rows: Int[Tensor, "row pos"],
+) -> dict[DictionarySpec, Held]:
+    """Dictionaries on held-out rows, BOS left out; the model reads each row once."""
+    configs = [dictionary.config for dictionary in dictionaries.values()]
+    sites = {site for config in configs for site in (config.input_site, config.output_site)}
+    sums = {spec: ReconstructionSums() for spec in dictionaries}
+    found: dict[DictionarySpec, list[Tensor]] = {spec: [] for spec in dictionaries}
+    for batch in progress(rows.split(ROWS_PER_FORWARD), "held-out objective", unit="batch"):
+        acts = lm.read(batch.long(), sites)
+        is_text = (batch != lm.bos_id).to(lm.device)
+        for spec, dictionary in dictionaries.items():
+            config = dictionary.config
+            x, y = acts[config.input_site].float(), acts[config.output_site].float()
+            found[spec].append(_objective(dictionary, spec, x, y, is_text, sums[spec]))
+    return {
+        spec: Held(to_numpy(torch.cat(found[spec])), own.l0, own.fvu, _dead_share(own))
+        for spec, own in sums.items()
+    }
+
+
+def _objective(
+    dictionary: Dictionary,
+    spec: DictionarySpec,
+    x: Float[Tensor, "row pos d_in"],
+    y: Float[Tensor, "row pos d_out"],
+    is_text: Bool[Tensor, "row pos"],
+    sums: ReconstructionSums,
+) -> Float[Tensor, "row"]:
+    """The mean loss of each row, λ's term included; adds the rows to `sums`."""
+    output = dictionary(x)
+    sums.add(y[is_text], output.reconstruction[is_text], output.feature_acts[is_text])
+    errors = (output.reconstruction - y).pow(2).sum(-1)
+    weights = token_weights(y.flatten(0, 1), spec.loss).view(errors.shape)
+    price = spec.l1_coefficient * output.feature_acts.sum(-1)
+    price += spec.l0_coefficient * (output.feature_acts > 0).sum(-1)
+    return ((errors * weights + price) * is_text).sum(1) / is_text.sum(1)
+
+
+def _dead_share(sums: ReconstructionSums) -> float:
     assert sums.n_fired is not None
-    dead_share = float(is_dead(sums.n_fired).double().mean())
-    return Held(to_numpy(torch.cat(found)), sums.l0, sums.fvu, dead_share)
+    return float(is_dead(sums.n_fired).double().mean())
 
 
 def chosen_rates(found: Mapping[DictionarySpec, Held]) -> pd.DataFrame:

@@ -69,12 +69,13 @@ def _number(value: Any) -> Any:
 
 WHOLE, NUMBER = BeforeValidator(_whole), BeforeValidator(_number)
 Whole = Annotated[int, WHOLE]
-Count = Annotated[int, Field(ge=1), WHOLE]
-Natural = Annotated[int, Field(ge=0), WHOLE]
+MOST = 2**63 - 1  # what a tensor can hold
+Count = Annotated[int, Field(ge=1, le=MOST), WHOLE]
+Natural = Annotated[int, Field(ge=0, le=MOST), WHOLE]
 NonNegative = Annotated[float, Field(ge=0), NUMBER]
 NonPositive = Annotated[float, Field(le=0), NUMBER]
 Positive = Annotated[float, Field(gt=0), NUMBER]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1), WHOLE]  # what torch's generators take
+Seed = Natural  # what torch's generators take
 Share = Annotated[float, Field(ge=0, le=1), NUMBER]
 Name = Annotated[str, Field(min_length=1)]
 

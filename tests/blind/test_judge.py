@@ -241,6 +241,9 @@ def test_a_damaged_answer_is_named_and_asked_again(
     path.write_text(other.read_text().replace(path.stem, other.stem))
     with pytest.warns(UserWarning, match="the answer to another question"):
         server.asker(tmp_path).ask(PROMPT)
+    path.write_text(path.read_text().replace('"yes"', '"no"'))
+    with pytest.warns(UserWarning, match="an answer that was changed since: it is asked again"):
+        assert server.asker(tmp_path).ask(PROMPT) == "yes"
 
 
 def test_the_key_is_sent_and_is_nowhere_else(

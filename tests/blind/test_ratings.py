@@ -19,6 +19,7 @@ from tclib.blind.ratings import (
     agreement,
     counts_by_origin,
     export_table,
+    pages_hash,
     raters_of,
     ratings_path,
 )
@@ -118,9 +119,23 @@ def test_notes_are_on_disk_and_belong_to_their_items(tmp_path: Path) -> None:
     edit_json(tmp_path / "r.json", notes={"9": "beyond"})
     with pytest.raises(InputError, match=r"is no ratings file: items \[9\] of 3; move it away"):
         RatingStore(tmp_path / "r.json", 3, "anna")
-    edit_json(tmp_path / "r.json", notes={}, format="tclib-ratings-3")
-    with pytest.raises(InputError, match="is no ratings file.*tclib-ratings-3"):
+    edit_json(tmp_path / "r.json", notes={}, format="tclib-ratings-4")
+    with pytest.raises(InputError, match="is no ratings file.*tclib-ratings-4"):
         RatingStore(tmp_path / "r.json", 3, "anna")
+
+
+def test_ratings_of_other_pages_are_not_taken_for_these(tmp_path: Path) -> None:
+    mine, others = (pages_hash([Item(i, f"{said} {i}") for i in range(3)]) for said in ("a", "b"))
+    RatingStore(tmp_path / "r.json", 3, "anna", mine).rate(0, "not")
+    assert RatingStore(tmp_path / "r.json", 3, "anna", mine).answers.keys() == {0}
+    with pytest.raises(InputError, match=f"of other pages .{mine[:12]}, not {others[:12]}"):
+        RatingStore(tmp_path / "r.json", 3, "anna", others)
+    RatingStore(tmp_path / "r.json", 3, "anna").rate(1, "not")  # who does not say keeps what is known
+    assert RatingStore(tmp_path / "r.json", 3, "anna", mine).answers.keys() == {0, 1}
+    edit_json(tmp_path / "r.json", pages="")  # from a format that did not say
+    RatingStore(tmp_path / "r.json", 3, "anna", others).rate(2, "not")
+    with pytest.raises(InputError, match="of other pages"):
+        RatingStore(tmp_path / "r.json", 3, "anna", mine)
 
 
 def test_files_of_the_first_format_are_read_and_go_on(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ PLANTED: Sequence[Condition] = (
 def test_what_is_planted_is_found_and_holds_on_other_text(planted: Condition) -> None:
     found = best_predicate(TEXT, activations(planted), VOCABULARY)
     held_out = activations(planted, HELD_OUT)
-    best = grade_predicate(found, HELD_OUT, held_out, 0, vocabulary=VOCABULARY, n_random=20)
+    best = grade_predicate(found, HELD_OUT, held_out, VOCABULARY, n_random=20)
     assert best.score.f1 > 0.9 and best.grade == "success"
     assert best.floor < 0.9 * best.score.f1
     assert found.size <= planted.size + 3
@@ -110,7 +110,7 @@ def test_cases_have_their_levels() -> None:
     acts = activations(planted, HELD_OUT)
     flat = Claim(tuple(Case(case.condition) for case in found.cases))
     graded, ungraded = (
-        grade_predicate(one, HELD_OUT, acts, 0, vocabulary=VOCABULARY) for one in (found, flat)
+        grade_predicate(one, HELD_OUT, acts, VOCABULARY) for one in (found, flat)
     )
     assert graded.score.correlation > ungraded.score.correlation + 0.02
 
@@ -184,27 +184,26 @@ def test_a_grade_stands_between_floor_and_ceiling() -> None:
     best = best_predicate(TEXT, acts, VOCABULARY)
     said = After(one_of(" ("), 5)
     graded = grade_predicate(
-        said, HELD_OUT, held_out, 0, vocabulary=VOCABULARY, best=best, n_random=100
+        said, HELD_OUT, held_out, VOCABULARY, best=best, n_random=100
     )
     assert 0 < graded.floor < graded.score.f1 < graded.ceiling
     assert 0 < graded.share_of_ceiling < 1 and graded.has_power
     again = grade_predicate(
-        said, HELD_OUT, held_out, 0, vocabulary=VOCABULARY, best=best, n_random=100
+        said, HELD_OUT, held_out, VOCABULARY, best=best, n_random=100
     )
     assert again == graded
 
 
-def test_without_a_vocabulary_a_list_is_graded_as_with_one() -> None:
+def test_three_sets_are_graded_as_the_condition_that_they_are() -> None:
     planted = one_of(" war", " siege")
     old, acts = Predicate(current=planted.ids), activations(planted, HELD_OUT)
-    alone = grade_predicate(old, HELD_OUT, acts, 0)
+    alone = grade_predicate(old, HELD_OUT, acts, VOCABULARY)
     assert math.isnan(alone.ceiling) and math.isnan(alone.floor) and alone.has_power
     assert math.isnan(alone.share_of_ceiling)
-    assert alone.score == grade_predicate(old, HELD_OUT, acts, 0, vocabulary=VOCABULARY).score
-    with unchecked_types(), pytest.raises(InputError, match="no vocabulary"):
-        grade_predicate(planted, HELD_OUT, acts, 0)
-    with pytest.raises(InputError, match="no vocabulary"):
-        grade_predicate(old, HELD_OUT, acts, 0, n_random=3)
+    assert alone == grade_predicate(planted, HELD_OUT, acts, VOCABULARY)
+    beyond = Predicate(current=frozenset({10_000}))
+    with pytest.raises(InputError, match="token id 10000: the vocabulary has ids from 0 to"):
+        grade_predicate(beyond, HELD_OUT, acts, VOCABULARY)
 
 
 def test_grades_by_the_rules() -> None:
@@ -221,7 +220,7 @@ def test_what_is_always_said_is_no_success_and_what_cannot_be_said_has_no_power(
     everything = Claim((Case(OfClass("letters")), Case(Not(OfClass("letters")))))
     acts = activations(OfClass("letters"), HELD_OUT)
     graded = grade_predicate(
-        everything, HELD_OUT, acts, 0, vocabulary=VOCABULARY, best=one_of(" war"), n_random=50
+        everything, HELD_OUT, acts, VOCABULARY, best=one_of(" war"), n_random=50
     )
     assert graded.score.f1 >= 0.6  # it is always active, and the feature often is
     assert graded.grade != "success"

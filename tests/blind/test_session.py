@@ -598,12 +598,13 @@ def test_grades_follow_the_thresholds() -> None:
     rows[:, 5] = 50
     rows[rows == 51] = 52
     acts[:, 5] = 2.0
-    perfect = grade_predicate(Predicate(frozenset({50})), rows, acts, 0)
+    vocabulary = Vocabulary.of(tiny_lm())
+    perfect = grade_predicate(Predicate(frozenset({50})), rows, acts, vocabulary)
     assert perfect.grade == "success" and perfect.threshold == 0.5
     rows[:, 6:8] = 51
-    wide = grade_predicate(Predicate(frozenset({50, 51})), rows, acts, 0)
+    wide = grade_predicate(Predicate(frozenset({50, 51})), rows, acts, vocabulary)
     assert (wide.grade, wide.score.recall) == ("mostly", 1.0)
-    assert grade_predicate(Predicate(frozenset({51})), rows, acts, 0).grade == "failure"
+    assert grade_predicate(Predicate(frozenset({51})), rows, acts, vocabulary).grade == "failure"
 
 
 def test_an_empty_ledger_cannot_be_replayed() -> None:

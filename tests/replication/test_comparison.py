@@ -12,7 +12,6 @@ import pytest
 import torch
 from tiny import make_lm, random_rows, random_transcoder
 
-from tclib.blind.ratings import RatingStore, ratings_path
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.replication import comparison, comparison_tables
 from tclib.replication.artifacts import Comparison
@@ -177,6 +176,8 @@ def preset(tmp_path: Path) -> Preset:
         table.to_csv(folder / f"{name}.csv", index=False)
     kinds = ["transcoder", "sae_mlp_in", "transcoder", "transcoder", "sae_mlp_in"]
     (folder / "origin.json").write_text(json.dumps(dict(enumerate(kinds))))
+    for number in range(3):
+        (folder / f"item_{number}.html").write_text(f"<p>{number}</p>")
     return preset
 
 
@@ -184,7 +185,7 @@ def test_ratings_are_exported_for_spreadsheets(preset: Preset, tmp_path: Path) -
     folder, out = preset.step(comparison.STEP).folder, tmp_path / "out.csv"
     with pytest.raises(InputError, match="has no ratings: rate in notebook 05"):
         export_ratings(preset, (), False, out)
-    store = RatingStore(ratings_path(folder, "Zoë"), 3, "Zoë")
+    store = comparison.read_comparison(folder).ratings("Zoë")
     store.rate(0, "maybe", True)
     store.annotate(0, 'says "war", then\na year')
     with pytest.raises(InputError, match="rater 'ben': expected one of Zoë, whose ratings lie in"):
@@ -208,6 +209,9 @@ def test_ratings_are_exported_for_spreadsheets(preset: Preset, tmp_path: Path) -
     store.rate(2, "not")
     told = export_ratings(preset, (), True, tmp_path / "all.csv")
     assert told["origin"].tolist() == ["transcoder", "sae_mlp_in", "transcoder"]
+    (folder / "item_1.html").write_text("<p>another</p>")
+    with pytest.raises(InputError, match="ratings_Zoë.json holds ratings of other pages"):
+        export_ratings(preset, (), True, tmp_path / "all.csv")
 
 
 def test_a_run_without_pages_has_no_ratings(tmp_path: Path) -> None:
