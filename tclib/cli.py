@@ -194,6 +194,14 @@ def presets() -> None:
         typer.echo(f"{name:16} {said}")
 
 
+@app.command()
+def models() -> None:
+    """List the families of models that can be traced, and what each was checked on."""
+    from tclib.models.families import families
+
+    typer.echo(families().to_string(index=False))
+
+
 @preset_app.command("schema")
 def schema() -> None:
     """Print the JSON schema: every key, its meaning, its range."""

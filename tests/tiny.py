@@ -15,25 +15,18 @@ from unittest import mock
 import jaxtyping
 import nbformat
 import torch
+from families import D_MODEL, D_VOCAB, N_CTX, N_LAYERS, family_model  # noqa: F401
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from tclib.circuits.frozen import FrozenPrompts
 from tclib.dictionaries.dictionary import TAKES_K, TAKES_THRESHOLD, Dictionary, DictionaryConfig
 from tclib.models.language_model import LanguageModel
 from tclib.replication.presets import Preset, load_preset
 
-D_MODEL, N_LAYERS, D_VOCAB, N_CTX = 16, 3, 100, 64
+# They stand for all families in most tests; test_families has every one.
 GEOMETRIES = ("gpt2", "neox", "llama")
 
 
@@ -65,49 +58,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_hf_model(geometry: str, seed: int = 0) -> Any:
     """A random model whose norms have gains and biases far from 1 and 0."""
-    torch.manual_seed(seed)
-    if geometry == "gpt2":
-        model: Any = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=D_VOCAB,
-                n_positions=N_CTX,
-                n_embd=D_MODEL,
-                n_layer=N_LAYERS,
-                n_head=4,
-                bos_token_id=0,
-                eos_token_id=0,
-            )  # fmt: skip
-        )
-    elif geometry == "neox":
-        model = GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=D_VOCAB,
-                hidden_size=D_MODEL,
-                num_hidden_layers=N_LAYERS,
-                num_attention_heads=4,
-                intermediate_size=32,
-                max_position_embeddings=N_CTX,
-                bos_token_id=0,
-                eos_token_id=0,
-            )  # fmt: skip
-        )
-    else:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=D_VOCAB,
-                hidden_size=D_MODEL,
-                num_hidden_layers=N_LAYERS,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=24,
-                max_position_embeddings=N_CTX,
-                bos_token_id=0,
-                eos_token_id=0,
-            )  # fmt: skip
-        )
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
+    return family_model(geometry, seed)
 
 
 def tiny_lm(geometry: str = "gpt2", seed: int = 0) -> LanguageModel:
@@ -176,9 +127,8 @@ def relu_gpt2() -> tuple[LanguageModel, list[Dictionary]]:
 
 
 def make_lm(geometry: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
-    lm = tiny_lm(geometry)
-    lm.model.to(dtype)
-    return lm
+    model = tiny_hf_model(geometry).to(dtype)
+    return LanguageModel(model, tiny_tokenizer(), f"tiny-{geometry}")
 
 
 def freeze(

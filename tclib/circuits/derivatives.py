@@ -138,7 +138,7 @@ def local_value(
         before, x_hat = x, normalised("attention", layer, x)
         if root.site == ReadSite("attention", layer):
             return read(x_hat)
-        x = x + _attended(frozen, prompt, layer, x_hat)
+        x = x + _attended(frozen, prompt, layer, x_hat, follow)
         x_hat = normalised("mlp", layer, before if lm.is_parallel else x)
         if root.site == ReadSite("mlp", layer):
             return read(x_hat)
@@ -146,10 +146,21 @@ def local_value(
     return read(normalised("final", lm.n_layers, x))
 
 
-def _attended(frozen: FrozenPrompts, prompt: int, layer: int, x_hat: Tensor) -> Tensor:
+def _attended(
+    frozen: FrozenPrompts, prompt: int, layer: int, x_hat: Tensor, follow: Follow
+) -> Tensor:
     weights, pattern = frozen.attention[layer], frozen.cache.pattern[layer][prompt]
     values = torch.einsum("sd,hdk->hsk", x_hat, weights.W_V) + weights.b_V[:, None]
-    return torch.einsum("hts,hsk,hkd->td", pattern, values, weights.W_O) + weights.b_O
+    mixed = torch.einsum("hts,hsk->htk", pattern, values)
+    written = torch.einsum("htk,hkd->td", mixed, weights.W_O) + weights.b_O
+    behind, scales = frozen.lm.attention_behind(layer), frozen.cache.attention_out_scale
+    if behind is None or scales is None or follow == "frozen norms":
+        return written
+    assert weights.stored_W_O is not None
+    # The pattern holds the prompt's 1/σ of the norm behind: take it out, and put the stream's own in.
+    sigma = scales[layer][prompt, :, None]
+    read = torch.einsum("htk,hkd->td", mixed, weights.stored_W_O) * sigma
+    return written * sigma / behind.scale(read)
 
 
 def _transcoded(frozen: FrozenPrompts, prompt: int, layer: int, x_hat: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,6 +35,7 @@ from tclib.support.files import load_tensors, save_tensors
 from tclib.support.torch_types import Device, FloatType
 
 Basis = Literal["processed", "raw"]
+Hook = Callable[..., Tensor | None]  # of TransformerLens: activations and the point itself
 FILE_FORMAT = "tclib-dictionary-1"
 FEW_TOKENS = 64
 
@@ -188,6 +190,44 @@ class Dictionary:
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> DictionaryOutput:
         feature_acts = self.encode(x)
         return DictionaryOutput(self.decode(feature_acts, x), feature_acts)
+
+    def hooks(self) -> list[tuple[str, Hook]]:
+        """What puts this dictionary into a model of TransformerLens, as `fwd_hooks` of `run_with_hooks`.
+
+        A transcoder stands in for the MLP, an SAE gives its reconstruction of the site. For a bridge in compatibility
+        mode, whose sites are the processed ones. Errors: `InputError` for a dictionary in the raw basis.
+        """
+        read, write = self._hook_names()
+        if read == write:
+            # An edited norm's output is not what its MLP then reads there: what enters the MLP is.
+            place = f"blocks.{self.config.layer}.mlp.hook_in"
+            put_at = place if self.config.kind == "sae_mlp_in" else write
+            return [(put_at, lambda x, hook: self(x).reconstruction)]
+        held: list[Tensor] = []
+
+        def note(x: Tensor, hook: object) -> None:
+            held[:] = [x]
+
+        def put(_mlp_out: Tensor, hook: object) -> Tensor:
+            return self(held.pop()).reconstruction
+
+        return [(read, note), (write, put)]
+
+    def as_features(self, found: list[Tensor]) -> list[tuple[str, Hook]]:
+        """The `fwd_hooks` that change nothing, and append this dictionary's features of each pass to `found`.
+
+        Errors: `InputError` for a dictionary in the raw basis.
+        """
+        read, _ = self._hook_names()
+        return [(read, lambda x, hook: found.append(self.encode(x)))]
+
+    def _hook_names(self) -> tuple[str, str]:
+        if self.config.basis == "raw":
+            raise InputError(
+                f"the {self.config.kind} of layer {self.config.layer} is in the raw basis, which TransformerLens has "
+                "at no hook: take tclib.to_processed(dictionary, lm) first"
+            )
+        return self.config.input_site.hook_name, self.config.output_site.hook_name
 
     def encoder_direction(self, feature_idx: int) -> Float[Tensor, "d_in"]:
         """Column `feature_idx` of W_enc. Errors: `InputError` for a feature that does not exist."""

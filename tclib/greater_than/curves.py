@@ -44,12 +44,12 @@ def rank_by_attribution(
     The gradient is taken at the output with all units kept, through the layers above.
     """
     scored = task.is_scored
-    output = units.output().detach().requires_grad_()
+    total = units.total().detach().requires_grad_()
     with torch.enable_grad():
-        differences = _differences(lm, task, below, output[None])[0]
+        differences = _differences(lm, task, below, units.mlp_out(total)[None])[0]
         differences[scored].sum().backward()
-    assert output.grad is not None
-    per_prompt = (output.grad[scored] @ units.W_dec.T * units.acts[scored]).sum(1)
+    assert total.grad is not None
+    per_prompt = (total.grad[scored] @ units.W_dec.T * units.acts[scored]).sum(1)
     return torch.from_numpy(ranked(per_prompt.abs().mean(0))).to(units.acts.device)
 
 
@@ -104,9 +104,10 @@ def ablation_curve(
             f"k {outside[:5] or ks[:5]}: expected increasing numbers from 0 to {units.n_units}"
         )
     scored = task.is_scored.nonzero()[:, 0]
-    every = units.output()
+    every = units.total()
     sums = _partial_sums(units, order, ks)
-    outputs = (every - kept + units.rest if remove else kept for kept in sums)
+    totals = (every - kept + units.rest if remove else kept for kept in sums)
+    outputs = map(units.mlp_out, totals)
     chunks = []
     room = max(1, TOKENS_PER_FORWARD // every[..., 0].numel())
     with progress(None, f"{units.name}, {ranking or 'k'}", total=len(ks), unit="k") as bar:
@@ -208,12 +209,12 @@ def leave_one_out(
     lm: LanguageModel, task: GreaterThan, below: LowerRun, units: Units, candidates: Sequence[int]
 ) -> pd.DataFrame:
     """The metric with all units but one, for each candidate. Columns: unit, value, gain (over all)."""
-    every = units.output()
-    whole = metric_of(lm, task, below, every)
-    values = [
-        metric_of(lm, task, below, every - units.acts[..., [unit]] @ units.W_dec[[unit]])
-        for unit in candidates
-    ]
+    every = units.total()
+    whole = metric_of(lm, task, below, units.mlp_out(every))
+    values = []
+    for unit in candidates:
+        others = every - units.acts[..., [unit]] @ units.W_dec[[unit]]
+        values.append(metric_of(lm, task, below, units.mlp_out(others)))
     table = pd.DataFrame({"unit": list(candidates), "value": values})
     table["gain"] = table["value"] - whole
     return table.iloc[ranked(table["gain"], EVEN)].reset_index(drop=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.greater_than.task import GreaterThan
+from tclib.models.architectures import Norm
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import LowerRun
 from tclib.support.errors import InputError
@@ -21,20 +22,33 @@ AT_MEAN = ", others at their mean"
 
 @dataclass(frozen=True)
 class Units:
-    """What one MLP's output is made of on the task's prompts: rest + Σ_i acts_i W_dec[i]."""
+    """What one MLP's output is made of on the task's prompts: rest + Σ_i acts_i W_dec[i].
+
+    Neurons of an MLP with a norm behind it (Gemma 2 and 3, OLMo 2) add up to what that norm reads, so that one that is
+    silenced changes how all others are scaled: mlp_out is then `behind` of the sum.
+    """
 
     name: str
     acts: Float[Tensor, "prompt pos unit"]
     W_dec: Float[Tensor, "unit d_model"]
     rest: Float[Tensor, "prompt pos d_model"]
+    behind: Norm | None = None
 
     @property
     def n_units(self) -> int:
         return self.acts.shape[-1]
 
+    def total(self) -> Float[Tensor, "prompt pos d_model"]:
+        """What all units and the rest add up to."""
+        return self.rest + self.acts @ self.W_dec
+
     def output(self) -> Float[Tensor, "prompt pos d_model"]:
         """The MLP's output with every unit kept."""
-        return self.rest + self.acts @ self.W_dec
+        return self.mlp_out(self.total())
+
+    def mlp_out(self, total: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the MLP puts out if the units and the rest add up to `total`."""
+        return total if self.behind is None else self.behind.affine(self.behind.normalise(total))
 
     def without(self, unit: int) -> Units:
         """The units with one of them silent."""
@@ -63,10 +77,15 @@ def dictionary_units(dictionary: Dictionary, below: LowerRun, name: str = "") ->
 
 
 def neuron_units(lm: LanguageModel, below: LowerRun) -> Units:
-    """The MLP's own neurons; their output bias stays when they are ablated."""
+    """The MLP's own neurons; their output bias stays when they are ablated.
+
+    Errors: `InputError` for an MLP of experts, which has none.
+    """
     weights = lm.neuron_weights(below.layer)
+    assert below.neuron_acts is not None  # else there were no weights
     rest = weights.b_out.expand_as(below.mlp_out)
-    return Units("neurons", below.neuron_acts, weights.W_out, rest)
+    behind = lm.mlp_behind(below.layer)
+    return Units("neurons", below.neuron_acts, weights.W_out, rest, behind)
 
 
 def at_mean(units: Units, task: GreaterThan) -> Units:

@@ -24,6 +24,7 @@ from tclib.support.foreign import read_json
 from tclib.support.paths import check_file
 
 if TYPE_CHECKING:
+    from tclib.models.overrides import Overrides
     from tclib.models.running import ForwardCache, Running
 
 # Masks and rotary frequencies that older files carry; the model makes them itself.
@@ -41,6 +42,7 @@ MOST = {
 }
 PREFIXES = ("transformer.", "gpt_neox.", "model.")
 PART_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+LOGITS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
 def check_report(report: Mapping[str, Any], name: str, location: str) -> None:
@@ -245,6 +247,23 @@ def check_tokenizer(tokenizer: Any, n_embeddings: int, name: str) -> None:
 
 
 @torch.no_grad()
+def check_logits(lm: Overrides, made: Tensor, measured: Tensor) -> None:
+    """Raise `InputError` unless a model's logits are what its unembedding puts out, scaled and capped as in its family."""
+    size = measured.abs().amax().clamp_min(torch.finfo(measured.dtype).tiny)
+    off = float((made - measured).abs().amax() / size)
+    if not off <= LOGITS_TOLERANCE.get(lm.dtype, 0.05):
+        raise InputError(_not_plain(lm, "unembedding", off, LOGITS_TOLERANCE[torch.float32]))
+
+
+def _not_plain(lm: Overrides, part: str, off: float, tolerance: float) -> str:
+    return (
+        f"{lm.name}: its {part} cannot be put together from the weights that tclib reads (off by "
+        f"{off:.1e}, at most {tolerance:g} expected): it is no plain {type(lm.model).__name__}, or "
+        "was edited through .data (make a new LanguageModel of it): attribution through it would be wrong"
+    )
+
+
+@torch.no_grad()
 def check_parts(lm: Running, cache: ForwardCache) -> None:
     """Put a forward pass together again from the parts that attribution uses.
 
@@ -259,11 +278,7 @@ def check_parts(lm: Running, cache: ForwardCache) -> None:
         size = measured.abs().amax(-1).clamp_min(torch.finfo(measured.dtype).tiny)
         off = float(((made - measured).abs().amax(-1) / size).max())
         if not off <= tolerance:
-            raise InputError(
-                f"{lm.name}: its {part} cannot be put together from the weights that tclib reads (off by "
-                f"{off:.1e}, at most {tolerance:g} expected): it is no plain {type(lm.model).__name__}, or "
-                "was edited through .data (make a new LanguageModel of it): attribution through it would be wrong"
-            )
+            raise InputError(_not_plain(lm, part, off, tolerance))
 
 
 def _parts(lm: Running, cache: ForwardCache) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -28,6 +28,15 @@ ACTS_BY = (
     "layer_norm_epsilon layer_norm_eps rms_norm_eps use_parallel_residual rope_parameters rotary_pct "
     "sliding_window scale_attn_weights scale_attn_by_inverse_layer_idx"
 )
+# The same for families that were added later; the hashes of the first three stay as they are.
+ACTS_BY_TOO = (
+    "embedding_multiplier residual_multiplier logits_scaling attention_multiplier logit_scale "
+    "final_logit_softcapping attn_logit_softcapping query_pre_attn_scalar layer_types use_sliding_window "
+    "max_window_layers partial_rotary_factor rotary_dim hidden_activation parallel_attn new_decoder_architecture "
+    "multi_query num_kv_heads alibi num_ln_in_parallel_attn attention_types window_size no_rope_layers "
+    "qk_layernorm use_qk_norm do_layer_norm_before num_experts_per_tok norm_topk_prob swiglu_limit rope_scaling"
+)
+OLD_CLASSES = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM")
 # Names of one model that differ in more than their organisation and their case.
 ALIASES = {"gpt2-small": "gpt2", "smollm2": "smollm2-135m-instruct"}
 
@@ -48,6 +57,8 @@ def model_hash(model: Any) -> str:
     """sha256 of a model's weights as they are now, and of how they act: in which precision, say."""
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
     acts = {name: getattr(model.config, name, None) for name in ACTS_BY.split()}
+    if type(model).__name__ not in OLD_CLASSES:
+        acts |= {name: getattr(model.config, name, None) for name in ACTS_BY_TOO.split()}
     acts["dtype"] = str(model.dtype)
     if by_hand := _set_by_hand(model):
         acts["by hand"] = by_hand

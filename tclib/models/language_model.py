@@ -22,6 +22,7 @@ from tclib.models.checks import (
     check_tokenizer,
 )
 from tclib.models.identity import folder_state, keep_hash, kept_hash, model_hash
+from tclib.models.interop import plain_model
 from tclib.models.locate import first_line, locate, quiet_transformers
 from tclib.models.running import Running
 from tclib.support.checked import checked
@@ -128,6 +129,15 @@ class LanguageModel(Running):
         if not lm.is_rounded and (kept := kept_hash(location, dtype)):
             lm.derived("known_hash", lambda: kept, lm.model)  # so that it is not computed again
         return lm
+
+    @classmethod
+    def from_transformer_lens(cls, bridge: Any) -> LanguageModel:
+        """The model that a `TransformerBridge` of TransformerLens runs; its weights are copied.
+
+        Errors: `InputError` for anything else, or for a bridge in compatibility mode, which has folded the norms
+        into its weights.
+        """
+        return cls(*plain_model(bridge))
 
     def summary(self) -> dict[str, object]:
         """The geometry, for a table."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tclib.models.architectures import architecture_of
+from tclib.models.architectures import architecture_of, n_ctx_of
 from tclib.models.checks import check_config, check_numbers
 from tclib.models.hub import cached_model, check_hub_reachable, check_repository_id
 from tclib.support.errors import InputError
@@ -56,7 +56,7 @@ def geometry(location: str) -> tuple[int, int, int]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-    return config.num_hidden_layers, config.num_attention_heads, config.max_position_embeddings
+    return config.num_hidden_layers, config.num_attention_heads, n_ctx_of(config)
 
 
 def _locate_on_hub(name: str) -> str:
@@ -84,7 +84,7 @@ def _check_geometry(location: str, name: str) -> None:
     check_config(config, name)
     # A config need not name its class: transformers goes by the model type.
     named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
-    architecture_of(str(named[0]), name)
+    architecture_of(str(named[0]), name, config)
 
 
 def quiet_transformers() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from tclib.models.architectures import Block, without_extras
 from tclib.models.weights import ProcessedWeights
 
 MlpOverride = Callable[[Tensor, Tensor], Tensor]
@@ -40,28 +41,76 @@ def forwarding(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[No
             module.forward = hidden
 
 
+def mlp_entry(block: Block) -> nn.Module:
+    """The module that takes in the stream which an MLP reads: its norm, or else the MLP."""
+    return block.mlp_reader if block.mlp_norm is None else block.mlp_norm
+
+
+def in_rows(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Activations by row and position, of a family that makes one list of all positions (OPT)."""
+    return value.view(*shape, -1) if value.ndim == 2 else value
+
+
+class _Passing:
+    """What one pass through a block shares between hooks: how many rows and positions, and mlp_in."""
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = ()
+        self.mlp_in: list[Tensor] = []
+
+    def note_shape(self, _block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.shape = tuple(inputs[0].shape[:2])
+
+    def given(self, value: Tensor) -> Tensor:
+        return in_rows(value, self.shape)
+
+
+def put_out(made: Tensor, output: Any) -> Any:
+    """`made` in the shape and type in which a module puts out what is added to the stream."""
+    raw = without_extras(output)
+    made = made.to(raw.dtype).view(raw.shape) if raw.ndim == 2 else made.to(raw.dtype)
+    return (made, *output[1:]) if isinstance(output, tuple) else made
+
+
 class Overrides(ProcessedWeights):
     """Context managers that change what a part puts out, and put everything back afterwards."""
+
+    def _added(self, raw: Tensor) -> Tensor:
+        """What an MLP adds to the stream, of what its module puts out: times the family's multiplier, centred."""
+        factor = self._multipliers.added
+        return self.final_norm.centre(raw if factor == 1 else raw * factor)
+
+    def _before_added(self, mlp_out: Tensor) -> Tensor:
+        """What a module must put out for `mlp_out` to be added."""
+        factor = self._multipliers.added
+        given = mlp_out if factor == 1 else mlp_out / factor
+        return given.clone() if self._architecture.adds_in_place else given
+
+    def _noting(self, layer: int, passing: _Passing) -> list[tuple[Callable[[Any], Any], Any]]:
+        """Hooks that note the shape of a pass and its mlp_in."""
+        norm = self.mlp_norm(layer)
+
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            passing.mlp_in[:] = [norm.normalise(passing.given(inputs[0]))]
+
+        return [
+            (self._blocks[layer].register_forward_pre_hook, passing.note_shape),
+            (mlp_entry(self._block(layer)).register_forward_pre_hook, before),
+        ]
 
     def override_mlp(self, layer: int, override: MlpOverride) -> AbstractContextManager[None]:
         """While active, the MLP of `layer` returns `override(mlp_in, mlp_out)`.
 
         Both arguments and the result are in the processed basis, [batch, pos, d_model].
         """
-        block = self._block(self.check_layer(layer))
-        norm = self.mlp_norm(layer)
-        mlp_in: list[Tensor] = []
+        writer, passing = self._block(self.check_layer(layer)).mlp_writer, _Passing()
 
-        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            mlp_in[:] = [norm.normalise(inputs[0])]
+        def after(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> Any:
+            mlp_out = self._added(passing.given(without_extras(output)))
+            made = override(passing.mlp_in.pop(), mlp_out)
+            return put_out(self._before_added(made), output)
 
-        def after(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return override(mlp_in.pop(), norm.centre(output)).to(output.dtype)
-
-        return attached(
-            (block.mlp_norm.register_forward_pre_hook, before),
-            (block.mlp.register_forward_hook, after),
-        )
+        return attached(*self._noting(layer, passing), (writer.register_forward_hook, after))
 
     @contextmanager
     def stand_in_for_mlp(self, layer: int, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -69,20 +118,21 @@ class Overrides(ProcessedWeights):
 
         As `override_mlp`, for what has no use for mlp_out; the MLP is most of a block's work.
         """
-        block = self._block(self.check_layer(layer))
-        norm = self.mlp_norm(layer)
-        mlp_in: list[Tensor] = []
+        block, passing = self._block(self.check_layer(layer)), _Passing()
+        skippable = self._architecture.skippable
 
-        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            mlp_in[:] = [norm.normalise(inputs[0])]
+        def forward(x: Tensor) -> Any:
+            made = self._before_added(stand_in(passing.mlp_in.pop())).to(x.dtype)
+            if self._architecture.gives_scores:
+                return made, None
+            return made.flatten(0, 1) if x.ndim == 2 else made
 
-        def forward(x: Tensor) -> Tensor:
-            return stand_in(mlp_in.pop()).to(x.dtype)
-
-        with (
-            forwarding(block.mlp, forward),
-            attached((block.mlp_norm.register_forward_pre_hook, before)),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(forwarding(block.mlp_writer, forward))
+            if skippable is not None:
+                part = self._blocks[layer].get_submodule(skippable)
+                stack.enter_context(forwarding(part, lambda x: x))
+            stack.enter_context(attached(*self._noting(layer, passing)))
             yield
 
     def override_heads(
@@ -104,26 +154,33 @@ class Overrides(ProcessedWeights):
     def override_neurons(
         self, layer: int, override: Callable[[Tensor], Tensor]
     ) -> AbstractContextManager[None]:
-        """While active, the neurons of the MLP of `layer` put out `override(acts)`, [batch, pos, neuron]."""
-        mlp = self._block(self.check_layer(layer)).mlp
+        """While active, the neurons of the MLP of `layer` put out `override(acts)`, [batch, pos, neuron].
+
+        Errors: `InputError` for an MLP of experts.
+        """
+        projection, passing = self._neurons_out(layer), _Passing()
 
         def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            return (override(inputs[0]),)
+            return (put_out(override(passing.given(inputs[0])), inputs[0]),)
 
-        projection = getattr(mlp, self._architecture.neurons_out)
-        return attached((projection.register_forward_pre_hook, before))
+        return attached(
+            (self._blocks[layer].register_forward_pre_hook, passing.note_shape),
+            (projection.register_forward_pre_hook, before),
+        )
 
     def override_mlp_input(
         self, layer: int, override: Callable[[Tensor], Tensor]
     ) -> AbstractContextManager[None]:
         """While active, the MLP of `layer` runs on `override(mlp_in)` instead of mlp_in.
 
-        The norm's gain and bias are applied behind the override, as the model does.
+        The norm's gain and bias are applied behind the override, as the model does; what else reads through the same
+        norm (the attention of Phi) does not see it.
         """
-        block = self._block(self.check_layer(layer))
+        reader, passing = self._block(self.check_layer(layer)).mlp_reader, _Passing()
         norm = self.mlp_norm(layer)
 
-        def after(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return norm.affine(override(norm.normalise(inputs[0]))).to(output.dtype)
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            read = norm.affine(override(passing.mlp_in.pop()))
+            return (put_out(read, inputs[0]), *inputs[1:])
 
-        return attached((block.mlp_norm.register_forward_hook, after))
+        return attached(*self._noting(layer, passing), (reader.register_forward_pre_hook, before))

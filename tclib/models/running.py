@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import model_validator
+from pydantic_core import ArgsKwargs
 from torch import Tensor, nn
 
-from tclib.models.overrides import Overrides, attached, forwarding
+from tclib.models.architectures import without_extras
+from tclib.models.checks import check_logits
+from tclib.models.interop import hook_of, site_of
+from tclib.models.overrides import Overrides, attached, forwarding, in_rows, mlp_entry
 from tclib.support.checked import checked
 from tclib.support.declared import Natural, declared, shown
 from tclib.support.errors import InputError
@@ -23,10 +29,31 @@ NormedPart = Literal["attention", "mlp", "final"]
 
 @declared(frozen=True)
 class Site:
-    """A place where activations are read: the input or the output of one layer's MLP."""
+    """A place where activations are read: the input or the output of one layer's MLP.
+
+    `Site("mlp_in", 8)`, or by its name in TransformerLens, `Site("blocks.8.ln2.hook_normalized")`.
+    """
 
     name: SiteName
     layer: Natural
+
+    if TYPE_CHECKING:
+
+        def __init__(self, name: str, layer: int = ...) -> None: ...
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_hook_name(cls, given: Any) -> Any:
+        if isinstance(given, ArgsKwargs) and not given.kwargs and len(given.args) == 1:
+            (name,) = given.args
+            if isinstance(name, str) and "." in name:
+                return ArgsKwargs(site_of(name))
+        return given
+
+    @property
+    def hook_name(self) -> str:
+        """What TransformerLens calls it."""
+        return hook_of(self.name, self.layer)
 
 
 @dataclass(frozen=True)
@@ -34,21 +61,23 @@ class LowerRun:
     """One forward pass up to an MLP, and everything that the layers above it read but that MLP's output.
 
     `base` is the stream above the layer without mlp_out (as stored, not centred), so that the model
-    goes on from base + any other output; `neuron_acts` are the activations of its neurons.
+    goes on from base + any other output; `neuron_acts` are the activations of its neurons, None for an MLP of experts.
     """
 
     layer: int
     base: Float[Tensor, "batch pos d_model"]
     mlp_in: Float[Tensor, "batch pos d_model"]
     mlp_out: Float[Tensor, "batch pos d_model"]
-    neuron_acts: Float[Tensor, "batch pos d_mlp"]
+    neuron_acts: Float[Tensor, "batch pos d_mlp"] | None
 
 
 @dataclass(frozen=True)
 class ForwardCache:
     """One forward pass, with everything that attribution freezes. Lists are by layer.
 
-    Streams are centred for LayerNorm models; `*_scale` is the σ of the norm in front of the part.
+    Streams are centred for LayerNorm models; `*_scale` is the σ of the norm in front of the part. Where a norm follows
+    the attention, `pattern` is the pattern over its σ, which `attention_out_scale` holds; `logits` are those in
+    front of a cap.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -63,6 +92,7 @@ class ForwardCache:
     final_in: Float[Tensor, "batch pos d_model"]
     final_scale: Float[Tensor, "batch pos"]
     logits: Float[Tensor, "batch pos d_vocab"]
+    attention_out_scale: list[Float[Tensor, "batch pos"]] | None = None
 
 
 class _StopForward(Exception):
@@ -70,14 +100,19 @@ class _StopForward(Exception):
 
 
 @contextmanager
-def _recording(
-    inputs: Mapping[Any, nn.Module], outputs: Mapping[Any, nn.Module], last: Any = None
+def recording(
+    shape: tuple[int, ...],
+    inputs: Mapping[Any, nn.Module],
+    outputs: Mapping[Any, nn.Module],
+    last: Any = None,
+    is_copied: bool = False,
 ) -> Iterator[dict[Any, Tensor]]:
-    """Notes what enters and what leaves modules, by name; a pass within ends once `last` is noted."""
+    """Notes what enters and what leaves modules, by name, for tokens of a shape; ends once `last` is noted."""
     found: dict[Any, Tensor] = {}
 
-    def note(name: Any, value: Tensor) -> None:
-        found[name] = value
+    def note(name: Any, value: Any) -> None:
+        noted = in_rows(without_extras(value), shape)
+        found[name] = noted.clone() if is_copied else noted
         if name == last:
             raise _StopForward
 
@@ -160,15 +195,19 @@ class Running(Overrides):
         """What enters the norm of an MLP, and what leaves the MLP, as the model has them."""
         wanted = sorted(set(sites), key=lambda site: (site.layer, site.name))  # as they are run
         blocks = {site: self._block(self.check_layer(site.layer)) for site in wanted}
-        inputs = {site: block.mlp_norm for site, block in blocks.items() if site.name == "mlp_in"}
-        outputs = {site: block.mlp for site, block in blocks.items() if site.name == "mlp_out"}
+        inputs = {site: mlp_entry(block) for site, block in blocks.items() if site.name == "mlp_in"}
+        outputs = {
+            site: block.mlp_writer for site, block in blocks.items() if site.name == "mlp_out"
+        }
         if not wanted:
             raise InputError("no sites: expected at least one Site to read")
         return self._run_until(wanted[-1], tokens, inputs, outputs)
 
     def _processed(self, site: Site, value: Tensor) -> Tensor:
         norm = self.mlp_norm(site.layer)
-        return norm.normalise(value) if site.name == "mlp_in" else norm.centre(value)
+        if site.name == "mlp_in":
+            return norm.normalise(value)
+        return self._added(value)
 
     def _run_until(
         self,
@@ -177,83 +216,147 @@ class Running(Overrides):
         inputs: Mapping[Any, nn.Module],
         outputs: Mapping[Any, nn.Module],
     ) -> dict[Any, Tensor]:
-        """What `_recording` notes of one pass through the blocks that ends at `last`."""
-        with _recording(inputs, outputs, last) as found:
-            self._backbone(self._ids(tokens), use_cache=False)
+        """What `recording` notes of one pass through the blocks that ends at `last`."""
+        ids = self._ids(tokens)
+        with self._recording(ids, inputs, outputs, last) as found:
+            self._backbone(ids, use_cache=False)
         return found
+
+    def _recording(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        inputs: Mapping[Any, nn.Module],
+        outputs: Mapping[Any, nn.Module],
+        last: Any = None,
+    ) -> AbstractContextManager[dict[Any, Tensor]]:
+        is_copied = self._architecture.adds_in_place
+        return recording(tuple(tokens.shape), inputs, outputs, last, is_copied)
 
     def run_mlp(
         self, layer: int, mlp_in: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_model"]:
         """mlp_out of `layer` for a given mlp_in. Gradients flow unless switched off."""
-        norm = self.mlp_norm(self.check_layer(layer))
+        norm, behind = self.mlp_norm(self.check_layer(layer)), self.mlp_behind(layer)
         is_given = isinstance(mlp_in, Tensor) and mlp_in.dtype == self.dtype
         if not is_given or mlp_in.shape[-1:] != (self.d_model,):
             raise InputError(
                 f"mlp_in {shown(mlp_in)}: expected rows of {self.d_model} numbers, in {self.dtype}"
             )
-        return norm.centre(self._block(layer).mlp(norm.affine(mlp_in)))
+        run, block = self._architecture.run_mlp, self._block(layer)
+        x = norm.affine(mlp_in)
+        found = block.mlp_reader(x) if run is None else run(self._blocks[layer], x)
+        return self._added(found if behind is None else behind.affine(behind.normalise(found)))
 
     @torch.no_grad()
     def cache(self, tokens: Int[Tensor, "batch pos"]) -> ForwardCache:
         """Run the model once and keep what attribution needs."""
         tokens = self._ids(tokens)
-        modules = self._norm_modules()
-        mlps = {("mlp", layer): self._block(layer).mlp for layer in range(self.n_layers)}
-        exact = self._exact_norms(modules)
-        with _recording(dict(enumerate(modules)), mlps) as found, exact, self._eager_attention():
-            output = self.model(tokens, use_cache=False, output_attentions=True)
-        return self._assemble(tokens, found, output)
-
-    def _norm_modules(self) -> list[nn.Module]:
-        """The norms in front of every attention, of every MLP, and of the unembedding."""
         blocks = [self._block(layer) for layer in range(self.n_layers)]
-        norms = [*(b.attention_norm for b in blocks), *(b.mlp_norm for b in blocks)]
-        return [*norms, self._final_norm]
+        inputs: dict[Any, nn.Module] = dict(enumerate(self._readers()))
+        inputs |= {
+            ("attention", i): block.attention_behind
+            for i, block in enumerate(blocks)
+            if block.attention_behind is not None
+        }
+        outputs: dict[Any, nn.Module] = {("mlp", i): b.mlp_writer for i, b in enumerate(blocks)}
+        outputs["head"] = self.model.get_output_embeddings()
+        factor = self._multipliers.logits
+        with (
+            self._exact_norms(),  # first, so that what is noted is exact
+            self._recording(tokens, inputs, outputs) as found,
+            self._eager_attention(),
+        ):
+            output = self.model(tokens, use_cache=False, output_attentions=True)
+        found["head"] = found["head"] if factor == 1 else found["head"] * factor
+        check_logits(self, self._multipliers.capped(found["head"]), output.logits)
+        return self._assemble(tokens, found, list(output.attentions))
 
-    def _exact_norms(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    def _readers(self) -> list[nn.Module]:
+        """The modules that take in what every attention, every MLP and the unembedding read of the stream."""
+        layers = range(self.n_layers)
+        attentions = [self._attention_entry(layer) for layer in layers]
+        mlps = [mlp_entry(self._block(layer)) for layer in layers]
+        return [*attentions, *mlps, self._final_norm]
+
+    def _attention_entry(self, layer: int) -> nn.Module:
+        """The module that takes in the stream which the attention reads: its norm, or else the block."""
+        norm = self._block(layer).attention_norm
+        return self._blocks[layer] if norm is None else norm
+
+    def _exact_norms(self) -> AbstractContextManager[None]:
         """While active, norms are computed by ours: transformers' RMSNorm falls back to float32."""
 
-        def after(module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+        def after(module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor | None:
+            if "forward" in vars(module):
+                return None  # something stands in for it
             norm = self._norm(module)
             return norm.affine(norm.normalise(inputs[0]))
 
-        inexact = modules if self.dtype == torch.float64 else ()
-        return attached(*((module.register_forward_hook, after) for module in inexact))
+        if self.dtype != torch.float64:
+            return attached()
+        norms: list[nn.Module | None] = [self._final_norm]
+        for layer in range(self.n_layers):
+            block = self._block(layer)
+            norms += [block.attention_norm, block.attention_behind, block.mlp_norm]
+            norms.append(block.mlp_behind)
+        found = dict.fromkeys(norm for norm in norms if norm is not None)  # some are shared
+        # In front of other hooks, which may override what such a norm puts out.
+        return attached(*((partial(m.register_forward_hook, prepend=True), after) for m in found))
 
-    def _assemble(self, tokens: Tensor, found: dict[Any, Tensor], output: Any) -> ForwardCache:
+    def _assemble(
+        self, tokens: Tensor, found: dict[Any, Tensor], patterns: list[Tensor]
+    ) -> ForwardCache:
         n, centre = self.n_layers, self.final_norm.centre
-        norms = [self._norm(module) for module in self._norm_modules()]
+        norms = [self.attention_norm(layer) for layer in range(n)]
+        norms += [*(self.mlp_norm(layer) for layer in range(n)), self.final_norm]
         streams = [found[i] for i in range(len(norms))]
         normalised = [norm.normalise(x) for norm, x in zip(norms[:-1], streams, strict=False)]
         scales = [norm.scale(x)[..., 0] for norm, x in zip(norms, streams, strict=True)]
+        behind = [self.attention_behind(layer) for layer in range(n)]
+        out_scales = [
+            norm.scale(found["attention", layer])[..., 0]
+            for layer, norm in enumerate(behind)
+            if norm is not None
+        ]
+        if out_scales:
+            pairs = zip(patterns, out_scales, strict=True)
+            patterns = [pattern / scale[:, None, :, None] for pattern, scale in pairs]
         position = None
         if self.W_pos is not None:
             position = self.W_pos[: tokens.shape[1]].expand(len(tokens), -1, -1)
         return ForwardCache(
             tokens=tokens,
-            token_embedding=self.W_E[tokens],
+            token_embedding=self.embedded(tokens),
             position_embedding=position,
             attention_in=normalised[:n],
             attention_scale=scales[:n],
-            pattern=list(output.attentions),
+            pattern=patterns,
             mlp_in=normalised[n:],
             mlp_scale=scales[n:-1],
-            mlp_out=[centre(found["mlp", layer]) for layer in range(n)],
+            mlp_out=[self._added(found["mlp", layer]) for layer in range(n)],
             final_in=centre(streams[-1]),
             final_scale=scales[-1],
-            logits=output.logits,
+            logits=found["head"],
+            attention_out_scale=out_scales or None,
         )
 
     @contextmanager
     def _eager_attention(self) -> Iterator[None]:
         """While active, attention patterns are computed explicitly, so that they can be returned."""
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation("eager")
+        config = self.model.config
+        before = config._attn_implementation
+        # Falcon's attention reads it in its config; with another one its masks would be those of that.
+        is_settable = self.model._can_set_attn_implementation()
+        put: Any = (
+            self.model.set_attn_implementation
+            if is_settable
+            else partial(setattr, config, "_attn_implementation")
+        )
+        put("eager")
         try:
             yield
         finally:
-            self.model.set_attn_implementation(before)
+            put(before)
 
     def stream_into(
         self, tokens: Int[Tensor, "batch pos"], part: NormedPart, layer: int
@@ -266,8 +369,8 @@ class Running(Overrides):
             module = self._final_norm
         else:
             block = self._block(self.check_layer(layer))
-            module = block.attention_norm if part == "attention" else block.mlp_norm
-        with self._exact_norms(self._norm_modules()):
+            module = self._attention_entry(layer) if part == "attention" else mlp_entry(block)
+        with self._exact_norms():
             return self._run_until("read", tokens, {"read": module}, {})["read"]
 
     @torch.no_grad()
@@ -291,25 +394,26 @@ class Running(Overrides):
     @contextmanager
     def _fed(self, n_below: int, stream: Tensor) -> Iterator[None]:
         """While active, `stream` comes out of the first `n_below` blocks, which are not run."""
+        given: Any = (stream, None) if self._architecture.gives_tuples else stream
         with ExitStack() as fed:
             for block in self._blocks[:n_below]:
-                fed.enter_context(forwarding(block, lambda *_inputs, **_options: stream))
+                fed.enter_context(forwarding(block, lambda *_inputs, **_options: given))
             yield
 
     @torch.no_grad()
     def run_below(self, tokens: Int[Tensor, "batch pos"], layer: int) -> LowerRun:
         """Run up to and including the MLP of `layer`, for `run_above` to go on from."""
         block, parts = self._blocks[self.check_layer(layer)], self._block(layer)
-        norm = self.mlp_norm(layer)
-        neurons_out = getattr(parts.mlp, self._architecture.neurons_out)
-        inputs = {"stream": parts.mlp_norm, "neurons": neurons_out}
-        held = self._run_until("above", tokens, inputs, {"raw": parts.mlp, "above": block})
+        inputs: dict[Any, nn.Module] = {"stream": mlp_entry(parts)}
+        if parts.neurons_out is not None:
+            inputs["neurons"] = parts.neurons_out
+        held = self._run_until("above", tokens, inputs, {"raw": parts.mlp_writer, "above": block})
         return LowerRun(
             layer,
-            held["above"] - held["raw"],
-            norm.normalise(held["stream"]),
-            norm.centre(held["raw"]),
-            held["neurons"],
+            held["above"] - held["raw"] * self._multipliers.added,
+            self.mlp_norm(layer).normalise(held["stream"]),
+            self._added(held["raw"]),
+            held.get("neurons"),
         )
 
     def run_above(
@@ -330,15 +434,18 @@ class Running(Overrides):
 
         What the MLP adds to the other positions, nothing above reads.
         """
-        mlp = self._block(self.n_layers - 1).mlp
-        return attached((mlp.register_forward_pre_hook, lambda _mlp, inputs: (inputs[0][:, -1:],)))
+        if self._architecture.is_flat or self._architecture.adds_in_place:
+            return attached()
+        mlp = self._block(self.n_layers - 1).mlp_reader
+        last = lambda _mlp, inputs: (inputs[0][:, -1:], *inputs[1:])  # noqa: E731
+        return attached((mlp.register_forward_pre_hook, last))
 
     @property
     def extended_embedding(self) -> Float[Tensor, "d_vocab d_model"]:
         """W_E + MLP_0(norm(W_E)): every token alone, with what MLP 0 makes of it."""
-        block, embedding = self._block(0), self.model.get_input_embeddings()
+        embedding = self.model.get_input_embeddings()
 
         def extend() -> Tensor:
             return self.W_E + self.run_mlp(0, self.mlp_norm(0).normalise(self.W_E))
 
-        return self.derived("extended_embedding", extend, embedding, block.mlp_norm, block.mlp)
+        return self.derived("extended_embedding", extend, embedding, self._blocks[0])

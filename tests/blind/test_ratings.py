@@ -130,7 +130,9 @@ def test_ratings_of_other_pages_are_not_taken_for_these(tmp_path: Path) -> None:
     assert RatingStore(tmp_path / "r.json", 3, "anna", mine).answers.keys() == {0}
     with pytest.raises(InputError, match=f"of other pages .{mine[:12]}, not {others[:12]}"):
         RatingStore(tmp_path / "r.json", 3, "anna", others)
-    RatingStore(tmp_path / "r.json", 3, "anna").rate(1, "not")  # who does not say keeps what is known
+    RatingStore(tmp_path / "r.json", 3, "anna").rate(
+        1, "not"
+    )  # who does not say keeps what is known
     assert RatingStore(tmp_path / "r.json", 3, "anna", mine).answers.keys() == {0, 1}
     edit_json(tmp_path / "r.json", pages="")  # from a format that did not say
     RatingStore(tmp_path / "r.json", 3, "anna", others).rate(2, "not")

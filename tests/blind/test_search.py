@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import unchecked_types
 
 from tclib.blind.floor import floor_f1, random_predicates
 from tclib.blind.grading import grade_of, grade_predicate
@@ -109,9 +108,7 @@ def test_cases_have_their_levels() -> None:
     assert found.cases[0].level / found.cases[1].level == pytest.approx(2.0, rel=0.1)
     acts = activations(planted, HELD_OUT)
     flat = Claim(tuple(Case(case.condition) for case in found.cases))
-    graded, ungraded = (
-        grade_predicate(one, HELD_OUT, acts, VOCABULARY) for one in (found, flat)
-    )
+    graded, ungraded = (grade_predicate(one, HELD_OUT, acts, VOCABULARY) for one in (found, flat))
     assert graded.score.correlation > ungraded.score.correlation + 0.02
 
 
@@ -183,14 +180,10 @@ def test_a_grade_stands_between_floor_and_ceiling() -> None:
     acts, held_out = activations(planted), activations(planted, HELD_OUT)
     best = best_predicate(TEXT, acts, VOCABULARY)
     said = After(one_of(" ("), 5)
-    graded = grade_predicate(
-        said, HELD_OUT, held_out, VOCABULARY, best=best, n_random=100
-    )
+    graded = grade_predicate(said, HELD_OUT, held_out, VOCABULARY, best=best, n_random=100)
     assert 0 < graded.floor < graded.score.f1 < graded.ceiling
     assert 0 < graded.share_of_ceiling < 1 and graded.has_power
-    again = grade_predicate(
-        said, HELD_OUT, held_out, VOCABULARY, best=best, n_random=100
-    )
+    again = grade_predicate(said, HELD_OUT, held_out, VOCABULARY, best=best, n_random=100)
     assert again == graded
 
 

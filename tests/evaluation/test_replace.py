@@ -69,7 +69,7 @@ def test_keeping_no_feature_leaves_the_bias_and_keeping_all_is_the_transcoder(
 
 def test_an_mlp_is_run_only_where_its_output_is_used(lm: LanguageModel) -> None:
     reached: list[str] = []
-    neurons = getattr(lm._block(1).mlp, lm._architecture.neurons_out)
+    neurons = lm._block(1).neurons_out
     config = DictionaryConfig("transcoder", 1, D_MODEL, D_MODEL, 32)
     transcoder = new_dictionary(config, torch.Generator().manual_seed(0))
     changes = {
@@ -96,7 +96,7 @@ def test_the_last_of_two_stand_ins_acts_and_the_first_comes_back(lm: LanguageMod
         assert torch.equal(log_probs(lm), alone)
     with set_mlp_out(lm, 1):
         assert torch.equal(log_probs(lm), zero)
-    assert "forward" not in vars(lm._block(1).mlp)
+    assert "forward" not in vars(lm._block(1).mlp_reader)
 
 
 def test_zero_ablation_silences_the_mlp(gpt2_lm: LanguageModel) -> None:

@@ -71,7 +71,7 @@ def test_a_block_may_span_two_passes(gpt2_lm: LanguageModel) -> None:
 
 def test_the_model_runs_once_whatever_the_number_of_sites(gpt2_lm: LanguageModel) -> None:
     n_calls = []
-    handle = gpt2_lm._block(0).mlp.register_forward_hook(lambda *_: n_calls.append(1))
+    handle = gpt2_lm._block(0).mlp_reader.register_forward_hook(lambda *_: n_calls.append(1))
     harvest(gpt2_lm).block(0)
     handle.remove()
     assert len(n_calls) == 2  # four rows, three a forward pass

@@ -1,0 +1,92 @@
+"""TransformerLens's names for what tclib calls sites, and its models.
+
+    mlp_in    blocks.L.ln2.hook_normalized    the norm's output without gain and bias
+    mlp_out   blocks.L.hook_mlp_out           what is added to the stream (behind a norm, where one follows)
+
+Other names that look alike mean other things: `mlp.hook_in` is the norm's output with gain and bias,
+`hook_mlp_in` and `hook_resid_mid` the stream in front of the norm.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tclib.support.declared import shown
+from tclib.support.errors import InputError
+
+HOOKS = {"mlp_in": "ln2.hook_normalized", "mlp_out": "hook_mlp_out"}
+HOOK_NAME = re.compile(r"blocks\.(\d{1,6})\.(.+)")
+OTHERS = {
+    "mlp.hook_in": "the norm's output with its gain and bias",
+    "hook_mlp_in": "the stream in front of the norm",
+    "hook_resid_mid": "the stream in front of the norm",
+    "mlp.hook_out": "what the MLP puts out, in front of a norm where one follows",
+}
+WRAPPED = "._original_component"
+SAME_LOGITS = 1e-3  # log-probabilities of two ways to run one model in float32
+
+
+def site_of(hook_name: str) -> tuple[str, int]:
+    """Name and layer of the site that a hook of TransformerLens is. Errors: `InputError` for another hook."""
+    found = HOOK_NAME.fullmatch(hook_name)
+    sites = {hook: name for name, hook in HOOKS.items()}
+    if found is None or found[2] not in sites:
+        what = f" ({OTHERS[found[2]]})" if found is not None and found[2] in OTHERS else ""
+        expected = " or ".join(f"blocks.0.{hook}" for hook in sites)
+        raise InputError(f"hook {shown(hook_name)}{what} is no site: expected {expected}")
+    return sites[found[2]], int(found[1])
+
+
+def hook_of(name: str, layer: int) -> str:
+    """What TransformerLens calls a site."""
+    return f"blocks.{layer}.{HOOKS[name]}"
+
+
+@torch.no_grad()
+def plain_model(bridge: Any) -> tuple[Any, Any, str]:
+    """The transformers model that a `TransformerBridge` wraps, its tokenizer and its name; the bridge stays as it is.
+
+    Weights are copied: what is done to one is not done to the other. Errors: `InputError` for anything else, for a
+    bridge without a tokenizer, or whose weights do not give its logits in transformers' own class (processed ones).
+    """
+    if type(bridge).__name__ != "TransformerBridge":
+        raise InputError(
+            f"{shown(bridge)}: expected a TransformerBridge (TransformerBridge.boot_transformers(...)); for a "
+            "model of transformers take LanguageModel(model, tokenizer)"
+        )
+    name = str(bridge.cfg.model_name)
+    if bridge.tokenizer is None:
+        raise InputError(f"the bridge of {name} has no tokenizer: boot it with one")
+    wrapped = bridge.original_model
+    model = type(wrapped)(copy.deepcopy(wrapped.config))
+    held = {key.replace(WRAPPED, ""): weight for key, weight in wrapped.state_dict().items()}
+    state = {key: held[key].clone() for key in model.state_dict() if key in held}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(_processed(name)) from error
+    first = next(iter(state.values()))
+    model = model.to(device=first.device, dtype=first.dtype).eval()
+    if not _gives_logits_of(bridge, model):
+        raise InputError(_processed(name))
+    return model, bridge.tokenizer, name
+
+
+def _processed(name: str) -> str:
+    return (
+        f"the weights of the bridge of {name} are not those of its class in transformers (enable_compatibility_mode "
+        f"folds norms into them): take LanguageModel.from_transformer_lens before that, or LanguageModel.load({name!r})"
+    )
+
+
+def _gives_logits_of(bridge: Any, model: Any) -> bool:
+    ids = torch.arange(min(8, model.config.vocab_size), device=model.device)[None]
+    own: Tensor = model(ids, use_cache=False).logits
+    theirs = bridge(ids, return_type="logits", prepend_bos=False)
+    apart = (own.log_softmax(-1) - theirs.log_softmax(-1)).abs().max()
+    return bool(apart <= SAME_LOGITS)
