@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tclib.models.locate import first_line
 from tclib.support.declared import shown
 from tclib.support.errors import InputError
 
@@ -45,6 +46,23 @@ def site_of(hook_name: str) -> tuple[str, int]:
 def hook_of(name: str, layer: int) -> str:
     """What TransformerLens calls a site."""
     return f"blocks.{layer}.{HOOKS[name]}"
+
+
+def boot(location: str, device: torch.device) -> Any:
+    """TransformerLens's bridge of a model on disk, in compatibility mode, in which its sites are the processed ones.
+
+    Errors: `InputError` for a model that TransformerLens cannot boot.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        bridge = TransformerBridge.boot_transformers(location, device=str(device))
+        bridge.enable_compatibility_mode()
+    except Exception as error:  # of all kinds: it asserts, and looks up
+        raise InputError(
+            f"TransformerLens cannot boot {location} ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    return bridge
 
 
 @torch.no_grad()

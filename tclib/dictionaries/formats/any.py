@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, get_args
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.dictionaries.formats.authors import read_authors
 from tclib.dictionaries.formats.circuit_tracer import read_circuit_tracer, write_circuit_tracer
+from tclib.dictionaries.formats.gemma_scope import NPZ, SAFETENSORS, read_gemma_scope
 from tclib.dictionaries.formats.saelens import read_saelens, write_saelens
 from tclib.dictionaries.formats.sparsify import read_sparsify, write_sparsify
 from tclib.support.checked import checked
@@ -17,7 +18,7 @@ from tclib.support.declared import Natural
 from tclib.support.errors import InputError
 from tclib.support.paths import expanded
 
-Format = Literal["tclib", "saelens", "circuit-tracer", "sparsify", "authors"]
+Format = Literal["tclib", "saelens", "circuit-tracer", "sparsify", "authors", "gemma-scope"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
@@ -28,13 +29,11 @@ PARTS = {
     r"sae\.safetensors": f"it is the weights of a sparsify folder: {GIVE}",
     r"layer_\d+\.safetensors": f"it is one layer of a circuit-tracer set: {GIVE}, with config.yaml in it",
     r"W_(enc|dec)_\d+\.safetensors": "it is a part of a cross-layer transcoder, which tclib does not read",
-    r"params\.(safetensors|npz)": "it is Gemma Scope's layout, which tclib does not read: load it with "
-    "SAELens, save it there, and give that folder",
 }
 
 NOTHING_KNOWN = (
     "no known dictionary; expected a .safetensors of tclib, a .pt of the authors, or a folder of SAELens "
-    "(sae_weights.safetensors), sparsify (sae.safetensors) or circuit-tracer (config.yaml)"
+    "(sae_weights.safetensors), sparsify (sae.safetensors), circuit-tracer (config.yaml) or Gemma Scope (params.npz)"
 )
 
 
@@ -53,6 +52,8 @@ def read_any(path: Path) -> Found:
     part = next((what for name, what in PARTS.items() if re.fullmatch(name, path.name)), None)
     if path.suffix == ".pt":
         kind, one = "authors", read_authors(path)
+    elif path.name in (NPZ, SAFETENSORS) or any((path / n).is_file() for n in (NPZ, SAFETENSORS)):
+        kind, one = "gemma-scope", read_gemma_scope(path)
     elif path.suffix == ".safetensors" and path.is_file():
         remedy = part or "restore it, or train it again; of another library give the whole folder"
         kind, one = "tclib", Dictionary.load(path, remedy)
@@ -86,10 +87,9 @@ def write_any(dictionaries: Mapping[int, Dictionary], out: Path, kind: Format) -
     if kind == "circuit-tracer":
         write_circuit_tracer(dictionaries, out)
         return
-    if kind == "authors":
-        raise InputError(
-            "the authors' .pt is read only: a pickle is never written; choose another format"
-        )
+    if kind in ("authors", "gemma-scope"):
+        why = "a pickle is never written" if kind == "authors" else "it is their release's own"
+        raise InputError(f"{kind} is read only: {why}; choose another format")
     if len(dictionaries) != 1:
         raise InputError(
             f"{kind} holds one dictionary, not layers {sorted(dictionaries)}: one at a time"

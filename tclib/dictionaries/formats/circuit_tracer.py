@@ -34,7 +34,10 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
         f"blocks.0.{parts.entry(config, f'feature_{end}_hook', str, folder)}"
         for end in ("input", "output")
     )
-    _, basis = parts.place_of(hook_in, hook_out, folder)
+    model, model_hash = (
+        parts.entry(config, name, str, folder, "") for name in ("model_name", parts.HASH)
+    )
+    _, basis = parts.place_of(hook_in, hook_out, folder, model)
     names = {path.name for path in folder.glob("layer_*.safetensors")}
     if len(names) > MAX_LAYERS:
         raise InputError(f"{folder}: {len(names):,} layers; expected at most {MAX_LAYERS:,}")
@@ -43,9 +46,6 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
         raise InputError(f"{folder}: layers [{listed(names)}]; expected layer_0 upwards, no gap")
     _check_list(parts.entry(config, "transcoders", list, folder, []), len(files), folder)
     parts.check_same(config, {"scaling_factor": 1.0, "normalize": None}, folder)
-    model, model_hash = (
-        parts.entry(config, name, str, folder, "") for name in ("model_name", parts.HASH)
-    )
     found = {}
     for layer, path in enumerate(files):
         tensors = parts.read_tensors(path)

@@ -23,8 +23,9 @@ from tclib.support.paths import check_file
 T = TypeVar("T")
 HOOK_IN: dict[Basis, str] = {"processed": "ln2.hook_normalized", "raw": "mlp.hook_in"}
 HOOK_OUT = "hook_mlp_out"
-# The same where no norm stands behind the MLP, as in every family that tclib knows.
+# The same where no norm stands behind the MLP, as in most families.
 HOOKS_OUT = (HOOK_OUT, "mlp.hook_out")
+NORM_BEHIND = re.compile(r"gemma-?[23]|olmo-?2", re.IGNORECASE)
 HASH = "tclib_model_hash"  # a key of ours, which the others' readers pass over
 STREAM_HOOKS = ("hook_mlp_in", "hook_resid_mid")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -38,11 +39,11 @@ SAID: dict[type, str] = {
 JUMPS: tuple[Activation, ...] = ("relu", "jumprelu", "batch_topk")  # what a format without k holds
 
 
-def place_of(hook_in: str, hook_out: str, where: Path) -> tuple[int, Basis]:
+def place_of(hook_in: str, hook_out: str, where: Path, model: str = "") -> tuple[int, Basis]:
     """The layer and the basis of a transcoder between two hooks of TransformerLens.
 
     Errors: `InputError` unless it reads what the norm in front of an MLP gives, and writes what that
-    MLP adds to the stream.
+    MLP adds to the stream, which is not what a `model` with a norm behind its MLPs has at mlp.hook_out.
     """
     layer, name = _layer_and_name(hook_in, where)
     if name in STREAM_HOOKS:
@@ -61,6 +62,11 @@ def place_of(hook_in: str, hook_out: str, where: Path) -> tuple[int, Basis]:
     if name_out not in HOOKS_OUT:
         raise InputError(
             f"{where}: output hook {hook_out!r} is no MLP output: expected {' or '.join(HOOKS_OUT)}"
+        )
+    if name_out != HOOK_OUT and NORM_BEHIND.search(model):
+        raise InputError(
+            f"{where}: output hook {hook_out!r} of {model} stands in front of the norm behind the MLP, and what is "
+            f"added to the stream behind it: expected {HOOK_OUT}"
         )
     if layer_out != layer:
         raise InputError(

@@ -56,7 +56,10 @@ def read_saelens(folder: Path) -> Dictionary:
     hook = parts.entry(metadata, "hook_name", str, folder)
     own_out = f"{'.'.join(hook.split('.')[:2])}.{parts.HOOK_OUT}"
     hook_out = parts.entry(metadata, "hook_name_out", str, folder, own_out)
-    layer, basis = parts.place_of(hook, hook_out, folder)
+    model, model_hash = (
+        parts.entry(metadata, name, str, folder, "") for name in ("model_name", parts.HASH)
+    )
+    layer, basis = parts.place_of(hook, hook_out, folder, model)
     place = {"hook_layer": layer, "hook_layer_out": layer, "hook_head_index": None}
     for said in (config, metadata):
         parts.check_same(said, {**SAME_EQUATIONS, **OLDER, **place}, folder)
@@ -66,9 +69,6 @@ def read_saelens(folder: Path) -> Dictionary:
     activation, skip = ARCHITECTURES[architecture]
     d_in, d_out, n_features = (
         parts.entry(config, name, int, folder) for name in ("d_in", "d_out", "d_sae")
-    )
-    model, model_hash = (
-        parts.entry(metadata, name, str, folder, "") for name in ("model_name", parts.HASH)
     )
     sizes = (d_in, d_out, n_features)
     own = DictionaryConfig(
