@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from tclib.replication.learning_rates import FACTORS, Held, candidates, chosen_rates
-from tclib.replication.presets import load_preset
+from tclib.replication.learning_rates import FACTORS, Held, candidates, chosen_rates, rate_table
+from tclib.replication.presets import PRESETS, load_preset
 from tclib.training.spec import DictionarySpec
 
 SPEC = DictionarySpec("transcoder", 1, expansion=2, l1_coefficient=1e-3)
@@ -54,3 +56,24 @@ def test_candidates_are_the_middle_sparsities_at_every_rate() -> None:
     assert sparsities == {preset.sweep.transcoder_l1[3]}
     rates = sorted(spec.learning_rate or 0.0 for spec in specs[: len(FACTORS)])
     assert rates == pytest.approx([f * preset.sweep.training.learning_rate for f in FACTORS])
+
+
+@pytest.mark.slow
+def test_rates_of_a_small_preset_are_trained_on_a_seed_of_their_own_and_judged(
+    tmp_path: Path,
+) -> None:
+    values = yaml.safe_load((PRESETS / "demo.yaml").read_text())
+    values["companions"] = []
+    values["case_studies"]["n_sae"] = 0
+    values["corpus"] |= {"n_train_tokens": 12_800, "n_eval_tokens": 2_560}
+    few = {"n_tokens": 5_120, "decay_steps": 0, "warmup_steps": 2}
+    values["transcoders"]["training"] |= few
+    values["sweep"] |= {"expansion": 2, "token_budgets": [], "sae_mlp_in_l1": []}
+    values["sweep"]["training"] = values["transcoders"]["training"]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(values))
+    found = rate_table(str(tmp_path / "small.yaml"), tmp_path / "runs")
+    assert found.groupby("kind")["chosen"].sum().to_dict() == {"transcoder": 1, "sae_mlp_out": 1}
+    assert len(found) == 2 * len(FACTORS) and (found["above_best"] >= 0).any()
+    assert {"small-seed1042", "small"} <= {folder.name for folder in (tmp_path / "runs").iterdir()}
+    again = rate_table(str(tmp_path / "small.yaml"), tmp_path / "runs")
+    assert again.equals(found)
