@@ -33,7 +33,7 @@ from torch.nn.functional import embedding_bag
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.models.architectures import AttentionWeights, Norm
-from tclib.models.checks import check_parts
+from tclib.models.checks import check_attention, check_parts
 from tclib.models.language_model import HALF_PRECISION, LanguageModel
 from tclib.models.running import ForwardCache, NormedPart
 from tclib.support.checked import checked
@@ -181,6 +181,7 @@ class FrozenPrompts:
                 f"{lm.name} gives non-finite values on these prompts: check its weights and its dtype"
             )
         check_parts(lm, self.cache)
+        check_attention(lm, self.cache)
         self.parts = {layer: self._split(layer, d) for layer, d in self.transcoders.items()}
 
     @property

@@ -195,7 +195,8 @@ class Dictionary:
         """What puts this dictionary into a model of TransformerLens, as `fwd_hooks` of `run_with_hooks`.
 
         A transcoder stands in for the MLP, an SAE gives its reconstruction of the site. For a bridge in compatibility
-        mode, whose sites are the processed ones. Errors: `InputError` for a dictionary in the raw basis.
+        mode, whose sites are the processed ones, of a model with a norm of the MLP's own (ln2): Phi, GPT-J, Command R
+        and Falcon 7B have one for both parts, OLMo 2 none. Errors: `InputError` for a dictionary in the raw basis.
         """
         read, write = self._hook_names()
         if read == write:

@@ -13,6 +13,7 @@ differ in:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -90,6 +91,15 @@ class Multipliers:
     logits: float = 1.0
     cap: float | None = None
 
+    def check(self, name: str) -> None:
+        """Raise `InputError` for one that is 0 or not finite, through which nothing can be traced."""
+        for what, value in vars(self).items():
+            if value is not None and not (value and math.isfinite(value)):
+                raise InputError(
+                    f"model {name!r}: its config multiplies by a factor of {what} that is 0 or not finite, or caps "
+                    "at 0: take the config that it was released with"
+                )
+
     def capped(self, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
         """Logits as the model gives them: cap · tanh(logits / cap)."""
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
@@ -102,8 +112,8 @@ Values = tuple[Tensor, Tensor, Tensor, Tensor]
 class Architecture:
     """Where one transformers class keeps its parts; names may be paths (`attn.attention`).
 
-    `neurons_out` is None where an MLP is made of experts: it has no neurons of its own. `skippable` is what need not
-    run when the MLP's output is replaced, and then hands on what it gets.
+    An MLP of experts has no neurons of its own. `skippable` is what need not run when the MLP's output is replaced, and
+    then hands on what it gets.
     """
 
     norm: NormKind
@@ -117,7 +127,7 @@ class Architecture:
     mlp_norm: str | None
     mlp: str
     heads_out: str  # the projection behind the heads, inside the attention
-    neurons_out: str | None  # the projection behind the neurons, inside the block
+    neurons_out: str  # the projection behind the neurons, inside the block
     values: Callable[[Any, int], Values]
     run_mlp: Callable[[Any, Tensor], Tensor] | None = None
     mlp_writer: str | None = None
@@ -129,6 +139,8 @@ class Architecture:
     position_offset: int = 0
     gain_offset: float = 0.0
     is_parallel: bool = False
+    positions: str = "rotary"  # how tables call them
+    has_experts: bool = False
     is_input_first: bool = False  # weights are [in, out], as GPT-2 has them
     is_flat: bool = False  # the MLP sees all rows' positions as one list
     gives_tuples: bool = False  # a block puts out (stream, patterns)
@@ -144,6 +156,10 @@ class Architecture:
             found: nn.Module | None = None if path is None else module.get_submodule(path)
             return found
 
+        neurons_out: str | None = self.neurons_out
+        if self.has_experts and not hasattr(module.get_submodule(self.mlp), "down_proj"):
+            neurons_out = None  # some of such a model's layers may be plain
+
         reader = module.get_submodule(self.mlp)
         writer = self.mlp_behind or self.mlp_writer or self.mlp
         return Block(
@@ -154,13 +170,8 @@ class Architecture:
             reader,
             module.get_submodule(writer),
             part(self.mlp_behind),
-            part(self.neurons_out),
+            part(neurons_out),
         )
-
-    @property
-    def positions(self) -> str:
-        """How tables call the positions."""
-        return "learned" if self.position_embedding else "in the pattern"
 
 
 def _by_head(W_O: Float[Tensor, "head_d_head d_model"], n_heads: int) -> Tensor:
@@ -258,18 +269,25 @@ def _falcon_variant(own: Architecture, config: Any) -> Architecture:
         raise InputError(
             "a Falcon with ALiBi (Falcon-RW) cannot be traced: transformers adds it twice where patterns are asked for"
         )
-    if not (config.parallel_attn or config.new_decoder_architecture):
+    is_new, n_norms = config.new_decoder_architecture, config.num_ln_in_parallel_attn
+    if (is_new and not config.parallel_attn) or (n_norms == 2 and not is_new):
+        raise InputError(
+            f"a Falcon with parallel_attn {config.parallel_attn}, new_decoder_architecture {is_new} and "
+            f"num_ln_in_parallel_attn {n_norms} cannot be run by transformers: take its own config"
+        )
+    if not config.parallel_attn:
         return own
-    if config.new_decoder_architecture and config.num_ln_in_parallel_attn == 2:
+    if is_new and n_norms in (None, 2):
         return replace(own, is_parallel=True, attention_norm="ln_attn", mlp_norm="ln_mlp")
     return replace(own, is_parallel=True, mlp_norm=own.attention_norm)
 
 
 def _opt_variant(own: Architecture, config: Any) -> Architecture:
-    if not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size:
+    is_late = not config.do_layer_norm_before or config._remove_final_layer_norm
+    if is_late or config.word_embed_proj_dim != config.hidden_size:
         raise InputError(
-            "an OPT whose norms follow its parts, or whose embeddings are projected (OPT-350m), is not supported: "
-            "take another size"
+            "an OPT whose norms follow its parts, whose last norm is left out or whose embeddings are projected "
+            "(OPT-350m) is not supported: take another size"
         )
     return own
 
@@ -280,13 +298,18 @@ def _bloom_variant(own: Architecture, config: Any) -> Architecture:
             "a BLOOM whose residual stream is what its norms put out "
             "(apply_residual_connection_post_layernorm) is not supported"
         )
+    if config.slow_but_exact and config.pretraining_tp > 1:
+        raise InputError(
+            "a BLOOM with slow_but_exact and pretraining_tp > 1 runs past its own projections, so that nothing can be "
+            "read or replaced there: set slow_but_exact to false in its config"
+        )
     return own
 
 
 def _granite_multipliers(config: Any) -> Multipliers:
-    return Multipliers(
-        config.embedding_multiplier, config.residual_multiplier, 1 / config.logits_scaling
-    )
+    scaling = config.logits_scaling
+    logits = 1 / scaling if scaling else math.inf
+    return Multipliers(config.embedding_multiplier, config.residual_multiplier, logits)
 
 
 def _gemma_multipliers(config: Any) -> Multipliers:
@@ -311,6 +334,7 @@ GPT2 = Architecture(
     heads_out="c_proj",
     neurons_out="mlp.c_proj",
     values=_gpt2_values,
+    positions="learned",
     is_input_first=True,
 )
 NEOX = Architecture(
@@ -361,7 +385,7 @@ OLMO2 = replace(
     mlp_behind="post_feedforward_layernorm",
     skippable="mlp",
 )
-EXPERTS = replace(LLAMA, neurons_out=None, run_mlp=_experts_mlp)
+EXPERTS = replace(LLAMA, has_experts=True, run_mlp=_experts_mlp)
 GPT_NEO = replace(
     GPT2,
     attention="attn.attention",
@@ -375,6 +399,7 @@ BLOOM = replace(
     token_embedding="word_embeddings",
     embedding_norm="word_embeddings_layernorm",
     position_embedding=None,
+    positions="ALiBi",
     attention_norm="input_layernorm",
     attention="self_attention",
     mlp_norm="post_attention_layernorm",
@@ -391,6 +416,7 @@ BLOOM = replace(
 FALCON = replace(
     BLOOM,
     embedding_norm=None,
+    positions="rotary",
     mlp_writer=None,
     run_mlp=None,
     skippable=None,
@@ -405,6 +431,7 @@ OPT = replace(
     final_norm="final_layer_norm",
     position_embedding="embed_positions",
     position_offset=2,
+    positions="learned",
     attention_norm="self_attn_layer_norm",
     mlp_norm="final_layer_norm",
     mlp="fc1",
@@ -454,6 +481,7 @@ ARCHITECTURES = {
     "GPTJForCausalLM": replace(
         GPT2,
         position_embedding=None,
+        positions="rotary",
         mlp_norm="ln_1",
         is_parallel=True,
         heads_out="out_proj",

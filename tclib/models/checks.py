@@ -42,6 +42,7 @@ MOST = {
 }
 PREFIXES = ("transformer.", "gpt_neox.", "model.")
 PART_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+SAME_RUN = 1e-3  # between implementations of attention, in float32
 LOGITS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
@@ -157,6 +158,10 @@ def _held(folder: Path) -> tuple[int, int]:
 
 def check_hooks(model: Any, name: str) -> None:
     """Refuse a model with hooks on it: what they do is no part of its weights, by which it is known."""
+    if model.training:
+        raise InputError(
+            f"{name} is in training mode, in which dropout acts: call its eval() first"
+        )
     everywhere = torch.nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         raise InputError(
@@ -186,6 +191,13 @@ def check_config(config: Any, name: str) -> None:
             raise InputError(
                 f"model {name!r}: {size} is {shown(value)} in its config: expected a whole number of 1 or more"
             )
+    if getattr(config, "is_causal", None) is False or getattr(
+        config, "use_bidirectional_attention", None
+    ):
+        raise InputError(
+            f"model {name!r} lets tokens attend to later ones (is_causal, use_bidirectional_attention in its config): "
+            "attribution goes from earlier tokens to later ones; take a causal model"
+        )
     method = getattr(config, "quantization_config", None)
     if method is not None:
         given = method if isinstance(method, dict) else vars(method)
@@ -261,6 +273,32 @@ def _not_plain(lm: Overrides, part: str, off: float, tolerance: float) -> str:
         f"{off:.1e}, at most {tolerance:g} expected): it is no plain {type(lm.model).__name__}, or "
         "was edited through .data (make a new LanguageModel of it): attribution through it would be wrong"
     )
+
+
+@torch.no_grad()
+def check_attention(lm: Running, cache: ForwardCache) -> None:
+    """Refuse a model whose patterns are not those of its usual run: once a model, on its first prompt.
+
+    Patterns are asked for with another implementation of attention than logits. Errors: `InputError` for weight on
+    later tokens, or logits that differ between the two.
+    """
+    for layer, pattern in enumerate(cache.pattern):
+        if bool(pattern.triu(1).any()):
+            raise InputError(
+                f"{lm.name}: tokens attend to later ones in layer {layer}: take a causal model"
+            )
+
+    def off() -> float:
+        usual = lm.logits(cache.tokens[:1])
+        made = lm.capped_logits(cache.logits[:1])
+        return float((made - usual).abs().max() / usual.abs().max())
+
+    found = lm.derived("patterns are its own", off, lm.model)
+    if not found <= SAME_RUN:
+        raise InputError(
+            f"{lm.name}: its logits differ by {found:.1e} of the largest from those of a run that gives patterns, so "
+            "that they are another model's: a fault of this version of transformers, or of the config"
+        )
 
 
 @torch.no_grad()

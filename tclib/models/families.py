@@ -55,6 +55,6 @@ def _line(name: str, members: str, traced: str) -> dict[str, str]:
         "norm": {"layer": "LayerNorm", "rms": "RMSNorm", "none": "none"}[own.norm],
         "mlp_in": "the stream" if own.mlp_norm is None else "normalised",
         "mlp_out": "behind a norm" if own.mlp_behind else "the MLP's output",
-        "mlps": "experts, opaque" if own.neurons_out is None else "neurons",
+        "mlps": "experts, opaque" if own.has_experts else "neurons",
         "checked": f"{EVERYWHERE}, {traced}" if traced else EVERYWHERE,
     }

@@ -34,8 +34,10 @@ ACTS_BY_TOO = (
     "final_logit_softcapping attn_logit_softcapping query_pre_attn_scalar layer_types use_sliding_window "
     "max_window_layers partial_rotary_factor rotary_dim hidden_activation parallel_attn new_decoder_architecture "
     "multi_query num_kv_heads alibi num_ln_in_parallel_attn attention_types window_size no_rope_layers "
-    "qk_layernorm use_qk_norm do_layer_norm_before num_experts_per_tok norm_topk_prob swiglu_limit rope_scaling"
+    "qk_layernorm use_qk_norm do_layer_norm_before num_experts_per_tok norm_topk_prob swiglu_limit rope_scaling "
+    "activation swiglu_alpha"
 )
+BY_LENGTH = ("longrope", "yarn", "dynamic")  # rotary frequencies that go by the context's length
 OLD_CLASSES = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM")
 # Names of one model that differ in more than their organisation and their case.
 ALIASES = {"gpt2-small": "gpt2", "smollm2": "smollm2-135m-instruct"}
@@ -55,15 +57,36 @@ def _plain(name: str) -> str:
 
 def model_hash(model: Any) -> str:
     """sha256 of a model's weights as they are now, and of how they act: in which precision, say."""
-    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: tensor if tensor.dtype == torch.float64 else tensor.float()
+        for name, tensor in model.state_dict().items()
+    }
     acts = {name: getattr(model.config, name, None) for name in ACTS_BY.split()}
     if type(model).__name__ not in OLD_CLASSES:
         acts |= {name: getattr(model.config, name, None) for name in ACTS_BY_TOO.split()}
+        acts["buffers"] = tensors_hash(_buffers_of_no_file(model))
+    if _rope_type(model.config) in BY_LENGTH:
+        acts["max_position_embeddings"] = model.config.max_position_embeddings
     acts["dtype"] = str(model.dtype)
     if by_hand := _set_by_hand(model):
         acts["by hand"] = by_hand
     text = json.dumps(acts, sort_keys=True, default=str) + tensors_hash(weights)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _buffers_of_no_file(model: Any) -> dict[str, torch.Tensor]:
+    """Scales, masks and tables that modules make themselves; rotary frequencies, which may change, apart."""
+    kept = model.state_dict().keys()
+    return {
+        name: held.float()
+        for name, held in model.named_buffers()
+        if name not in kept and not name.endswith("inv_freq")
+    }
+
+
+def _rope_type(config: Any) -> str:
+    given = getattr(config, "rope_parameters", None) or {}
+    return str(given.get("rope_type", ""))
 
 
 def _set_by_hand(model: Any) -> dict[str, str]:
@@ -87,6 +110,8 @@ def _other_frequencies(model: Any, modules: Mapping[str, nn.Module]) -> dict[str
         for key, held in module.named_buffers(recurse=False):
             if not key.endswith("inv_freq"):
                 continue
+            if key == "inv_freq" and _rope_type(model.config) in BY_LENGTH:
+                continue  # those of the row that was last run
             wanted = dict(type(module)(model.config).named_buffers())[key]
             if not torch.allclose(held.cpu().float(), wanted.cpu().float(), rtol=1e-4):
                 found[f"{name}.{key}"] = tensors_hash({key: held.float()})

@@ -150,7 +150,7 @@ class LanguageModel(Running):
             "vocabulary": self.d_vocab,
             "blocks": "parallel" if self.is_parallel else "sequential",
             "norm": {"layer": "LayerNorm", "rms": "RMSNorm"}[self.norm_kind],
-            "positions": "learned" if self._architecture.position_embedding else "rotary",
+            "positions": self._architecture.positions,
         }
 
     @property

@@ -107,7 +107,7 @@ class Overrides(ProcessedWeights):
 
         def after(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> Any:
             mlp_out = self._added(passing.given(without_extras(output)))
-            made = override(passing.mlp_in.pop(), mlp_out)
+            made = override(passing.mlp_in.pop(), mlp_out).expand_as(mlp_out)
             return put_out(self._before_added(made), output)
 
         return attached(*self._noting(layer, passing), (writer.register_forward_hook, after))
@@ -122,7 +122,8 @@ class Overrides(ProcessedWeights):
         skippable = self._architecture.skippable
 
         def forward(x: Tensor) -> Any:
-            made = self._before_added(stand_in(passing.mlp_in.pop())).to(x.dtype)
+            mlp_in = passing.mlp_in.pop()
+            made = self._before_added(stand_in(mlp_in).expand_as(mlp_in)).to(x.dtype)
             if self._architecture.gives_scores:
                 return made, None
             return made.flatten(0, 1) if x.ndim == 2 else made

@@ -271,6 +271,12 @@ class Running(Overrides):
         check_logits(self, self._multipliers.capped(found["head"]), output.logits)
         return self._assemble(tokens, found, list(output.attentions))
 
+    def capped_logits(
+        self, logits: Float[Tensor, "*batch d_vocab"]
+    ) -> Float[Tensor, "*batch d_vocab"]:
+        """Logits of a cache as the model itself puts them out: with its cap, where the family has one."""
+        return self._multipliers.capped(logits)
+
     def _readers(self) -> list[nn.Module]:
         """The modules that take in what every attention, every MLP and the unembedding read of the stream."""
         layers = range(self.n_layers)

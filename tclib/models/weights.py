@@ -61,9 +61,11 @@ class ProcessedWeights:
         self.is_parallel = self._architecture.is_parallel
         self.norm_kind = self._architecture.norm
         self._multipliers = self._architecture.multipliers(config)
+        self._multipliers.check(name)
         self._check_biases()
-        if self.dtype == torch.float64 and model._can_set_experts_implementation():
-            model.set_experts_implementation("eager")  # the grouped products stop at float32
+        is_usual = self.dtype == torch.float32 or self.device.type != "cpu"
+        if self._architecture.has_experts and (self.dtype == torch.float64 or not is_usual):
+            model.set_experts_implementation("eager")  # grouped products want float32 on a CPU
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +162,7 @@ class ProcessedWeights:
         projection = self._block(self.check_layer(layer)).neurons_out
         if projection is None:
             raise InputError(
-                f"the MLPs of {self.name} are made of experts, which have no neurons in common: study features "
+                f"MLP {layer} of {self.name} is made of experts, which have no neurons in common: study features "
                 "of a transcoder, or heads"
             )
         return projection
@@ -258,12 +260,13 @@ class ProcessedWeights:
         return self._architecture.block(self._blocks[layer])
 
     def _norm(self, module: Any) -> Norm:
+        ones = torch.ones(self.d_model, dtype=self.dtype, device=self.device)
         if module is None:
-            ones = torch.ones(self.d_model, dtype=self.dtype, device=self.device)
             return Norm("none", ones, None, 0.0)
         eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
         offset = self._architecture.gain_offset
-        gain = module.weight + offset if offset else module.weight
+        gain = ones if module.weight is None else module.weight
+        gain = gain + offset if offset else gain
         return Norm(self._architecture.norm, gain, getattr(module, "bias", None), float(eps))
 
     def _check_biases(self) -> None:

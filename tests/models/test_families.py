@@ -129,7 +129,7 @@ def test_a_pass_that_is_cut_at_an_mlp_goes_on_to_the_same_end(family: str) -> No
         made = lm.run_mlp(layer, read_at[Site("mlp_in", layer)])
         torch.testing.assert_close(made, read_at[Site("mlp_out", layer)], rtol=1e-5, atol=1e-6)
         if family in EXPERTS:
-            with pytest.raises(InputError, match="made of experts, which have no neurons"):
+            with pytest.raises(InputError, match="is made of experts, which have no neurons"):
                 neuron_units(lm, below)
             continue
         units = neuron_units(lm, below)
@@ -167,26 +167,73 @@ def test_a_folder_of_it_is_loaded_evaluated_and_known_by_its_content(
     assert lm.extended_embedding.shape == (lm.d_vocab, lm.d_model)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 1.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+    "original_max_position_embeddings": 8,
+}
+LONG = {
+    "rope_parameters": LONGROPE,
+    "original_max_position_embeddings": 8,
+    "sliding_window": None,
+}
+
+
 @pytest.mark.parametrize(
-    ("family", "changed"),
+    ("family", "one", "other"),
     [
-        ("granite", {"residual_multiplier": 0.5}),
-        ("cohere", {"logit_scale": 0.5}),
-        ("gemma2", {"final_logit_softcapping": 6.0}),
-        ("gemma2", {"attn_logit_softcapping": 3.0}),
-        ("gemma2", {"query_pre_attn_scalar": 8}),
-        ("gpt_neo", {"attention_types": [[["global", "global", "local"], 1]]}),
-        ("smollm3", {"no_rope_layers": [1, 1, 1]}),
+        ("granite", {}, {"residual_multiplier": 0.5}),
+        ("cohere", {}, {"logit_scale": 0.5}),
+        ("gemma2", {}, {"final_logit_softcapping": 6.0}),
+        ("gemma2", {}, {"attn_logit_softcapping": 3.0}),
+        ("gemma2", {}, {"query_pre_attn_scalar": 8}),
+        ("gpt_neo", {}, {"attention_types": [[["global", "global", "local"], 1]]}),
+        ("smollm3", {}, {"no_rope_layers": [1, 1, 1]}),
+        ("falcon", {}, {"activation": "relu"}),
+        ("gpt_oss", {}, {"swiglu_alpha": 1.0}),
+        ("phi3", LONG, {**LONG, "max_position_embeddings": 4096}),
     ],
 )
 def test_what_acts_besides_the_weights_is_part_of_the_hash(
-    family: str, changed: dict[str, Any]
+    family: str, one: dict[str, Any], other: dict[str, Any]
 ) -> None:
+    weights = family_model(family, **one).state_dict()
+
     def hash_of(**values: Any) -> str:
         model = family_model(family, **values)
+        model.load_state_dict(weights)
         return LanguageModel(model, tiny_tokenizer(), family).content_hash
 
-    assert hash_of() != hash_of(**changed)
+    assert hash_of(**one) == hash_of(**one) != hash_of(**other)
+
+
+def test_what_modules_hold_besides_the_weights_is_part_of_the_hash() -> None:
+    for family, path in {
+        "gemma": "model.embed_tokens.embed_scale",
+        "gptj": "transformer.h.0.attn.embed_positions",
+        "gpt_neo": "transformer.h.1.attn.attention.bias",
+    }.items():
+        lm = make_lm(family, torch.float32)
+        before = lm.content_hash
+        lm.model.get_buffer(path).fill_(1)
+        assert lm.content_hash != before, family
+
+
+def test_a_hash_does_not_hang_on_the_rows_that_were_run_or_on_rounding() -> None:
+    lm = LanguageModel(family_model("phi3", **LONG), tiny_tokenizer(), "long")
+    before = lm.content_hash
+    lm.logits(random_rows(1, 12).long())
+    assert lm.content_hash == before
+    exact = make_lm("gpt2")
+    before = exact.content_hash
+    exact.model.transformer.wte.weight.mul_(1 + 1e-9)
+    assert exact.content_hash != before
+    exact.model.train()
+    with pytest.raises(InputError, match=r"is in training mode.*call its eval\(\) first"):
+        _ = exact.content_hash
 
 
 @pytest.mark.parametrize(
@@ -194,9 +241,20 @@ def test_what_acts_besides_the_weights_is_part_of_the_hash(
     [
         ("opt", {"do_layer_norm_before": False}, "OPT-350m"),
         ("opt", {"word_embed_proj_dim": 8}, "take another size"),
+        ("opt", {"_remove_final_layer_norm": True}, "whose last norm is left out"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "is not supported"),
+        ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "set slow_but_exact to false"),
         ("falcon", {"alibi": True}, "Falcon-RW.* cannot be traced"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "cannot be run by transformers"),
+        ("falcon-new", {"parallel_attn": False}, "cannot be run by transformers"),
         ("gemma2", {"attention_bias": True}, "an attention bias in front of a norm"),
+        ("gemma", {"use_bidirectional_attention": True}, "take a causal model"),
+        ("gemma3", {"use_bidirectional_attention": True}, "take a causal model"),
+        ("llama", {"is_causal": False}, "take a causal model"),
+        ("bloom", {"is_causal": False}, "take a causal model"),
+        ("granite", {"residual_multiplier": 0.0}, "a factor of added that is 0"),
+        ("granite", {"logits_scaling": 0.0}, "a factor of logits that is 0 or not finite"),
+        ("gemma2", {"final_logit_softcapping": 0.0}, "caps at 0"),
     ],
 )
 def test_variants_that_cannot_be_split_are_refused(
@@ -204,6 +262,56 @@ def test_variants_that_cannot_be_split_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         LanguageModel(family_model(family, **changed), tiny_tokenizer(), family)
+
+
+def test_patterns_of_another_run_than_the_logits_are_refused() -> None:
+    lm = make_lm("llama")
+    usual = lm.model.config._attn_implementation
+    with pytest.raises(InputError, match="those of a run that gives patterns"):
+        # As Falcon's masks were, asked for by one implementation and used by another.
+        lm.model.register_forward_hook(
+            lambda model, _args, out: (
+                setattr(out, "logits", out.logits.flip(1))
+                if model.config._attn_implementation == usual
+                else None
+            )
+        )
+        FrozenPrompts(lm, ROWS, [])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "falcon", "granite", "bloom"])
+def test_what_an_override_gives_may_be_broadcast(family: str) -> None:
+    lm = make_lm(family)
+    with lm.override_mlp(1, lambda _x, y: torch.zeros_like(y)):
+        expected = lm.logits(ROWS)
+    for change in (
+        lm.override_mlp(1, lambda _x, y: y.new_zeros(y.shape[-1])),
+        lm.stand_in_for_mlp(1, lambda x: x.new_zeros(1, 1, x.shape[-1])),
+    ):
+        with change:
+            torch.testing.assert_close(lm.logits(ROWS), expected)
+
+
+def test_norms_without_weights_and_plain_layers_among_experts() -> None:
+    model = family_model("opt", layer_norm_elementwise_affine=False).double()
+    lm = LanguageModel(model, tiny_tokenizer(), "bare")
+    frozen = FrozenPrompts(lm, ROWS, [random_transcoder(1, "relu")])
+    (found,) = sources(frozen, [frozen.logit_target({5: 1.0}, -1)])
+    assert abs(found.residual) < 1e-9
+    mixed = LanguageModel(family_model("qwen3_moe", mlp_only_layers=[1]), tiny_tokenizer(), "mixed")
+    assert neuron_units(mixed, mixed.run_below(ROWS, 1)).n_units == 24
+    with pytest.raises(InputError, match="MLP 0 of mixed is made of experts"):
+        neuron_units(mixed, mixed.run_below(ROWS, 0))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma2", "granite", "phi"])
+def test_half_precision_is_traced_in_a_copy(family: str) -> None:
+    lm = make_lm(family, torch.bfloat16)
+    assert lm.logits(ROWS).isfinite().all()
+    with pytest.warns(UserWarning, match="runs on a copy of it in float32"):
+        frozen = FrozenPrompts(lm, ROWS, [random_transcoder(1, "relu", torch.float32)])
+    (found,) = sources(frozen, [frozen.logit_target({5: 1.0}, -1)])
+    assert abs(found.residual) < 1e-4
 
 
 def test_gemmas_logits_are_traced_in_front_of_their_cap() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.replace import replace_mlp, replace_mlp_input
+from tclib.models.interop import boot
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
 from tclib.support.errors import InputError
@@ -81,10 +82,20 @@ def test_what_is_no_plain_bridge_is_refused(tmp_path: Path) -> None:
         LanguageModel.from_transformer_lens(bridge)
     bridge.tokenizer = tokenizer
     bridge.enable_compatibility_mode()
-    with torch.no_grad():
-        next(iter(bridge.original_model.parameters())).mul_(2.0)
     with pytest.raises(InputError, match="from_transformer_lens before that, or"):
         LanguageModel.from_transformer_lens(bridge)
+
+
+def test_a_model_that_transformer_lens_runs_in_another_way_is_refused(tmp_path: Path) -> None:
+    tiny_hf_model("gpt2").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    bridge = booted(tmp_path)
+    doubled = bridge.forward
+    bridge.forward = lambda *args, **options: 2 * doubled(*args, **options)
+    with pytest.raises(InputError, match="TransformerLens runs it in another way"):
+        LanguageModel.from_transformer_lens(bridge)
+    with pytest.raises(InputError, match="TransformerLens cannot boot .*nowhere"):
+        boot(str(tmp_path / "nowhere"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["relu", "topk", "skip", "jumprelu"])
