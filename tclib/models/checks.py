@@ -261,6 +261,8 @@ def check_tokenizer(tokenizer: Any, n_embeddings: int, name: str) -> None:
 @torch.no_grad()
 def check_logits(lm: Overrides, made: Tensor, measured: Tensor) -> None:
     """Raise `InputError` unless a model's logits are what its unembedding puts out, scaled and capped as in its family."""
+    if not bool(measured.isfinite().all()):
+        return  # which is said elsewhere
     size = measured.abs().amax().clamp_min(torch.finfo(measured.dtype).tiny)
     off = float((made - measured).abs().amax() / size)
     if not off <= LOGITS_TOLERANCE.get(lm.dtype, 0.05):

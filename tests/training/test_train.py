@@ -483,6 +483,7 @@ def test_a_steps_activations_are_gone_before_the_next_dictionary_steps(
 ) -> None:
     held: list[weakref.ref[torch.Tensor]] = []
     original = module._Run._step
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one dictionary after the other
 
     def noted(self: Any, *args: Any) -> Any:
         assert not [one for one in held if one() is not None]
