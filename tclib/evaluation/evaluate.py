@@ -226,7 +226,7 @@ def _own_columns(
         "n_features": config.n_features,
         "l0": sums.l0,
         "fvu": sums.fvu,
-        "dead_share": float(metrics.is_dead(sums.n_fired).double().mean()),
+        "dead_share": sums.dead_share,
         "live_share": float(metrics.is_live(sums.n_fired, sums.n_tokens).double().mean()),
     }
 

@@ -120,6 +120,11 @@ class ReconstructionSums:
         return int(self.n_fired.sum()) / self.n_tokens
 
     @property
+    def dead_share(self) -> float:
+        assert self.n_fired is not None
+        return float(is_dead(self.n_fired).double().mean())
+
+    @property
     def fvu(self) -> float:
         assert self._sums is not None
         _, total, squares = self._sums

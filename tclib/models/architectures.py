@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tclib.support.errors import InputError
 
 NormKind = Literal["layer", "rms", "none"]
+NORM_NAMES: dict[NormKind, str] = {"layer": "LayerNorm", "rms": "RMSNorm", "none": "none"}
 
 
 @dataclass(frozen=True)

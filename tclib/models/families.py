@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from tclib.models.architectures import ARCHITECTURES
+from tclib.models.architectures import ARCHITECTURES, NORM_NAMES
 
 # What goes by a class, and which real weights have been traced here.
 MEMBERS = {
@@ -52,7 +52,7 @@ def _line(name: str, members: str, traced: str) -> dict[str, str]:
         "models": members,
         "class": name,
         "blocks": "either" if name in EITHER else "parallel" if own.is_parallel else "sequential",
-        "norm": {"layer": "LayerNorm", "rms": "RMSNorm", "none": "none"}[own.norm],
+        "norm": NORM_NAMES[own.norm],
         "mlp_in": "the stream" if own.mlp_norm is None else "normalised",
         "mlp_out": "behind a norm" if own.mlp_behind else "the MLP's output",
         "mlps": "experts, opaque" if own.has_experts else "neurons",

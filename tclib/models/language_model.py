@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tclib.models.architectures import NORM_NAMES
 from tclib.models.checks import (
     check_demand,
     check_files,
@@ -149,7 +150,7 @@ class LanguageModel(Running):
             "context (tokens)": self.n_ctx,
             "vocabulary": self.d_vocab,
             "blocks": "parallel" if self.is_parallel else "sequential",
-            "norm": {"layer": "LayerNorm", "rms": "RMSNorm"}[self.norm_kind],
+            "norm": NORM_NAMES[self.norm_kind],
             "positions": self._architecture.positions,
         }
 

@@ -63,8 +63,10 @@ class ProcessedWeights:
         self._multipliers = self._architecture.multipliers(config)
         self._multipliers.check(name)
         self._check_biases()
-        is_usual = self.dtype == torch.float32 or self.device.type != "cpu"
-        if self._architecture.has_experts and (self.dtype == torch.float64 or not is_usual):
+        is_grouped = self.dtype == torch.float32 or (
+            self.device.type != "cpu" and self.dtype != torch.float64
+        )
+        if self._architecture.has_experts and not is_grouped:
             model.set_experts_implementation("eager")  # grouped products want float32 on a CPU
 
     @property
@@ -260,14 +262,16 @@ class ProcessedWeights:
         return self._architecture.block(self._blocks[layer])
 
     def _norm(self, module: Any) -> Norm:
-        ones = torch.ones(self.d_model, dtype=self.dtype, device=self.device)
         if module is None:
-            return Norm("none", ones, None, 0.0)
+            return Norm("none", self._no_gain(), None, 0.0)
         eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
         offset = self._architecture.gain_offset
-        gain = ones if module.weight is None else module.weight
+        gain = self._no_gain() if module.weight is None else module.weight
         gain = gain + offset if offset else gain
         return Norm(self._architecture.norm, gain, getattr(module, "bias", None), float(eps))
+
+    def _no_gain(self) -> Float[Tensor, "d_model"]:
+        return torch.ones(self.d_model, dtype=self.dtype, device=self.device)
 
     def _check_biases(self) -> None:
         """What a norm behind the attention makes of a bias hangs on the token; no known model has one."""

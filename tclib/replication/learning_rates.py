@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.evaluate import BOOTSTRAP_SEED
-from tclib.evaluation.metrics import ReconstructionSums, is_dead
+from tclib.evaluation.metrics import ReconstructionSums
 from tclib.models.language_model import LanguageModel
 from tclib.replication.presets import Preset, load_preset
 from tclib.replication.run import Run
@@ -104,7 +104,7 @@ def _held_out(
             x, y = acts[config.input_site].float(), acts[config.output_site].float()
             found[spec].append(_objective(dictionary, spec, x, y, is_text, sums[spec]))
     return {
-        spec: Held(to_numpy(torch.cat(found[spec])), own.l0, own.fvu, _dead_share(own))
+        spec: Held(to_numpy(torch.cat(found[spec])), own.l0, own.fvu, own.dead_share)
         for spec, own in sums.items()
     }
 
@@ -125,11 +125,6 @@ def _objective(
     price = spec.l1_coefficient * output.feature_acts.sum(-1)
     price += spec.l0_coefficient * (output.feature_acts > 0).sum(-1)
     return ((errors * weights + price) * is_text).sum(1) / is_text.sum(1)
-
-
-def _dead_share(sums: ReconstructionSums) -> float:
-    assert sums.n_fired is not None
-    return float(is_dead(sums.n_fired).double().mean())
 
 
 def chosen_rates(found: Mapping[DictionarySpec, Held]) -> pd.DataFrame:
