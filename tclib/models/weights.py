@@ -47,7 +47,7 @@ class ProcessedWeights:
     """
 
     def __init__(self, model: Any, name: str) -> None:
-        self._architecture = architecture_of(type(model).__name__, name, model.config)
+        self._architecture = architecture_of(type(model).__name__, name, getattr(model, "config", None))
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self._derived: dict[str, tuple[State, Any]] = {}
