@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tclib.circuits.frozen import FrozenPrompts, ReadSite, Target, read_running
-from tclib.models.running import NormedPart
+from tclib.models.running import ReadPart
 from tclib.support.statistics import to_numpy
 
 Follow = Literal["frozen norms", "norms follow", "MLPs follow", "everything"]
@@ -120,9 +120,10 @@ def local_value(
     x̂ is P x over the prompt's σ, or over its own if norms follow; mlp is MLP(x̂) if MLPs follow.
     """
     lm, cache, prompt = frozen.lm, frozen.cache, root.prompt
-    run_mlp = lm.run_mlp if follow == "MLPs follow" else partial(_transcoded, frozen, prompt)
+    own_mlp = lambda layer, x_hat, _x: lm.run_mlp(layer, x_hat)  # noqa: E731
+    run_mlp = own_mlp if follow == "MLPs follow" else partial(_transcoded, frozen, prompt)
 
-    def normalised(part: NormedPart, layer: int, x: Tensor) -> Tensor:
+    def normalised(part: ReadPart, layer: int, x: Tensor) -> Tensor:
         site = ReadSite(part, layer)
         norm = site.norm(lm)
         if follow == "frozen norms":
@@ -139,10 +140,11 @@ def local_value(
         if root.site == ReadSite("attention", layer):
             return read(x_hat)
         x = x + _attended(frozen, prompt, layer, x_hat, follow)
-        x_hat = normalised("mlp", layer, before if lm.is_parallel else x)
-        if root.site == ReadSite("mlp", layer):
-            return read(x_hat)
-        x = x + run_mlp(layer, x_hat) + added[layer]
+        entering = before if lm.is_parallel else x
+        x_hat = normalised("mlp", layer, entering)
+        if root.site.layer == layer and root.site.part in ("mlp", "resid_mid"):
+            return read(x_hat if root.site.part == "mlp" else entering)
+        x = x + run_mlp(layer, x_hat, entering) + added[layer]
     return read(normalised("final", lm.n_layers, x))
 
 
@@ -163,8 +165,9 @@ def _attended(
     return written * sigma / behind.scale(read)
 
 
-def _transcoded(frozen: FrozenPrompts, prompt: int, layer: int, x_hat: Tensor) -> Tensor:
+def _transcoded(frozen: FrozenPrompts, prompt: int, layer: int, x_hat: Tensor, x: Tensor) -> Tensor:
     if layer not in frozen.parts:
         return frozen.cache.mlp_out[layer][prompt]
     parts = frozen.parts[layer]
-    return parts.dictionary(x_hat).reconstruction + parts.error[prompt]
+    read = x if parts.dictionary.config.reads_stream else x_hat
+    return parts.dictionary(read).reconstruction + parts.error[prompt]

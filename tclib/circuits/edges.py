@@ -9,7 +9,7 @@ transcoder feature on the way:
 g is carried down from the target's site by the transposed frozen model, a layer at a time:
 
     attention l:   g(s) ← g(s) + P Σ_h Σ_t A[h, t, s] W_V W_O g(t) / σ_attention(l, s)
-    skip of l:     g(t) ← g(t) + P W_skip g(t) / σ_mlp(l, t)
+    skip of l:     g(t) ← g(t) + P W_skip g(t) / σ_mlp(l, t)                (σ is 1 where resid_mid is read)
 
 Targets of one token are carried together, each joining at its site; positions after the token are never
 touched. With heads="nodes" heads end the graph as sources of their own (by source token) and g stays at
@@ -19,7 +19,7 @@ the target's token. Either way constant + Σ edges = value, to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tclib.circuits.frozen import FrozenPrompts, ReadSite
+from tclib.circuits.frozen import FrozenPrompts, ReadSite, site_of
 from tclib.circuits.writers import Part, Writer, writers
 from tclib.support.statistics import to_numpy
 
@@ -115,13 +115,13 @@ class DirectEffects:
         for layer in reversed(range(frozen.lm.n_layers)):
             self._read("mlp", layer, carried, first, pos, out)
             after_skip = self._through_skip(layer, carried, first, pos)
-            site = ReadSite("mlp", layer)
+            read = [ReadSite("mlp", layer), ReadSite("resid_mid", layer)]
             if frozen.lm.is_parallel:  # both parts read the stream below the layer
                 self._read("attention", layer, carried, first, pos, out)
                 attended = self._through_attention(layer, carried, pos)
-                carried = join(after_skip + attended, site)
+                carried = reduce(join, read, after_skip + attended)
             else:
-                carried = join(after_skip, site)
+                carried = reduce(join, read, after_skip)
                 self._read("attention", layer, carried, first, pos, out)
                 carried = carried + self._through_attention(layer, carried, pos)
         self._read("embedding", -1, carried, first, pos, out)
@@ -171,7 +171,9 @@ class DirectEffects:
         parts = self.frozen.parts.get(layer)
         if parts is None or parts.dictionary.W_skip is None:
             return grad
-        scale = self.frozen.cache.mlp_scale[layer][self.prompt, first : pos + 1, None]
+        scale = site_of(parts.dictionary).scale(self.frozen.cache)[
+            self.prompt, first : pos + 1, None
+        ]
         back = self.frozen.lm.final_norm.centre(grad @ parts.dictionary.W_skip.T)
         return grad + back / scale
 

@@ -88,7 +88,8 @@ def features_alone(
             ]
             error = parts.error[prompt] if with_errors else None
             stand_in = partial(_kept_output, parts.dictionary, units.tolist(), mask, error)
-            stack.enter_context(frozen.lm.stand_in_for_mlp(layer, stand_in))
+            reads_stream = parts.dictionary.config.reads_stream
+            stack.enter_context(frozen.lm.stand_in_for_mlp(layer, stand_in, reads_stream))
         yield
 
 

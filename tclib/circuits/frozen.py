@@ -35,7 +35,7 @@ from tclib.dictionaries.dictionary import Dictionary
 from tclib.models.architectures import AttentionWeights, Norm
 from tclib.models.checks import check_attention, check_parts
 from tclib.models.language_model import HALF_PRECISION, LanguageModel
-from tclib.models.running import ForwardCache, NormedPart
+from tclib.models.running import ForwardCache, ReadPart, Site, SiteName
 from tclib.support.checked import checked
 from tclib.support.errors import InputError
 
@@ -65,21 +65,25 @@ def node_name(kind: str, layer: int, head: int, feature: int, pos: int) -> str:
 
 @dataclass(frozen=True)
 class ReadSite:
-    """Where the stream is read through a norm: in front of a layer's part, or at the end."""
+    """Where the stream is read: through the norm of a layer's part, through the last, or as it is (resid_mid)."""
 
-    part: NormedPart
+    part: ReadPart
     layer: int
 
     def norm(self, lm: LanguageModel) -> Norm:
         """The norm that stands there."""
         if self.part == "final":
             return lm.final_norm
+        if self.part == "resid_mid":
+            return lm.no_norm
         return lm.mlp_norm(self.layer) if self.part == "mlp" else lm.attention_norm(self.layer)
 
     def scale(self, cache: ForwardCache) -> Float[Tensor, "batch pos"]:
         """σ of that norm in a forward pass."""
         if self.part == "final":
             return cache.final_scale
+        if self.part == "resid_mid":
+            return torch.ones_like(cache.final_scale)
         scales = cache.mlp_scale if self.part == "mlp" else cache.attention_scale
         return scales[self.layer]
 
@@ -224,7 +228,7 @@ class FrozenPrompts:
         return torch.stack(self.cache.pattern)
 
     def _split(self, layer: int, dictionary: Dictionary) -> LayerParts:
-        x, y = self.cache.mlp_in[layer], self.cache.mlp_out[layer]
+        x, y = self.cache.at(dictionary.config.input_site), self.cache.mlp_out[layer]
         active = ActiveFeatures.of(dictionary.encode(x))
         error = y - dictionary.b_dec - active.decode(dictionary.W_dec, tuple(y.shape))
         if not bool(error.isfinite().all()):
@@ -260,7 +264,7 @@ class FrozenPrompts:
         pos, prompt = self.check_place(pos, prompt)
         direction = self.lm.final_norm.centre(dictionary.encoder_direction(feature))
         constant = float(dictionary.b_enc[feature])
-        site = ReadSite("mlp", layer)
+        site = site_of(dictionary)
         return Target(f"L{layer}.{feature}@{pos}", prompt, pos, site, direction, constant)
 
     @checked
@@ -296,7 +300,7 @@ class FrozenPrompts:
 
     def attention_layers(self, site: ReadSite) -> range:
         """Layers whose attention has written to the stream before `site`."""
-        reads_own = site.part == "mlp" and not self.lm.is_parallel
+        reads_own = site.part in ("mlp", "resid_mid") and not self.lm.is_parallel
         return range(site.layer + 1 if reads_own else site.layer)
 
     def check_place(self, pos: int, prompt: int) -> tuple[int, int]:
@@ -310,14 +314,22 @@ class FrozenPrompts:
         return pos % self.n_pos, prompt
 
 
+def site_of(dictionary: Dictionary) -> ReadSite:
+    """Where a transcoder reads the stream."""
+    config = dictionary.config
+    return ReadSite("resid_mid" if config.reads_stream else "mlp", config.layer)
+
+
 def target_values(cache: ForwardCache, target: Target) -> Float[Tensor, "batch"]:
     """The target's value on every prompt of a forward pass, whichever prompt it was made for."""
     layer, pos = target.site.layer, target.pos
     if target.site.part == "final":
         normalised = cache.final_in[:, pos] / cache.final_scale[:, pos, None]
+    elif target.site.part == "attention":
+        normalised = cache.attention_in[layer][:, pos]
     else:
-        read = cache.mlp_in if target.site.part == "mlp" else cache.attention_in
-        normalised = read[layer][:, pos]
+        name: SiteName = "mlp_in" if target.site.part == "mlp" else "resid_mid"
+        normalised = cache.at(Site(name, layer))[:, pos]
     return target.constant + normalised @ target.direction
 
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tclib.circuits.edges import DirectEffects, Heads, Readers
-from tclib.circuits.frozen import FrozenPrompts, ReadSite, SourceKind, Target, node_name
+from tclib.circuits.frozen import FrozenPrompts, SourceKind, Target, node_name, site_of
 from tclib.circuits.influence import EdgeMatrix, node_influence
 from tclib.circuits.roots import Roots, check_roots, equal_roots, top_logits
 from tclib.support.checked import checked
@@ -239,9 +239,9 @@ def _feature_rows(
 
 
 def _readers(frozen: FrozenPrompts, layer: int, feature: Int[np.ndarray, "feature"]) -> Readers:
-    W_enc = frozen.transcoders[layer].W_enc
-    directions = W_enc.T[torch.tensor(feature, device=W_enc.device)]
-    return Readers(ReadSite("mlp", layer), frozen.lm.final_norm.centre(directions))
+    dictionary = frozen.transcoders[layer]
+    directions = dictionary.W_enc.T[torch.tensor(feature, device=frozen.lm.device)]
+    return Readers(site_of(dictionary), frozen.lm.final_norm.centre(directions))
 
 
 def _in_reach(columns: pd.DataFrame, roots: Sequence[Target], heads: Heads) -> np.ndarray:
@@ -361,7 +361,8 @@ def _pre_acts(frozen: FrozenPrompts, features: pd.DataFrame, prompt: int) -> np.
     for layer in places["layer"].unique().tolist():
         here = places[places["layer"] == layer]
         dictionary = frozen.transcoders[layer]
-        x = frozen.cache.mlp_in[layer][prompt, torch.tensor(here["pos"].to_numpy())]
+        read = frozen.cache.at(dictionary.config.input_site)
+        x = read[prompt, torch.tensor(here["pos"].to_numpy())]
         feature = torch.tensor(here["feature"].to_numpy(), device=x.device)
         pre = (x * dictionary.W_enc.T[feature]).sum(1) + dictionary.b_enc[feature]
         values[here.index] = pre.double().cpu().numpy()

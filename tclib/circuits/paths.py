@@ -20,7 +20,15 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from tclib.circuits.frozen import KINDS, FrozenPrompts, ReadSite, SourceKind, Target, node_name
+from tclib.circuits.frozen import (
+    KINDS,
+    FrozenPrompts,
+    ReadSite,
+    SourceKind,
+    Target,
+    node_name,
+    site_of,
+)
 from tclib.circuits.sources import Sources, sources
 from tclib.support.checked import checked
 from tclib.support.declared import Count, Natural, Whole, declared
@@ -181,11 +189,11 @@ def step_back(frozen: FrozenPrompts, target: Target, node: Node) -> Target:
         dictionary = frozen.transcoders[node.layer]
         through = dictionary.decoder_direction(node.feature) @ v
         direction = through * dictionary.encoder_direction(node.feature)
-        site = ReadSite("mlp", node.layer)
+        site = site_of(dictionary)
     elif node.kind == "skip":
-        W_skip = frozen.transcoders[node.layer].W_skip
-        assert W_skip is not None
-        direction, site = W_skip @ v, ReadSite("mlp", node.layer)
+        dictionary = frozen.transcoders[node.layer]
+        assert dictionary.W_skip is not None
+        direction, site = dictionary.W_skip @ v, site_of(dictionary)
     else:
         weights = frozen.attention[node.layer]
         pattern = frozen.cache.pattern[node.layer][prompt, node.head, target.pos, node.pos]

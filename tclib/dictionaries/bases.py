@@ -10,12 +10,12 @@ from tclib.support.errors import InputError
 
 
 def to_processed(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
-    """A raw-basis transcoder in the processed basis; one that is processed already comes back as it is.
+    """A raw-basis transcoder in the processed basis; one that is processed, or reads the stream, comes back as it is.
 
     Errors: `InputError` for a dictionary of another model.
     """
     dictionary.check_origin(lm)
-    if dictionary.config.basis == "processed":
+    if dictionary.config.basis != "raw":
         return dictionary
     norm, centre = lm.mlp_norm(dictionary.config.layer), lm.final_norm.centre
     b_enc, b_dec = dictionary.b_enc, dictionary.b_dec
@@ -40,12 +40,17 @@ def to_processed(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
 def to_raw(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
     """The inverse for the input side; the output stays centred, which nothing that reads it can tell.
 
-    Errors: `InputError` for a dictionary of another model, or where the norm has a gain of zero, through
-    which nothing can be undone.
+    Errors: `InputError` for a dictionary of another model, or of the stream, which no norm made; or where the norm has
+    a gain of zero, through which nothing can be undone.
     """
     dictionary.check_origin(lm)
     if dictionary.config.basis == "raw":
         return dictionary
+    if dictionary.config.reads_stream:
+        raise InputError(
+            f"the transcoder of layer {dictionary.config.layer} reads the stream, from which no norm's output follows "
+            "token by token: it has no raw basis"
+        )
     norm = lm.mlp_norm(dictionary.config.layer)
     if bool((norm.gain == 0).any()):
         raise InputError(

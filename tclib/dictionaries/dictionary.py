@@ -34,7 +34,7 @@ from tclib.support.errors import InputError
 from tclib.support.files import load_tensors, save_tensors
 from tclib.support.torch_types import Device, FloatType
 
-Basis = Literal["processed", "raw"]
+Basis = Literal["processed", "raw", "stream"]
 Hook = Callable[..., Tensor | None]  # of TransformerLens: activations and the point itself
 FILE_FORMAT = "tclib-dictionary-1"
 FEW_TOKENS = 64
@@ -53,7 +53,7 @@ class DictionaryConfig:
     k: Count | None = None  # active features a token: topk; on average: batch_topk
     skip: bool = False  # linear path from input to output
     model: str = ""  # the language model that it was trained on
-    basis: Basis = "processed"  # of mlp_in and mlp_out; raw: norm gain left in, output not centred
+    basis: Basis = "processed"  # of mlp_in and mlp_out; raw: norm gain left in, output not centred; stream: resid_mid
     model_hash: str = ""  # the model's `known_hash`; empty where there is none
 
     def __post_init__(self) -> None:
@@ -68,6 +68,8 @@ class DictionaryConfig:
             raise InputError(
                 f"an SAE maps a site to itself, but d_in {self.d_in} ≠ d_out {self.d_out}"
             )
+        if self.reads_stream and self.kind != "transcoder":
+            raise InputError(f"basis stream: only a transcoder reads resid_mid, not an {self.kind}")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight, by name."""
@@ -84,7 +86,14 @@ class DictionaryConfig:
         return expected
 
     @property
+    def reads_stream(self) -> bool:
+        """Whether it reads the stream in front of the MLP's norm, resid_mid."""
+        return self.basis == "stream"
+
+    @property
     def input_site(self) -> Site:
+        if self.reads_stream:
+            return Site("resid_mid", self.layer)
         return Site("mlp_out" if self.kind == "sae_mlp_out" else "mlp_in", self.layer)
 
     @property
@@ -266,6 +275,16 @@ class Dictionary:
                 f"the {self.config.kind} of layer {self.config.layer} was trained on unprocessed weights "
                 "(norm gain left in, output not centred): take tclib.to_processed(dictionary, lm) first, or `tclib "
                 "convert … --basis processed`"
+            )
+        if self.config.reads_stream and (lm.is_parallel or lm.final_norm.kind == "layer"):
+            raise InputError(
+                f"the transcoder of layer {self.config.layer} reads the stream between attention and MLP, and {lm.name} "
+                + (
+                    "runs the two side by side"
+                    if lm.is_parallel
+                    else "has LayerNorms, of which the processed basis holds no mean"
+                )
+                + ": expected a model with RMSNorms, one part after the other"
             )
 
     def check_finite(self) -> None:

@@ -46,7 +46,7 @@ def replace_mlp(
     layer = dictionary.config.layer
     if dictionary.config.kind == "sae_mlp_out":
         return lm.override_mlp(layer, lambda _mlp_in, mlp_out: reconstructed(mlp_out))
-    return lm.stand_in_for_mlp(layer, reconstructed)
+    return lm.stand_in_for_mlp(layer, reconstructed, dictionary.config.reads_stream)
 
 
 def replace_mlp_input(lm: LanguageModel, dictionary: Dictionary) -> AbstractContextManager[None]:

@@ -188,8 +188,7 @@ def mean_inputs(
     minimum = torch.tensor(list(min_activations or [0.0] * len(features)), device=lm.device)
     totals = [minimum.new_zeros(len(features), one.config.n_features).double() for one in several]
     n_tokens = minimum.new_zeros(len(features)).double()
-    reads = Site("mlp_in", later.config.layer)
-    writes = [Site("mlp_in", earlier.config.layer) for earlier in several]
+    reads, writes = later.config.input_site, [earlier.config.input_site for earlier in several]
     for batch in rows.split(rows_per_forward):
         acts, scales = lm.read_with_scale(batch.long(), {reads, *writes})
         is_text = (batch != lm.bos_id).to(lm.device)

@@ -38,7 +38,7 @@ def feature_curves(
     the pre-activation from the number's token, by prompt; NaN for the digit form's other digits).
     """
     lm, lines = frozen.lm, []
-    acts = dictionary.encode(frozen.cache.mlp_in[dictionary.config.layer][:, -1])
+    acts = dictionary.encode(frozen.cache.at(dictionary.config.input_site)[:, -1])
     for rank, feature in enumerate(features, start=1):
         dla = direct_logit_attribution(lm, dictionary, feature)[task.answer_ids]
         score = _authors_de_embedding(lm, by_layer, dictionary, feature, head, task)

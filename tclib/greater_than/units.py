@@ -69,7 +69,7 @@ def dictionary_units(dictionary: Dictionary, below: LowerRun, name: str = "") ->
         )
     if config.kind == "sae_mlp_in":
         raise InputError("an sae_mlp_in does not write the MLP's output: expected another kind")
-    x = below.mlp_out if config.kind == "sae_mlp_out" else below.mlp_in
+    x = below.at(config.input_site.name)
     rest = dictionary.b_dec.expand_as(below.mlp_out)
     if dictionary.W_skip is not None:
         rest = rest + x @ dictionary.W_skip

@@ -2,9 +2,10 @@
 
     mlp_in    blocks.L.ln2.hook_normalized    the norm's output without gain and bias
     mlp_out   blocks.L.hook_mlp_out           what is added to the stream (behind a norm, where one follows)
+    resid_mid blocks.L.hook_resid_mid         the stream in front of the norm
 
 Other names that look alike mean other things: `mlp.hook_in` is the norm's output with gain and bias,
-`hook_mlp_in` and `hook_resid_mid` the stream in front of the norm.
+`hook_mlp_in` the stream in front of the norm, in a copy that the attention of a parallel block does not share.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from tclib.models.locate import first_line
 from tclib.support.declared import shown
 from tclib.support.errors import InputError
 
-HOOKS = {"mlp_in": "ln2.hook_normalized", "mlp_out": "hook_mlp_out"}
+HOOKS = {
+    "mlp_in": "ln2.hook_normalized",
+    "mlp_out": "hook_mlp_out",
+    "resid_mid": "hook_resid_mid",
+}
 HOOK_NAME = re.compile(r"blocks\.(\d{1,6})\.(.+)")
 OTHERS = {
     "mlp.hook_in": "the norm's output with its gain and bias",
     "hook_mlp_in": "the stream in front of the norm",
-    "hook_resid_mid": "the stream in front of the norm",
     "mlp.hook_out": "what the MLP puts out, in front of a norm where one follows",
 }
 WRAPPED = "._original_component"

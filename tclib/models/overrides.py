@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tclib.models.architectures import Block, without_extras
+from tclib.models.architectures import Block, Norm, without_extras
 from tclib.models.weights import ProcessedWeights
 
 MlpOverride = Callable[[Tensor, Tensor], Tensor]
@@ -52,7 +52,7 @@ def in_rows(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class _Passing:
-    """What one pass through a block shares between hooks: how many rows and positions, and mlp_in."""
+    """What one pass through a block shares between hooks: how many rows and positions, and what its MLP reads."""
 
     def __init__(self) -> None:
         self.shape: tuple[int, ...] = ()
@@ -86,9 +86,11 @@ class Overrides(ProcessedWeights):
         given = mlp_out if factor == 1 else mlp_out / factor
         return given.clone() if self._architecture.adds_in_place else given
 
-    def _noting(self, layer: int, passing: _Passing) -> list[tuple[Callable[[Any], Any], Any]]:
-        """Hooks that note the shape of a pass and its mlp_in."""
-        norm = self.mlp_norm(layer)
+    def _noting(
+        self, layer: int, passing: _Passing, norm: Norm | None = None
+    ) -> list[tuple[Callable[[Any], Any], Any]]:
+        """Hooks that note the shape of a pass and its mlp_in, or what another norm than its own makes of the stream."""
+        norm = self.mlp_norm(layer) if norm is None else norm
 
         def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             passing.mlp_in[:] = [norm.normalise(passing.given(inputs[0]))]
@@ -113,10 +115,13 @@ class Overrides(ProcessedWeights):
         return attached(*self._noting(layer, passing), (writer.register_forward_hook, after))
 
     @contextmanager
-    def stand_in_for_mlp(self, layer: int, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def stand_in_for_mlp(
+        self, layer: int, stand_in: Callable[[Tensor], Tensor], reads_stream: bool = False
+    ) -> Iterator[None]:
         """While active, the MLP of `layer` is not run: `stand_in(mlp_in)` is what it returns.
 
-        As `override_mlp`, for what has no use for mlp_out; the MLP is most of a block's work.
+        As `override_mlp`, for what has no use for mlp_out; the MLP is most of a block's work. With `reads_stream` it
+        is given resid_mid.
         """
         block, passing = self._block(self.check_layer(layer)), _Passing()
         skippable = self._architecture.skippable
@@ -133,7 +138,8 @@ class Overrides(ProcessedWeights):
             if skippable is not None:
                 part = self._blocks[layer].get_submodule(skippable)
                 stack.enter_context(forwarding(part, lambda x: x))
-            stack.enter_context(attached(*self._noting(layer, passing)))
+            norm = self.no_norm if reads_stream else None
+            stack.enter_context(attached(*self._noting(layer, passing, norm)))
             yield
 
     def override_heads(

@@ -23,13 +23,13 @@ from tclib.support.declared import Natural, declared, shown
 from tclib.support.errors import InputError
 
 ID_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
-SiteName = Literal["mlp_in", "mlp_out"]
-NormedPart = Literal["attention", "mlp", "final"]
+SiteName = Literal["mlp_in", "mlp_out", "resid_mid"]
+ReadPart = Literal["attention", "mlp", "resid_mid", "final"]
 
 
 @declared(frozen=True)
 class Site:
-    """A place where activations are read: the input or the output of one layer's MLP.
+    """A place where activations are read: the input or the output of one layer's MLP, or the stream in front of its norm.
 
     `Site("mlp_in", 8)`, or by its name in TransformerLens, `Site("blocks.8.ln2.hook_normalized")`.
     """
@@ -61,14 +61,19 @@ class LowerRun:
     """One forward pass up to an MLP, and everything that the layers above it read but that MLP's output.
 
     `base` is the stream above the layer without mlp_out (as stored, not centred), so that the model
-    goes on from base + any other output; `neuron_acts` are the activations of its neurons, None for an MLP of experts.
+    goes on from base + any other output; `resid_mid` is the stream in front of the norm; `neuron_acts` are the activations of its neurons, None for an MLP of experts.
     """
 
     layer: int
     base: Float[Tensor, "batch pos d_model"]
+    resid_mid: Float[Tensor, "batch pos d_model"]
     mlp_in: Float[Tensor, "batch pos d_model"]
     mlp_out: Float[Tensor, "batch pos d_model"]
     neuron_acts: Float[Tensor, "batch pos d_mlp"] | None
+
+    def at(self, name: SiteName) -> Float[Tensor, "batch pos d_model"]:
+        """What was read at a site of the layer."""
+        return {"mlp_in": self.mlp_in, "mlp_out": self.mlp_out, "resid_mid": self.resid_mid}[name]
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,13 @@ class ForwardCache:
     final_scale: Float[Tensor, "batch pos"]
     logits: Float[Tensor, "batch pos d_vocab"]
     attention_out_scale: list[Float[Tensor, "batch pos"]] | None = None
+
+    def at(self, site: Site) -> Float[Tensor, "batch pos d_model"]:
+        """Activations at a site."""
+        if site.name == "mlp_out":
+            return self.mlp_out[site.layer]
+        mlp_in = self.mlp_in[site.layer]
+        return mlp_in if site.name == "mlp_in" else mlp_in * self.mlp_scale[site.layer][..., None]
 
 
 class _StopForward(Exception):
@@ -183,19 +195,25 @@ class Running(Overrides):
     def read_with_scale(
         self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site]
     ) -> tuple[dict[Site, Tensor], dict[Site, Float[Tensor, "batch pos"]]]:
-        """`read`, and σ of the norm in front of each site's MLP."""
+        """`read`, and σ of the norm in front of each site's MLP; 1 where the site is in front of it."""
         read_by = {site: Site("mlp_in", site.layer) for site in sites}
         raw = self._raw(tokens, {*read_by, *read_by.values()})
-        scales = {s: self.mlp_norm(s.layer).scale(raw[by])[..., 0] for s, by in read_by.items()}
+        norms = {
+            s: self.no_norm if s.name == "resid_mid" else self.mlp_norm(s.layer) for s in read_by
+        }
+        scales = {s: norms[s].scale(raw[by])[..., 0] for s, by in read_by.items()}
         return {site: self._processed(site, raw[site]) for site in read_by}, scales
 
     def _raw(
         self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site]
     ) -> dict[Site, Float[Tensor, "batch pos d_model"]]:
         """What enters the norm of an MLP, and what leaves the MLP, as the model has them."""
-        wanted = sorted(set(sites), key=lambda site: (site.layer, site.name))  # as they are run
+        as_run = lambda site: (site.layer, site.name == "mlp_out", site.name)  # noqa: E731
+        wanted = sorted(set(sites), key=as_run)
         blocks = {site: self._block(self.check_layer(site.layer)) for site in wanted}
-        inputs = {site: mlp_entry(block) for site, block in blocks.items() if site.name == "mlp_in"}
+        inputs = {
+            site: mlp_entry(block) for site, block in blocks.items() if site.name != "mlp_out"
+        }
         outputs = {
             site: block.mlp_writer for site, block in blocks.items() if site.name == "mlp_out"
         }
@@ -204,10 +222,10 @@ class Running(Overrides):
         return self._run_until(wanted[-1], tokens, inputs, outputs)
 
     def _processed(self, site: Site, value: Tensor) -> Tensor:
+        if site.name == "mlp_out":
+            return self._added(value)
         norm = self.mlp_norm(site.layer)
-        if site.name == "mlp_in":
-            return norm.normalise(value)
-        return self._added(value)
+        return norm.normalise(value) if site.name == "mlp_in" else norm.centre(value)
 
     def _run_until(
         self,
@@ -365,7 +383,7 @@ class Running(Overrides):
             put(before)
 
     def stream_into(
-        self, tokens: Int[Tensor, "batch pos"], part: NormedPart, layer: int
+        self, tokens: Int[Tensor, "batch pos"], part: ReadPart, layer: int
     ) -> Float[Tensor, "batch pos d_model"]:
         """What enters the norm in front of a part (of the unembedding, whatever the layer, for "final").
 
@@ -417,6 +435,7 @@ class Running(Overrides):
         return LowerRun(
             layer,
             held["above"] - held["raw"] * self._multipliers.added,
+            self.final_norm.centre(held["stream"]),
             self.mlp_norm(layer).normalise(held["stream"]),
             self._added(held["raw"]),
             held.get("neurons"),

@@ -47,7 +47,9 @@ class ProcessedWeights:
     """
 
     def __init__(self, model: Any, name: str) -> None:
-        self._architecture = architecture_of(type(model).__name__, name, getattr(model, "config", None))
+        self._architecture = architecture_of(
+            type(model).__name__, name, getattr(model, "config", None)
+        )
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self._derived: dict[str, tuple[State, Any]] = {}
@@ -260,6 +262,11 @@ class ProcessedWeights:
 
     def _block(self, layer: int) -> Block:
         return self._architecture.block(self._blocks[layer])
+
+    @property
+    def no_norm(self) -> Norm:
+        """What stands where nothing is normalised."""
+        return self._norm(None)
 
     def _norm(self, module: Any) -> Norm:
         if module is None:

@@ -21,13 +21,16 @@ from tclib.support.foreign import check_header, read_json, read_yaml
 from tclib.support.paths import check_file
 
 T = TypeVar("T")
-HOOK_IN: dict[Basis, str] = {"processed": "ln2.hook_normalized", "raw": "mlp.hook_in"}
+HOOK_IN: dict[Basis, str] = {
+    "processed": "ln2.hook_normalized",
+    "raw": "mlp.hook_in",
+    "stream": "hook_resid_mid",
+}
 HOOK_OUT = "hook_mlp_out"
 # The same where no norm stands behind the MLP, as in most families.
 HOOKS_OUT = (HOOK_OUT, "mlp.hook_out")
 NORM_BEHIND = re.compile(r"gemma-?[23]|olmo-?2", re.IGNORECASE)
 HASH = "tclib_model_hash"  # a key of ours, which the others' readers pass over
-STREAM_HOOKS = ("hook_mlp_in", "hook_resid_mid")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SAID: dict[type, str] = {
     str: "a text",
@@ -42,18 +45,12 @@ JUMPS: tuple[Activation, ...] = ("relu", "jumprelu", "batch_topk")  # what a for
 def place_of(hook_in: str, hook_out: str, where: Path, model: str = "") -> tuple[int, Basis]:
     """The layer and the basis of a transcoder between two hooks of TransformerLens.
 
-    Errors: `InputError` unless it reads what the norm in front of an MLP gives, and writes what that
+    Errors: `InputError` unless it reads what the norm in front of an MLP gives, or takes, and writes what that
     MLP adds to the stream, which is not what a `model` with a norm behind its MLPs has at mlp.hook_out.
     """
     layer, name = _layer_and_name(hook_in, where)
-    if name in STREAM_HOOKS:
-        raise InputError(
-            f"{where}: hook {hook_in!r} is the residual stream in front of the norm, and dictionaries of the "
-            "stream cannot be read: take one of ln2.hook_normalized or mlp.hook_in; if it was trained on what "
-            "the norm gives (earlier versions of tclib wrote hook_mlp_in for that), say mlp.hook_in in its "
-            "configuration"
-        )
     bases: dict[str, Basis] = {own: basis for basis, own in HOOK_IN.items()}
+    bases["hook_mlp_in"] = "stream"  # a copy of it
     if name not in bases:
         raise InputError(
             f"{where}: hook {hook_in!r} is no MLP input: expected {' or '.join(bases)}"
