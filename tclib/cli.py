@@ -474,6 +474,43 @@ def inspect(
 
 
 @app.command()
+def published(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Sets to check; all by default.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Load a layer and the model of each, and compare.")
+    ] = False,
+) -> None:
+    """List the released sets of transcoders that can be loaded by name, or check what they give."""
+    from tclib.dictionaries.published import published_table
+    from tclib.dictionaries.released_sets import SETS, released_set
+    from tclib.evaluation.released import check_released
+
+    for name in names or []:
+        released_set(name)
+    if not check:
+        table = published_table()
+        chosen = table[table["name"].isin(names)] if names else table
+        typer.echo(chosen.to_string(index=False))
+        return
+    n_wrong = 0
+    for name in names or SETS:
+        try:
+            found = check_released(name)
+        except InputError as error:
+            typer.echo(f"{name}: not checked: {error}")
+            continue
+        n_wrong += found.verdict != "as released"
+        said = "" if found.released_l0 is None else f" ({found.released_l0} released)"
+        typer.echo(
+            f"{name}: layer {found.layer}, L0 {found.l0:.1f}{said}, FVU {found.fvu:.3f}: {found.verdict}"
+        )
+    if n_wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
 def convert(
     path: Annotated[
         Path, typer.Argument(parser=expanded, help="A dictionary of any known format.")

@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tclib import cli
-from tclib.dictionaries.published import FILE_NAME, FREQUENCIES_NAME, REPOSITORY_ID
+from tclib.dictionaries.released_sets import GPT2_FILE, GPT2_FREQUENCIES, SETS
 from tclib.greater_than.task import PAPER_TEMPLATE
 from tclib.replication.paper import paper_table
 from tclib.support.files import new_folder
@@ -99,7 +99,7 @@ def build_home(home: Path, size: Size = TINY) -> None:
     with new_folder(home) as temporary:
         hub = temporary / "hub"
         add_repository(hub, "model", "openai-community/gpt2", write_gpt2, size)
-        add_repository(hub, "model", REPOSITORY_ID, write_released, size.gpt2_width)
+        add_repository(hub, "model", SETS["gpt2"].repository, write_released, size.gpt2_width)
         for name in ("EleutherAI/pythia-410m", "EleutherAI/pythia-1.4b"):
             add_repository(hub, "model", name, write_pythia, size, texts)
         add_repository(hub, "dataset", DATASET_ID, write_parquet, texts, revision=PARQUET_REVISION)
@@ -219,11 +219,11 @@ def write_released(folder: Path, width: int) -> None:
                 return scale * torch.randn(*shape, generator=g)
 
             frequencies = normal(1.0, N_RELEASED_FEATURES).sub(3).clamp(min=-10)
-            torch.save(frequencies, folder / FREQUENCIES_NAME.format(layer=layer))
+            torch.save(frequencies, folder / GPT2_FREQUENCIES.format(layer=layer))
             b_enc = torch.full((N_RELEASED_FEATURES,), -3.6)
             b_enc[named_features(layer)] = -1.0
             authors_file(
-                folder / FILE_NAME.format(layer=layer),
+                folder / GPT2_FILE.format(layer=layer),
                 config_class,
                 layer=layer,
                 d_in=width,

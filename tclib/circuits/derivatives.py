@@ -64,9 +64,9 @@ def written_by(
     frozen: FrozenPrompts, layer: int, features: pd.DataFrame
 ) -> Float[Tensor, "feature d_model"]:
     """The z d of features (feature, activation) of one layer."""
-    W_dec = frozen.transcoders[layer].W_dec
-    acts = torch.tensor(features["activation"].to_numpy()).to(W_dec)
-    return acts[:, None] * W_dec[features["feature"].tolist()]
+    feature = torch.tensor(features["feature"].to_numpy(), device=frozen.lm.device)
+    written = frozen.transcoders[layer].decoder_rows(feature)
+    return torch.tensor(features["activation"].to_numpy()).to(written)[:, None] * written
 
 
 def neuron_attributions(frozen: FrozenPrompts, root: Target) -> Float[Tensor, "layer pos neuron"]:

@@ -98,8 +98,10 @@ def _kept_output(
 ) -> Tensor:
     """Σ z d over the features that the mask keeps at each token, with everything that is no feature."""
     threshold = None if dictionary.threshold is None else dictionary.threshold[units]
-    z = activate(x @ dictionary.W_enc.T[units].T + dictionary.b_enc[units], None, threshold)
-    output = (z * mask) @ dictionary.W_dec[units] + dictionary.b_dec
+    kept = torch.tensor(units, dtype=torch.long, device=x.device)
+    pre_acts = x @ dictionary.encoder_rows(kept).T + dictionary.b_enc[units]
+    z = activate(pre_acts, None, threshold)
+    output = (z * mask) @ dictionary.decoder_rows(kept) + dictionary.b_dec
     if dictionary.W_skip is not None:
         output = output + x @ dictionary.W_skip
     return output if error is None else output + error

@@ -132,11 +132,13 @@ class ActiveFeatures:
         return cls(prompt, pos, feature, feature_acts[prompt, pos, feature], offsets)
 
     def decode(
-        self, W_dec: Float[Tensor, "n_features d_model"], shape: tuple[int, ...]
+        self, dictionary: Dictionary, shape: tuple[int, ...]
     ) -> Float[Tensor, "batch pos d_model"]:
         """Σ z d at every position, touching active rows only."""
+        features, place = self.feature.unique(return_inverse=True)
+        rows = dictionary.decoder_rows(features)
         sums = embedding_bag(
-            self.feature, W_dec, self.offsets[:-1], per_sample_weights=self.acts, mode="sum"
+            place, rows, self.offsets[:-1], per_sample_weights=self.acts, mode="sum"
         )
         return sums.view(shape)
 
@@ -230,7 +232,8 @@ class FrozenPrompts:
     def _split(self, layer: int, dictionary: Dictionary) -> LayerParts:
         x, y = self.cache.at(dictionary.config.input_site), self.cache.mlp_out[layer]
         active = ActiveFeatures.of(dictionary.encode(x))
-        error = y - dictionary.b_dec - active.decode(dictionary.W_dec, tuple(y.shape))
+        dictionary.keep(active.feature)
+        error = y - dictionary.b_dec - active.decode(dictionary, tuple(y.shape))
         if not bool(error.isfinite().all()):
             raise InputError(
                 f"the transcoder of layer {layer} gives non-finite values on these prompts: its weights "

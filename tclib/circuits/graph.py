@@ -240,7 +240,7 @@ def _feature_rows(
 
 def _readers(frozen: FrozenPrompts, layer: int, feature: Int[np.ndarray, "feature"]) -> Readers:
     dictionary = frozen.transcoders[layer]
-    directions = dictionary.W_enc.T[torch.tensor(feature, device=frozen.lm.device)]
+    directions = dictionary.encoder_rows(torch.tensor(feature, device=frozen.lm.device))
     return Readers(site_of(dictionary), frozen.lm.final_norm.centre(directions))
 
 
@@ -364,7 +364,7 @@ def _pre_acts(frozen: FrozenPrompts, features: pd.DataFrame, prompt: int) -> np.
         read = frozen.cache.at(dictionary.config.input_site)
         x = read[prompt, torch.tensor(here["pos"].to_numpy())]
         feature = torch.tensor(here["feature"].to_numpy(), device=x.device)
-        pre = (x * dictionary.W_enc.T[feature]).sum(1) + dictionary.b_enc[feature]
+        pre = (x * dictionary.encoder_rows(feature)).sum(1) + dictionary.b_enc[feature]
         values[here.index] = pre.double().cpu().numpy()
     return values
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tclib.circuits.frozen import FrozenPrompts, LayerParts, SourceKind
+from tclib.dictionaries.dictionary import Dictionary
 
 Part = Literal["embedding", "attention", "mlp"]
 
@@ -24,14 +25,14 @@ class Writer:
 
     Lines are in the order of tokens; those of token t are `offsets[t]` to `offsets[t + 1]`. A writer
     has one line a token, but features have one each that is active: `feature` and `acts` name them,
-    and `rows` are then all decoder directions.
+    and `rows` is then their dictionary, which has the directions.
     """
 
     kind: SourceKind
     layer: int
     part: Part
     offsets: Sequence[int]
-    rows: Float[Tensor, "row d_model"]
+    rows: Float[Tensor, "row d_model"] | Dictionary
     feature: Int[Tensor, "line"] | None = None
     acts: Float[Tensor, "line"] | None = None
 
@@ -45,7 +46,10 @@ class Writer:
 
     def vectors(self, lines: slice) -> Float[Tensor, "line d_model"]:
         """What each line adds to the stream per unit of its activation."""
-        return self.rows[lines if self.feature is None else self.feature[lines]]
+        if isinstance(self.rows, Tensor):
+            return self.rows[lines]
+        assert self.feature is not None
+        return self.rows.decoder_rows(self.feature[lines])
 
 
 def writers(frozen: FrozenPrompts, prompt: int) -> list[Writer]:
@@ -80,7 +84,7 @@ def _features(parts: LayerParts, layer: int, prompt: int, n_pos: int) -> Writer:
         layer,
         "mlp",
         [offset - here.start for offset in offsets],
-        parts.dictionary.W_dec,
+        parts.dictionary,
         active.feature[here],
         active.acts[here],
     )

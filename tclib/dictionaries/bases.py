@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tclib.dictionaries.dictionary import Dictionary
+from tclib.dictionaries.lazy import LazyDictionary
 from tclib.models.language_model import LanguageModel
 from tclib.support.errors import InputError
 
@@ -18,6 +19,10 @@ def to_processed(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
     if dictionary.config.basis != "raw":
         return dictionary
     norm, centre = lm.mlp_norm(dictionary.config.layer), lm.final_norm.centre
+    if isinstance(dictionary, LazyDictionary):
+        if norm.bias is None and lm.final_norm.kind != "layer":
+            return dictionary.with_gain(norm)
+        dictionary = dictionary.whole()
     b_enc, b_dec = dictionary.b_enc, dictionary.b_dec
     if norm.bias is not None:
         b_enc = b_enc + norm.bias @ dictionary.W_enc

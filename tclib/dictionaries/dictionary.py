@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -144,9 +144,12 @@ class Dictionary:
                 f"weights of {' and '.join(types)}: expected all of one floating-point type"
             )
         self.check_finite()
-        if threshold is not None and not bool((threshold >= 0).all()):
+        self._check_threshold()
+
+    def _check_threshold(self) -> None:
+        if self.threshold is not None and not bool((self.threshold >= 0).all()):
             raise InputError(
-                f"threshold {float(threshold.min()):.3g}: expected 0 or more, so that activations "
+                f"threshold {float(self.threshold.min()):.3g}: expected 0 or more, so that activations "
                 "are never negative"
             )
 
@@ -173,7 +176,7 @@ class Dictionary:
     ) -> Float[Tensor, "*batch d_out"]:
         """ŷ = z W_dec + b_dec (+ x W_skip), paper Eq. 4. A skip dictionary needs `x`."""
         self._check_given("features", feature_acts, self.config.n_features)
-        reconstruction = feature_acts @ self.W_dec + self.b_dec
+        reconstruction = self._decoded(feature_acts) + self.b_dec
         if self.W_skip is None:
             return reconstruction
         if x is None:
@@ -182,6 +185,11 @@ class Dictionary:
             )
         self._check_given("input", x, self.config.d_in)
         return reconstruction + x @ self.W_skip
+
+    def _decoded(
+        self, feature_acts: Float[Tensor, "*batch n_features"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        return feature_acts @ self.W_dec
 
     def _check_given(self, what: str, given: Tensor, width: int) -> None:
         dtype = self.b_dec.dtype
@@ -242,12 +250,23 @@ class Dictionary:
     def encoder_direction(self, feature_idx: int) -> Float[Tensor, "d_in"]:
         """Column `feature_idx` of W_enc. Errors: `InputError` for a feature that does not exist."""
         self.check_features(feature_idx)
-        return self.W_enc[:, feature_idx]
+        return self.encoder_rows(feature_idx)
 
     def decoder_direction(self, feature_idx: int) -> Float[Tensor, "d_out"]:
         """Row `feature_idx` of W_dec. Errors: `InputError` for a feature that does not exist."""
         self.check_features(feature_idx)
-        return self.W_dec[feature_idx]
+        return self.decoder_rows(feature_idx)
+
+    def encoder_rows(self, features: Tensor | int) -> Float[Tensor, "*feature d_in"]:
+        """Encoder directions, a row a feature."""
+        return self.W_enc.T[features]
+
+    def decoder_rows(self, features: Tensor | int) -> Float[Tensor, "*feature d_out"]:
+        """Decoder directions, a row a feature."""
+        return self.W_dec[features]
+
+    def keep(self, features: Int[Tensor, "feature"]) -> None:
+        """Have both directions of these features at hand, where they are not."""
 
     def parameters(self) -> dict[str, Tensor]:
         """The weights by name."""
@@ -289,7 +308,10 @@ class Dictionary:
 
     def check_finite(self) -> None:
         """Raise `InputError` for weights that are NaN or infinite."""
-        for name, tensor in self.parameters().items():
+        self._check_all_finite(self.parameters())
+
+    def _check_all_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
                 n_bad = int((~tensor.isfinite()).sum())
                 raise InputError(
@@ -330,7 +352,9 @@ class Dictionary:
     @checked
     def for_model(self, lm: LanguageModel) -> Dictionary:
         """The same weights as those of a dictionary of `lm`, whatever model they were trained on."""
-        config = replace(self.config, model=lm.name, model_hash=lm.known_hash)
+        return self.renamed(replace(self.config, model=lm.name, model_hash=lm.known_hash))
+
+    def renamed(self, config: DictionaryConfig) -> Dictionary:
         return Dictionary(config, **self.parameters())
 
     def check_features(self, *features: int) -> None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, first_line
 
 
 def cached_snapshot(
@@ -76,4 +76,29 @@ def check_hub_reachable(context: str) -> None:
     except Exception as error:
         raise InputError(
             f"{context}, and {constants.ENDPOINT} cannot be reached: {advice}"
+        ) from error
+
+
+def hub_file(repository_id: str, file: str, revision: str = "main") -> Path:
+    """A file of a repository: from the local cache, or else from the hub.
+
+    Errors: `InputError` naming it if the hub cannot be reached, or the download stops.
+    """
+    snapshot = cached_snapshot(repository_id, revision=revision)
+    if snapshot is not None and (snapshot / file).is_file():
+        return snapshot / file
+    check_hub_reachable(f"{file} of {repository_id} is not in the local Hugging Face cache")
+    return download(repository_id, file, revision)
+
+
+def download(repository_id: str, file: str, revision: str = "main") -> Path:
+    """A file of the hub. Errors: `InputError` in one sentence."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository_id, file, revision=revision))
+    except OSError as error:
+        raise InputError(
+            f"the download of {repository_id} stopped ({first_line(error)}): run the same command again, "
+            "and it goes on with what is missing"
         ) from error

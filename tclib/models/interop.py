@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tclib.models.locate import first_line
 from tclib.support.declared import shown
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, first_line
 
 HOOKS = {
     "mlp_in": "ln2.hook_normalized",

@@ -24,11 +24,11 @@ from tclib.models.checks import (
 )
 from tclib.models.identity import folder_state, keep_hash, kept_hash, model_hash
 from tclib.models.interop import plain_model
-from tclib.models.locate import first_line, locate, quiet_transformers
+from tclib.models.locate import locate, quiet_transformers
 from tclib.models.running import Running
 from tclib.support.checked import checked
 from tclib.support.declared import whole
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, first_line
 from tclib.support.torch_types import Device, FloatType
 
 METASPACE = "▁"

@@ -14,7 +14,7 @@ import torch
 from tclib.models.architectures import architecture_of, n_ctx_of
 from tclib.models.checks import check_config, check_numbers
 from tclib.models.hub import cached_model, check_hub_reachable, check_repository_id
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, first_line
 from tclib.support.files import new_folder
 from tclib.support.paths import expanded
 from tclib.support.places import DATA
@@ -93,11 +93,6 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().split("\n")[0]
 
 
 def cache_folder() -> Path:

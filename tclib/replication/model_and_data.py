@@ -47,7 +47,7 @@ def check_ready(preset: Preset) -> None:
     check_model(preset)
     released = preset.transcoders.published
     if released and not (preset.step(TRANSCODERS_STEP).folder / MANIFEST).is_file():
-        locate_published(released, preset.transcoders.layers or range(12))
+        locate_published(released, preset.transcoders.layers or None)
     corpus = preset.corpus
     if (preset.step(STEP).folder / MANIFEST).is_file():
         return

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.dictionaries.published import N_LAYERS, load_published, locate_published
+from tclib.dictionaries.published import load_published, locate_published
 from tclib.evaluation.evaluate import Evaluation, evaluate
 from tclib.evaluation.whole_model import (
     MEAN,
@@ -90,7 +90,7 @@ def _released(run: Run) -> Trained:
 
     def make() -> Mapping[str, Any]:
         state = source_state(_released_files(run))
-        found = load_published(layers, None if source == "hub" else expanded(source))
+        found = load_published("gpt2", layers, None if source == "hub" else expanded(source))
         for dictionary in found.values():
             dictionary.check_model(run.lm)
         for layer, dictionary in found.items():
@@ -112,8 +112,9 @@ def released_input(run: Run) -> dict[str, str]:
 def _released_files(run: Run) -> list[Path]:
     config = run.preset.transcoders
     try:
-        layers = config.layers or range(N_LAYERS)
-        return list(locate_published(config.published, layers).values()) if config.published else []
+        if not config.published:
+            return []
+        return list(locate_published(config.published, config.layers or None).values())
     except InputError:
         return []
 

@@ -16,3 +16,8 @@ def listed(names: Iterable[object]) -> str:
     shown = sorted(map(str, names))
     more = f" and {len(shown) - N_LISTED} more" if len(shown) > N_LISTED else ""
     return f"{', '.join(shown[:N_LISTED])}{more}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0]

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tclib.models.hub import cached_snapshot, check_hub_reachable, check_repository_id
-from tclib.models.locate import first_line
 from tclib.support.declared import shown
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, first_line
 from tclib.support.paths import expanded
 
 STREAM_SHUFFLE_BUFFER = 10_000

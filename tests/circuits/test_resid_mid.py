@@ -128,7 +128,7 @@ def test_what_a_feature_reads_of_weights_goes_without_the_norm() -> None:
     mean = mean_pullbacks(lm, later, [3], earlier, ROWS)[0]
     acts = lm.read(ROWS, {earlier.config.input_site, later.config.input_site})
     fires = later.encode(acts[later.config.input_site])[..., 3] > 0
-    fires &= ROWS != lm.bos_id
+    fires &= lm.bos_id != ROWS
     z = earlier.encode(acts[earlier.config.input_site])[fires]
     torch.testing.assert_close(mean, (z.mean(0) * weights).to(mean), rtol=1e-5, atol=1e-7)
     prompt = torch.tensor([[lm.bos_id, 7]])

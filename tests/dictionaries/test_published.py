@@ -13,13 +13,11 @@ from tiny import authors_file, tiny_lm
 from tclib.dictionaries import published
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.dictionaries.published import (
-    FILE_NAME,
-    FREQUENCIES_NAME,
-    REPOSITORY_ID,
     load_frequencies,
     load_published,
     locate_published,
 )
+from tclib.dictionaries.released_sets import GPT2_FILE, GPT2_FREQUENCIES, SETS
 from tclib.evaluation.replace import replace_mlp
 from tclib.replication.paper import paper_table
 from tclib.replication.published import activation_table, prompt_activation
@@ -30,7 +28,7 @@ def write_three(folder: Path, config_class: type) -> None:
     folder.mkdir()
     for layer in range(3):
         authors_file(
-            folder / FILE_NAME.format(layer=layer),
+            folder / GPT2_FILE.format(layer=layer),
             config_class,
             layer=layer,
         )
@@ -39,7 +37,7 @@ def write_three(folder: Path, config_class: type) -> None:
 @pytest.fixture
 def transcoders(tmp_path: Path, runner_config: type) -> dict[int, Dictionary]:
     write_three(tmp_path / "hub", runner_config)
-    return load_published(range(3), tmp_path / "hub")
+    return load_published("gpt2", range(3), tmp_path / "hub")
 
 
 def test_a_folder_of_published_files_is_loaded_by_layer(
@@ -47,11 +45,11 @@ def test_a_folder_of_published_files_is_loaded_by_layer(
 ) -> None:
     assert [transcoders[layer].config.layer for layer in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="blocks.3.*is missing: download"):
-        load_published(range(4), tmp_path / "hub")
-    wrong = tmp_path / "hub" / FILE_NAME.format(layer=3)
-    (tmp_path / "hub" / FILE_NAME.format(layer=2)).rename(wrong)
+        load_published("gpt2", range(4), tmp_path / "hub")
+    wrong = tmp_path / "hub" / GPT2_FILE.format(layer=3)
+    (tmp_path / "hub" / GPT2_FILE.format(layer=2)).rename(wrong)
     with pytest.raises(InputError, match="holds layer 2, its name says 3"):
-        load_published([3], tmp_path / "hub")
+        load_published("gpt2", [3], tmp_path / "hub")
 
 
 def test_cached_files_are_read_without_the_hub_and_a_missing_one_is_named(
@@ -64,9 +62,9 @@ def test_cached_files_are_read_without_the_hub_and_a_missing_one_is_named(
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    snapshot = add_repository(tmp_path, "model", REPOSITORY_ID, write)
+    snapshot = add_repository(tmp_path, "model", SETS["gpt2"].repository, write)
     assert {path.parent for path in locate_published("hub", range(3)).values()} == {snapshot}
-    assert list(load_published(range(3))) == [0, 1, 2]
+    assert list(load_published("gpt2", range(3))) == [0, 1, 2]
     with pytest.raises(InputError, match=r"blocks\.3\..*is not in the local .* HF_HUB_OFFLINE"):
         locate_published("hub", range(4))
 
@@ -74,7 +72,7 @@ def test_cached_files_are_read_without_the_hub_and_a_missing_one_is_named(
 def test_a_download_that_stops_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def stop(*_: object) -> str:
+    def stop(*_: object, **_options: object) -> str:
         raise ConnectionError("reset")
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -89,7 +87,7 @@ def test_without_the_hub_one_sentence_says_so(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="pchlenski/gpt2-transcoders"):
-        load_published([0])
+        load_published("gpt2", [0])
 
 
 def test_frequencies_are_read_where_they_lie_beside(
@@ -99,7 +97,7 @@ def test_frequencies_are_read_where_they_lie_beside(
     assert load_frequencies(str(folder), one) is None
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert load_frequencies("hub", one) is None
-    path = folder / FREQUENCIES_NAME.format(layer=1)
+    path = folder / GPT2_FREQUENCIES.format(layer=1)
     given = torch.linspace(-10, 0, one.config.n_features)
     torch.save(given, path)
     assert torch.equal(load_frequencies(str(folder), one), given)

@@ -22,7 +22,7 @@ from hub_rehearsal import (
 from huggingface_hub import scan_cache_dir
 from transformers import AutoTokenizer
 
-from tclib.dictionaries.published import FILE_NAME
+from tclib.dictionaries.released_sets import GPT2_FILE
 from tclib.support.places import PRESETS
 
 TESTS = Path(__file__).parents[1]
@@ -135,7 +135,7 @@ def test_the_rehearsed_folder_is_what_the_hubs_own_libraries_take_for_a_cache(fo
         "Skylion007/openwebtext": ["refs/convert/parquet"],
     }
     (released,) = folder.glob(
-        "home/hub/models--pchlenski*/snapshots/*/" + FILE_NAME.format(layer=3)
+        "home/hub/models--pchlenski*/snapshots/*/" + GPT2_FILE.format(layer=3)
     )
     assert released.is_symlink()
     with zipfile.ZipFile(released) as parts:

@@ -11,7 +11,7 @@ import torch
 from tiny import authors_file, random_rows, random_transcoder, small_preset
 
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.dictionaries.published import FILE_NAME, FREQUENCIES_NAME
+from tclib.dictionaries.released_sets import GPT2_FILE, GPT2_FREQUENCIES
 from tclib.evaluation import metrics
 from tclib.models.language_model import LanguageModel
 from tclib.models.running import Site
@@ -46,7 +46,7 @@ def write_released(folder: Path, config_class: type) -> None:
             return 0.2 * torch.randn(*shape, generator=g)
 
         authors_file(
-            folder / FILE_NAME.format(layer=layer),
+            folder / GPT2_FILE.format(layer=layer),
             config_class,
             layer=layer,
             model_name="demo",
@@ -61,7 +61,7 @@ def write_released(folder: Path, config_class: type) -> None:
         )
     frequencies = torch.full((N_FEATURES,), -2.0)
     frequencies[[0, 1, 7]] = torch.tensor([-10.0, -10.0, -5.0])
-    torch.save(frequencies, folder / FREQUENCIES_NAME.format(layer=2))
+    torch.save(frequencies, folder / GPT2_FREQUENCIES.format(layer=2))
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def test_released_frequencies_say_which_features_are_dead_and_live(
 def test_a_missing_file_or_hub_ends_in_one_sentence_before_anything_is_written(
     preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "released" / FILE_NAME.format(layer=3)).unlink()
+    (tmp_path / "released" / GPT2_FILE.format(layer=3)).unlink()
     short = replace(preset, transcoders=replace(preset.transcoders, layers=(2, 3)))
     with pytest.raises(InputError, match="blocks.3.*is missing: download"):
         check_ready(short)
@@ -338,7 +338,7 @@ def test_files_that_do_not_fit_the_model_leave_nothing_behind(
     tmp_path: Path,
 ) -> None:
     authors_file(
-        tmp_path / "released" / FILE_NAME.format(layer=2),
+        tmp_path / "released" / GPT2_FILE.format(layer=2),
         runner_config,
         layer=2,
     )

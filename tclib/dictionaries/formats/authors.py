@@ -13,8 +13,7 @@ from torch.serialization import safe_globals
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.dictionaries.formats.parts import FLOATS, Tensors, entry, place_of
-from tclib.models.locate import first_line
-from tclib.support.errors import InputError
+from tclib.support.errors import InputError, first_line
 from tclib.support.foreign import pickled_names
 from tclib.support.paths import check_file
 

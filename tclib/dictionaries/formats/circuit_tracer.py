@@ -1,15 +1,21 @@
-"""circuit-tracer: a folder with config.yaml and layer_<i>.safetensors."""
+"""circuit-tracer: a folder with config.yaml and layer_<i>.safetensors, or a list of files of the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlparse
 
 import yaml
+from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.dictionaries.formats import parts
+from tclib.dictionaries.formats.gemma_scope import NPZ, SAFETENSORS, read_gemma_scope
+from tclib.models.hub import hub_file
 from tclib.support.declared import shown
 from tclib.support.errors import InputError, listed
 from tclib.support.files import new_folder
@@ -17,17 +23,44 @@ from tclib.support.files import new_folder
 MAX_LAYERS = 1_000  # of which every one is read
 TRACER_THRESHOLD = "activation_function.threshold"
 TENSORS = parts.Tensors({"threshold": TRACER_THRESHOLD}, frozenset({"W_enc", "W_skip"}))
+HUB = "hf://"
+OWN_NAME = re.compile(r"layer_\d+\.safetensors")
+K = "k"  # of top-k: in the configuration, or a tensor
 
 
-def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
-    """A circuit-tracer transcoder set, by layer.
+@dataclass(frozen=True)
+class _Said:
+    """What a set's configuration says of all its layers."""
 
-    Errors: `InputError` for a cross-layer set, a hook that is not an MLP's or not said (circuit-tracer
-    itself needs both), negative thresholds, layers that are not contiguous from 0, or tensors that do not
-    fit.
+    folder: Path
+    config: Mapping[str, Any]
+    hooks: tuple[str, str]  # of layer 0
+    model: str
+    model_hash: str
+    k: int | None
+
+
+def read_circuit_tracer(
+    folder: Path,
+    layers: Iterable[int] | None = None,
+    lazy: bool = False,
+    k: int | None = None,
+) -> dict[int, Dictionary]:
+    """A circuit-tracer transcoder set by layer: all of it, or only `layers`, whose files alone are touched.
+
+    Files that its list gives as hf:// are taken from the local cache, or fetched. `k` is of a top-k set that does not
+    say its own. Errors: `InputError` for a cross-layer set, a hook that is not an MLP's or not said (circuit-tracer
+    itself needs both), negative thresholds, layers that are not contiguous from 0, or tensors that do not fit.
     """
+    said = _said(folder, k)
+    paths = _paths(said, None if layers is None else list(layers))
+    return {layer: _read_layer(said, layer, path, lazy) for layer, path in paths.items()}
+
+
+def _said(folder: Path, k: int | None) -> _Said:
     config = parts.read_config(folder / "config.yaml")
-    kind = parts.entry(config, "model_kind", str, folder)
+    # Its first version wrote no kind, and knew no other.
+    kind = parts.entry(config, "model_kind", str, folder, "transcoder_set")
     if kind != "transcoder_set":
         raise InputError(f"{folder}: model_kind {kind!r}; expected transcoder_set")
     hook_in, hook_out = (
@@ -37,48 +70,134 @@ def read_circuit_tracer(folder: Path) -> dict[int, Dictionary]:
     model, model_hash = (
         parts.entry(config, name, str, folder, "") for name in ("model_name", parts.HASH)
     )
-    _, basis = parts.place_of(hook_in, hook_out, folder, model)
-    names = {path.name for path in folder.glob("layer_*.safetensors")}
-    if len(names) > MAX_LAYERS:
-        raise InputError(f"{folder}: {len(names):,} layers; expected at most {MAX_LAYERS:,}")
-    files = [folder / f"layer_{layer}.safetensors" for layer in range(len(names))]
-    if names != {path.name for path in files} or not names:
-        raise InputError(f"{folder}: layers [{listed(names)}]; expected layer_0 upwards, no gap")
-    _check_list(parts.entry(config, "transcoders", list, folder, []), len(files), folder)
     parts.check_same(config, {"scaling_factor": 1.0, "normalize": None}, folder)
-    found = {}
-    for layer, path in enumerate(files):
-        tensors = parts.read_tensors(path)
-        if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
-            raise InputError(f"{path}: no matrix W_enc in it, only {listed(tensors)}")
-        n_features, d_model = tensors["W_enc"].shape
-        activation: Any = parts.entry(config, "activation", str, folder, "relu")
-        k = parts.entry(config, "k", int, folder, 0) or None
-        if TRACER_THRESHOLD in tensors:
-            activation, k = "jumprelu", None
-        skip = "W_skip" in tensors
-        said = {"skip_connection": skip, "activation_function": activation}
-        parts.check_same(config, said, folder)
-        sizes = (d_model, d_model, n_features)
-        own = DictionaryConfig(
-            "transcoder", layer, *sizes, activation, k, skip, model, basis, model_hash
-        )
-        found[layer] = Dictionary(own, **TENSORS.ours(path, tensors, own))
+    own_k = parts.entry(config, K, int, folder, 0) or (
+        k if config.get("activation") == "topk" else None
+    )
+    return _Said(folder, config, (hook_in, hook_out), model, model_hash, own_k)
+
+
+def _paths(said: _Said, layers: list[int] | None) -> dict[int, Path]:
+    folder, given = said.folder, parts.entry(said.config, "transcoders", list, said.folder, [])
+    if len(given) > MAX_LAYERS:
+        raise InputError(f"{folder}: {len(given):,} layers; expected at most {MAX_LAYERS:,}")
+    files = _listed(given, folder)
+    if any(_is_elsewhere(name, folder) for name in files):
+        wanted = range(len(files)) if layers is None else layers
+        _check_layers(wanted, len(files), folder)
+        return {layer: _of_list(files[layer], folder) for layer in wanted}
+    if layers is None:
+        return dict(enumerate(_whole_folder(files, folder)))
+    found = {layer: folder / f"layer_{layer}.safetensors" for layer in layers}
+    for layer, path in found.items():
+        if not path.is_file():
+            held = [
+                one for one in range(MAX_LAYERS) if (folder / f"layer_{one}.safetensors").is_file()
+            ]
+            raise InputError(f"{folder} holds layers {held}: give one of them, not {layer}")
     return found
 
 
-def _check_list(listed_files: list[Any], n_layers: int, folder: Path) -> None:
-    """Raise `InputError` unless a set's own list of files, where it has one, is that of its folder, in order."""
-    for layer, name in enumerate(listed_files):
-        if str(name).split("/")[-1] != f"layer_{layer}.safetensors":
+def _listed(given: list[Any], folder: Path) -> list[str]:
+    """The list's files in the order of layers; the first version wrote an id, a layer and a path of each."""
+    files = []
+    for layer, one in enumerate(given):
+        of_dict = isinstance(one, dict)
+        if of_dict and one.get("layer") != layer:
+            raise InputError(
+                f"{folder}: transcoder {layer} of its list is of layer {one.get('layer')!r}: expected them in order"
+            )
+        name = one.get("filepath") if of_dict else one
+        if not isinstance(name, str):
+            raise InputError(
+                f"{folder}: transcoder {layer} of its list is {shown(one)}: expected a file's name"
+            )
+        last = name.split("/")[-1]
+        is_ours = not name.startswith(HUB) or OWN_NAME.fullmatch(last)
+        if is_ours and last != f"layer_{layer}.safetensors":
             raise InputError(
                 f"{folder}: transcoder {layer} of its list is {shown(name)}; expected "
                 f"layer_{layer}.safetensors: files are read by their names"
             )
-    if listed_files and len(listed_files) != n_layers:
+        files.append(name)
+    return files
+
+
+def _check_layers(wanted: Iterable[int], n_layers: int, folder: Path) -> None:
+    missing = sorted(layer for layer in wanted if not 0 <= layer < n_layers)
+    if missing:
+        raise InputError(f"{folder}: layers {missing}: the set has 0 to {n_layers - 1}")
+
+
+def _is_elsewhere(name: str, folder: Path) -> bool:
+    return name.startswith(HUB) and not (folder / name.split("/")[-1]).is_file()
+
+
+def _of_list(name: str, folder: Path) -> Path:
+    """A file of the list: on the hub as hf://owner/repository/path?revision=…, or else beside the list."""
+    if not _is_elsewhere(name, folder):
+        return folder / name.split("/")[-1]
+    found = urlparse(name)
+    repository, _, file = found.path.lstrip("/").partition("/")
+    if not (found.netloc and repository and file):
         raise InputError(
-            f"{folder}: its list names {len(listed_files)} transcoders, and it holds {n_layers}: fetch all"
+            f"{folder}: {shown(name)} of its list: expected hf://owner/repository/path"
         )
+    revision = parse_qs(found.query).get("revision", ["main"])[0]
+    return hub_file(f"{found.netloc}/{repository}", file, revision)
+
+
+def _whole_folder(files: list[str], folder: Path) -> list[Path]:
+    names = {path.name for path in folder.glob("layer_*.safetensors")}
+    if len(names) > MAX_LAYERS:
+        raise InputError(f"{folder}: {len(names):,} layers; expected at most {MAX_LAYERS:,}")
+    found = [folder / f"layer_{layer}.safetensors" for layer in range(len(names))]
+    if names != {path.name for path in found} or not names:
+        raise InputError(f"{folder}: layers [{listed(names)}]; expected layer_0 upwards, no gap")
+    if files and len(files) != len(found):
+        raise InputError(
+            f"{folder}: its list names {len(files)} transcoders, and it holds {len(found)}: fetch all"
+        )
+    return found
+
+
+def _read_layer(said: _Said, layer: int, path: Path, lazy: bool) -> Dictionary:
+    if path.name in (NPZ, SAFETENSORS):
+        found = read_gemma_scope(path, lazy)
+        _check_layers([found.config.layer], layer + 1, said.folder)
+        return found.renamed(replace(found.config, model=said.model, model_hash=said.model_hash))
+    tensors = parts.read_tensors(path)
+    if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
+        raise InputError(f"{path}: no matrix W_enc in it, only {listed(tensors)}")
+    config = _layer_config(said, layer, tensors, path)
+    return TENSORS.dictionary(path, {n: t for n, t in tensors.items() if n != K}, config, lazy)
+
+
+def _layer_config(
+    said: _Said, layer: int, tensors: Mapping[str, Tensor], path: Path
+) -> DictionaryConfig:
+    _, basis = parts.place_of(*said.hooks, said.folder, said.model)
+    n_features, d_model = tensors["W_enc"].shape
+    activation: Any = parts.entry(said.config, "activation", str, said.folder, "relu")
+    k = int(tensors[K]) if K in tensors and tensors[K].numel() == 1 else said.k
+    if TRACER_THRESHOLD in tensors:
+        activation, k = "jumprelu", None
+    if activation == "topk" and k is None:
+        raise InputError(
+            f"{said.folder}: activation topk without a k: say it in config.yaml (circuit-tracer itself takes 128 for "
+            "facebook/crv-8b-instruct-transcoders)"
+        )
+    skip = "W_skip" in tensors
+    parts.check_same(
+        said.config, {"skip_connection": skip, "activation_function": activation}, path
+    )
+    sizes = (d_model, d_model, n_features)
+    return DictionaryConfig(
+        *("transcoder", layer, *sizes, activation, k, skip),
+        model=said.model,
+        basis=basis,
+        model_hash=said.model_hash,
+    )
 
 
 def write_circuit_tracer(dictionaries: Mapping[int, Dictionary], folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Basis, Dictionary, DictionaryConfig
 from tclib.dictionaries.kinds import Activation
+from tclib.dictionaries.lazy import LazyDictionary, MappedRows
 from tclib.support.declared import shown
 from tclib.support.errors import InputError, listed
 from tclib.support.foreign import check_header, read_json, read_yaml
@@ -31,6 +32,7 @@ HOOK_OUT = "hook_mlp_out"
 HOOKS_OUT = (HOOK_OUT, "mlp.hook_out")
 NORM_BEHIND = re.compile(r"gemma-?[23]|olmo-?2", re.IGNORECASE)
 HASH = "tclib_model_hash"  # a key of ours, which the others' readers pass over
+MATRICES = ("W_enc", "W_dec")  # what may stay in the file
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SAID: dict[type, str] = {
     str: "a text",
@@ -124,6 +126,46 @@ class Tensors:
 
     names: Mapping[str, str] = field(default_factory=dict)  # ours: theirs
     transposed: frozenset[str] = frozenset()  # our names
+    relu_first: bool = False  # a relu stands before the jump: a threshold below 0 does what 0 does
+
+    def dictionary(
+        self,
+        where: Path,
+        tensors: Mapping[str, Tensor],
+        config: DictionaryConfig,
+        lazy: bool = False,
+    ) -> Dictionary:
+        """The dictionary of `ours`; if `lazy`, its matrices stay in the file."""
+        if not lazy:
+            return Dictionary(config, **self.ours(where, tensors, config))
+        self.check(where, tensors, config)
+        small = {n: t for n, t in tensors.items() if n not in map(self._their, MATRICES)}
+        found = self._read(small, [n for n in config.shapes() if n not in MATRICES])
+        mapped = {
+            name: MappedRows(tensors[self._their(name)], self._by_column(name)) for name in MATRICES
+        }
+        return LazyDictionary(config, mapped["W_enc"], decoder=mapped["W_dec"], **found)
+
+    def _their(self, name: str) -> str:
+        return self.names.get(name, name)
+
+    def _by_column(self, name: str) -> bool:
+        """Whether a feature is a column of the file's matrix."""
+        return (name == "W_enc") != (name in self.transposed)
+
+    def check(
+        self,
+        where: Path,
+        tensors: Mapping[str, Tensor],
+        config: DictionaryConfig,
+        besides: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Raise `InputError` unless exactly the weights of `config` (and those of `besides`) are there."""
+        expected = {
+            self._their(name): shape[::-1] if name in self.transposed else shape
+            for name, shape in config.shapes().items()
+        }
+        _check_tensors(where, tensors, {**expected, **(besides or {})})
 
     def ours(
         self,
@@ -137,15 +179,15 @@ class Tensors:
         Errors: `InputError` unless exactly they (and those of shapes `besides`) are there, in their
         shapes, as floating point.
         """
-        expected = {
-            self.names.get(name, name): shape[::-1] if name in self.transposed else shape
-            for name, shape in config.shapes().items()
-        }
-        _check_tensors(where, tensors, {**expected, **(besides or {})})
-        found = {name: tensors[self.names.get(name, name)] for name in config.shapes()}
-        return {
-            n: (t.T.contiguous() if n in self.transposed else t).float() for n, t in found.items()
-        }
+        self.check(where, tensors, config, besides)
+        return self._read(tensors, config.shapes())
+
+    def _read(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        found = {name: tensors[self._their(name)] for name in names}
+        ours = {n: (t.T if n in self.transposed else t).float() for n, t in found.items()}
+        if self.relu_first and "threshold" in ours:
+            ours["threshold"] = ours["threshold"].clamp_min(0.0)
+        return ours
 
     def save(self, dictionary: Dictionary, path: Path) -> None:
         """Write the weights by the format's names, in float32, as safetensors."""

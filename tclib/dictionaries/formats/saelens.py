@@ -18,7 +18,7 @@ ARCHITECTURES: dict[str, tuple[Activation, bool]] = {  # activation, skip
     "jumprelu_transcoder": ("jumprelu", False),
     "jumprelu_skip_transcoder": ("jumprelu", True),
 }
-TENSORS = parts.Tensors(transposed=frozenset({"W_skip"}))
+TENSORS = parts.Tensors(transposed=frozenset({"W_skip"}), relu_first=True)
 SAME_EQUATIONS = {
     "apply_b_dec_to_input": False,
     "normalize_activations": "none",
@@ -38,7 +38,7 @@ OLDER = {
 }
 
 
-def read_saelens(folder: Path) -> Dictionary:
+def read_saelens(folder: Path, lazy: bool = False) -> Dictionary:
     """A SAELens transcoder folder.
 
     SAELens itself loads a folder without hook_name_out, which is metadata there that nothing reads; it is
@@ -74,11 +74,7 @@ def read_saelens(folder: Path) -> Dictionary:
     own = DictionaryConfig(
         "transcoder", layer, *sizes, activation, None, skip, model, basis, model_hash
     )
-    weights = TENSORS.ours(folder, tensors, own)
-    if activation == "jumprelu":
-        # There a relu stands before the jump, so that a threshold below 0 does what 0 does.
-        weights["threshold"] = weights["threshold"].clamp_min(0.0)
-    return Dictionary(own, **weights)
+    return TENSORS.dictionary(folder, tensors, own, lazy)
 
 
 def write_saelens(dictionary: Dictionary, folder: Path) -> None:

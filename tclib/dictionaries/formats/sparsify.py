@@ -23,13 +23,15 @@ TENSORS = Tensors(
 )
 
 
-def read_sparsify(folder: Path) -> Dictionary:
+def read_sparsify(folder: Path, lazy: bool = False) -> Dictionary:
     """A sparsify transcoder of one hookpoint (h.8.mlp, layers.8.mlp): raw basis, ReLU before top-k.
 
     Errors: `InputError` for an autoencoder, group-max, or tensors that do not fit.
     """
     config = read_config(folder / "cfg.json")
-    if not entry(config, "transcode", bool, folder, False):
+    skip = entry(config, "skip_connection", bool, folder, False)
+    # Before it said so, only transcoders had a skip.
+    if not entry(config, "transcode", bool, folder, skip):
         raise InputError(f"{folder}: transcode is false, an autoencoder; expected a transcoder")
     same = {"activation": "topk", "signed": False, "normalize": None, "hookpoint": folder.name}
     check_same(config, same, folder)
@@ -41,14 +43,13 @@ def read_sparsify(folder: Path) -> Dictionary:
     n_features = entry(config, "num_latents", int, folder, 0)
     n_features = n_features or d_in * entry(config, "expansion_factor", int, folder)
     tensors = read_tensors(folder / "sae.safetensors")
-    skip = entry(config, "skip_connection", bool, folder, False)
     layer = int(numbers[0])
     own = DictionaryConfig(
         *("transcoder", layer, d_in, d_in, n_features, "topk", k, skip),
         basis="raw",
         model_hash=entry(config, HASH, str, folder, ""),
     )
-    return Dictionary(own, **TENSORS.ours(folder, tensors, own))
+    return TENSORS.dictionary(folder, tensors, own, lazy)
 
 
 def write_sparsify(dictionary: Dictionary, folder: Path) -> None:
