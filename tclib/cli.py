@@ -511,6 +511,43 @@ def published(
 
 
 @app.command()
+def upload(
+    folder: Annotated[
+        Path,
+        typer.Argument(parser=expanded, help="A folder of dictionaries, as notebook 01 writes it."),
+    ],
+    repo: Annotated[str, typer.Option(help="Where on the hub: owner/name.")],
+    licence: Annotated[str, typer.Option(help="Of the weights, as the hub names it.")] = "mit",
+    to: Annotated[str, typer.Option(help="tclib, saelens, circuit-tracer or sparsify.")] = "tclib",
+    private: Annotated[bool, typer.Option("--private", help="Only for its owner.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=expanded, help="Write what would be uploaded here, and stop."),
+    ] = None,
+) -> None:
+    """Upload trained dictionaries to the Hugging Face hub, with a model card of the run's figures."""
+    from tempfile import TemporaryDirectory
+
+    from tclib.dictionaries.formats.any import FORMATS
+    from tclib.replication.upload import check_repository, push, stage
+
+    if to not in FORMATS:
+        raise InputError(f"format {to!r}: expected one of {', '.join(FORMATS)}")
+    check_repository(repo)
+    if out is not None:
+        check_folder(out.parent)
+        if out.exists() or out.is_symlink():
+            raise InputError(f"{out} is there already: choose another place, or remove it")
+        stage(folder, out, repo, licence, to)
+        typer.echo(f"{out}: as it would be uploaded to {repo}")
+        return
+    with TemporaryDirectory() as temporary:
+        staged = Path(temporary) / "upload"
+        found = stage(folder, staged, repo, licence, to)
+        typer.echo(f"{push(staged, repo, private)}: {len(found)} dictionaries")
+
+
+@app.command()
 def convert(
     path: Annotated[
         Path, typer.Argument(parser=expanded, help="A dictionary of any known format.")
