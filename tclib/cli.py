@@ -604,10 +604,23 @@ def demo_model(
 @app.command()
 def smollm2() -> None:
     """Load SmolLM2-135M and show that it compares years."""
+    _show_years("smollm2")
+
+
+@app.command()
+def gemma3() -> None:
+    """Show Gemma's terms, load Gemma 3 270M once they are accepted, and show that it compares years."""
+    from tclib.models.pypi import MODELS, ask_for_terms
+
+    ask_for_terms(MODELS["gemma3-270m"], typer.confirm, typer.echo)
+    _show_years("gemma3-270m")
+
+
+def _show_years(name: str) -> None:
     from tclib.greater_than.task import next_digit_mass
     from tclib.models.language_model import LanguageModel
 
-    lm = LanguageModel.load("smollm2")
+    lm = LanguageModel.load(name)
     typer.echo("Next-digit probability after 'The war lasted from the year 17d0 to the year 17':")
     for digit in range(1, 10):
         above, below = next_digit_mass(lm, digit)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from tclib.evaluation.metrics import kl_divergence, l0
+from tclib.evaluation.metrics import kl_from, l0
 
 
 def test_calls_of_a_wrong_shape_are_found_in_tests() -> None:
@@ -21,7 +21,7 @@ def test_calls_of_a_wrong_shape_are_found_in_tests() -> None:
     with pytest.raises(TypeCheckError):
         l0(torch.zeros(3, 4, dtype=torch.long))
     with pytest.raises(TypeCheckError):
-        kl_divergence(torch.zeros(2, 3, 4), torch.zeros(2, 5, 4))
+        kl_from(torch.zeros(2, 3, 4), torch.zeros(2, 5, 4))
 
 
 SHAPED = ("Float", "Int", "Bool", "Shaped")

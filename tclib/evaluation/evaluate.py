@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation import metrics
@@ -31,6 +32,7 @@ from tclib.support.statistics import bootstrap_means, interval, to_numpy
 from tclib.text.corpus import check_disjoint
 
 BOOTSTRAP_SEED = 0
+LOGITS_AT_ONCE = 32_000_000  # 128 MB in float32
 COLUMNS = (
     *("name", "kind", "layer", "activation", "k", "n_features", "l0", "fvu", "dead_share"),
     *("live_share", "ce", "kl", "ce_original", "ce_mean_ablated", "ce_zero_ablated"),
@@ -184,31 +186,44 @@ def losses_under(
     rows_per_forward: int = 16,
 ) -> dict[K, Losses]:
     """The losses on `rows` under each condition, beside the unchanged model."""
-    ce: dict[K, list[Tensor]] = {key: [] for key in conditions}
-    zero = torch.zeros(2, dtype=torch.float64, device=lm.device)
-    sums = dict.fromkeys(conditions, zero)
+    found: dict[K, list[Tensor]] = {key: [] for key in conditions}
     batches = rows.split(rows_per_forward)
     for batch in progress(batches, "cross-entropy", unit="batch", leave=False):
         tokens = batch.long().to(lm.device)
-        original = lm.logits(tokens)
+        original = lm.hidden(tokens)
         streams = lm.streams(tokens, {condition.layer for condition in conditions.values()})
+        hidden = {}
         for key, (layer, change) in conditions.items():
             with lm.start_at(layer, streams[layer]), change():
-                logits = original if change is nullcontext else lm.logits(tokens)
-            ce[key].append(metrics.next_token_losses(logits, tokens).mean(1))
-            sums[key] = sums[key] + _from_original(original[:, :-1], logits[:, :-1])
-    n_predictions = len(rows) * (rows.shape[1] - 1)
-    means = {key: (total / n_predictions).tolist() for key, total in sums.items()}
-    return {key: Losses(to_numpy(torch.cat(ce[key])), *means[key]) for key in conditions}
+                hidden[key] = original if change is nullcontext else lm.hidden(tokens)
+        for key, losses in _compared(lm, tokens, original, hidden).items():
+            found[key].append(losses)
+    joined = {key: torch.cat(losses) for key, losses in found.items()}
+    means = {key: losses[..., 1:].double().mean((0, 1)).tolist() for key, losses in joined.items()}
+    return {key: Losses(to_numpy(joined[key][..., 0].mean(1)), *means[key]) for key in conditions}
 
 
-def _from_original(
-    original: Float[Tensor, "batch pos d_vocab"], logits: Float[Tensor, "batch pos d_vocab"]
-) -> Float[Tensor, "2"]:
-    """Summed over positions: KL from the original, and where the most likely tokens are the same."""
-    same = original.argmax(-1) == logits.argmax(-1)
-    kl = metrics.kl_divergence(original, logits)
-    return torch.stack([kl.double().sum(), same.double().sum()])
+def _compared(
+    lm: LanguageModel, tokens: Tensor, original: Tensor, hidden: Mapping[K, Tensor]
+) -> dict[K, Float[Tensor, "row pos 3"]]:
+    """Of what the unembedding reads under each condition: CE, KL from the original, and whether the top token is its.
+
+    Some positions at a time: nothing holds the logits of a batch.
+    """
+    n_rows, n_predictions = tokens.shape[0], tokens.shape[1] - 1
+    targets = tokens[:, 1:].flatten()
+    found = {key: original.new_empty(len(targets), 3, dtype=torch.float32) for key in hidden}
+    reads = {key: read[:, :-1].flatten(0, 1) for key, read in hidden.items()}
+    before = original[:, :-1].flatten(0, 1)
+    for start in range(0, len(targets), max(1, LOGITS_AT_ONCE // lm.d_vocab)):
+        some = slice(start, start + max(1, LOGITS_AT_ONCE // lm.d_vocab))
+        log_p = lm.unembed(before[some]).float().log_softmax(-1)
+        for key, read in reads.items():
+            logits = lm.unembed(read[some]).float()
+            found[key][some, 0] = cross_entropy(logits, targets[some], reduction="none")
+            found[key][some, 1] = metrics.kl_from(log_p, logits)
+            found[key][some, 2] = (log_p.argmax(-1) == logits.argmax(-1)).float()
+    return {key: losses.view(n_rows, n_predictions, 3) for key, losses in found.items()}
 
 
 def _own_columns(

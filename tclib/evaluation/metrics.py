@@ -53,12 +53,11 @@ def next_token_losses(
     return losses.view(len(tokens), -1)
 
 
-def kl_divergence(
-    logits: Float[Tensor, "batch pos d_vocab"], other: Float[Tensor, "batch pos d_vocab"]
-) -> Float[Tensor, "batch pos"]:
-    """KL(softmax(logits) ‖ softmax(other)) in nats at every position."""
-    log_p, log_q = logits.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def kl_from(
+    log_p: Float[Tensor, "*batch d_vocab"], logits: Float[Tensor, "*batch d_vocab"]
+) -> Float[Tensor, "*batch"]:
+    """KL(p ‖ softmax(logits)) in nats, from the log-probabilities of p."""
+    return (log_p.exp() * (log_p - logits.float().log_softmax(-1))).sum(-1)
 
 
 def ce_recovered(ce: float, ce_original: float, ce_mean_ablated: float) -> float:

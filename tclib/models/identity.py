@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tclib.models.locate import cache_folder
+from tclib.models.pypi import cache_folder
 from tclib.support.errors import InputError
 from tclib.support.files import new_file, tensors_hash
 
@@ -40,7 +40,11 @@ ACTS_BY_TOO = (
 BY_LENGTH = ("longrope", "yarn", "dynamic")  # rotary frequencies that go by the context's length
 OLD_CLASSES = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM")
 # Names of one model that differ in more than their organisation and their case.
-ALIASES = {"gpt2-small": "gpt2", "smollm2": "smollm2-135m-instruct"}
+ALIASES = {
+    "gpt2-small": "gpt2",
+    "smollm2": "smollm2-135m-instruct",
+    "gemma3-270m": "gemma-3-270m",
+}
 
 
 def names_differ(one: str, other: str) -> bool:

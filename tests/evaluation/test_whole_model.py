@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import random_rows, random_transcoder, relu_gpt2, tiny_lm, unchecked_types
 
+from tclib.evaluation import evaluate as evaluation
 from tclib.evaluation import metrics
 from tclib.evaluation.evaluate import evaluate, mean_mlp_outs
 from tclib.evaluation.replace import replace_mlp, set_mlp_out
@@ -53,7 +54,11 @@ def test_one_dictionary_is_what_evaluate_says(lm: LanguageModel) -> None:
     assert table.loc["original", ["kl", "agreement", "ce_increase"]].tolist() == [0.0, 1.0, 0.0]
 
 
-def test_many_at_once_are_what_a_loop_by_hand_says(lm: LanguageModel) -> None:
+@pytest.mark.parametrize("logits_at_once", [1, 700, evaluation.LOGITS_AT_ONCE])
+def test_many_at_once_are_what_a_loop_by_hand_says(
+    lm: LanguageModel, logits_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", logits_at_once)
     every = [random_transcoder(layer, "topk", torch.float32) for layer in (2, 0)]
     found = evaluate_whole_model(lm, every, ROWS, rows_per_forward=3)
     means = mean_mlp_outs(lm, [0, 2], ROWS)
@@ -77,7 +82,7 @@ def test_many_at_once_are_what_a_loop_by_hand_says(lm: LanguageModel) -> None:
         pd.testing.assert_series_equal(
             found.row_ce[name], pd.Series(ce.double().numpy()), rtol=1e-4, check_names=False
         )
-        kl = metrics.kl_divergence(original, logits)[:, :-1].mean()
+        kl = metrics.kl_from(original.log_softmax(-1), logits)[:, :-1].mean()
         assert line["kl"] == pytest.approx(float(kl), rel=1e-4, abs=1e-6)
         same = (original.argmax(-1) == logits.argmax(-1))[:, :-1].float().mean()
         assert line["agreement"] == pytest.approx(float(same))

@@ -140,6 +140,15 @@ def test_a_pass_that_is_cut_at_an_mlp_goes_on_to_the_same_end(family: str) -> No
         torch.testing.assert_close(silent.output(), expected, rtol=1e-5, atol=1e-6)
 
 
+@each
+def test_what_is_unembedded_some_positions_at_a_time_are_the_logits(family: str) -> None:
+    lm = make_lm(family, torch.float32)
+    with torch.no_grad():
+        hidden = lm.hidden(ROWS)
+        parts = [lm.unembed(hidden[:, [pos]]) for pos in range(ROWS.shape[1])]
+    torch.testing.assert_close(torch.cat(parts, 1), lm.logits(ROWS), rtol=1e-5, atol=1e-5)
+
+
 def without_third(acts: torch.Tensor) -> torch.Tensor:
     acts = acts.clone()
     acts[..., 3] = 0.0

@@ -20,7 +20,8 @@ from tiny import (
 
 from tclib.models.architectures import Norm
 from tclib.models.language_model import LanguageModel
-from tclib.models.locate import _dequantise, locate
+from tclib.models.locate import locate
+from tclib.models.pypi import dequantise
 from tclib.models.running import Site
 from tclib.support.errors import InputError
 
@@ -220,7 +221,7 @@ def test_a_failed_conversion_leaves_nothing_behind(
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"not a gguf")
     with pytest.raises((OSError, ValueError)):
-        _dequantise(broken, tmp_path / "cache" / "smollm2")
+        dequantise(broken, tmp_path / "cache" / "smollm2")
     assert not (tmp_path / "cache" / "smollm2").exists()
     shutil.rmtree(tmp_path / "cache")
 
