@@ -287,7 +287,7 @@ class FrozenPrompts:
         ids = torch.tensor(list(weights), device=self.lm.device)
         w = torch.tensor(list(weights.values()), dtype=self.lm.dtype, device=self.lm.device)
         label = name or " ".join(f"{weight:+g}·logit[{i}]" for i, weight in weights.items())
-        direction = self.lm.W_U[:, ids] @ w
+        direction = self.lm.unembedding(ids) @ w
         constant = float(self.lm.b_U[ids] @ w)
         site = ReadSite("final", self.lm.n_layers)
         return Target(f"{label}@{pos}", prompt, pos, site, direction, constant)

@@ -119,7 +119,7 @@ def component_attributions(frozen: FrozenPrompts, task: GreaterThan) -> pd.DataF
     cache, lm = frozen.cache, frozen.lm
     weights = task.is_greater / task.is_greater.sum(1, keepdim=True)
     weights = weights - (~task.is_greater) / (~task.is_greater).sum(1, keepdim=True)
-    directions = weights.to(lm.W_U) @ lm.W_U[:, task.answer_ids].T
+    directions = weights.to(lm.b_U) @ lm.unembedding(task.answer_ids).T
     directions = directions / cache.final_scale[:, -1, None]
     mlps = [float((out[:, -1] * directions).sum(1).mean()) for out in cache.mlp_out]
     by_source = head_contributions(frozen, directions).mean(0)

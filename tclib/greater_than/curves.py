@@ -139,7 +139,7 @@ def _differences(
     """The metric of every prompt with the MLP's output replaced by each of `outputs`."""
     streams = (below.base + outputs).flatten(0, 1)
     read = lm.run_above(below.layer, streams)
-    logits = read @ lm.W_U[:, task.answer_ids] + lm.b_U[task.answer_ids]
+    logits = read @ lm.unembedding(task.answer_ids) + lm.b_U[task.answer_ids]
     probabilities = logits.softmax(-1).unflatten(0, outputs.shape[:2])
     return task.differences(probabilities)
 

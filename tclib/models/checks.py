@@ -34,6 +34,7 @@ BUFFERS = re.compile(
 FLOATS = ("F16", "BF16", "F32", "F64")
 ANY_SIZE = ("rope_theta", "rotary_emb_base")
 MOST_OF_ANYTHING = 2**21
+UNEMBEDDED = 65_536  # tokens that are compared, of a larger vocabulary
 MOST = {
     "max_position_embeddings": 2**24,
     "n_positions": 2**24,
@@ -344,7 +345,8 @@ def _parts(lm: Running, cache: ForwardCache) -> Iterator[tuple[str, Tensor, Tens
         what = "attention and MLP" if lm.is_parallel else "stream above the MLP"
         yield f"{what} of layer {layer}", attended + cache.mlp_out[layer], streams[layer + 1]
     logits = cache.logits - cache.logits.mean(-1, keepdim=True)
-    yield "unembedding", final @ lm.W_U + lm.b_U, logits
+    ids = torch.arange(0, lm.d_vocab, max(1, lm.d_vocab // UNEMBEDDED), device=logits.device)
+    yield "unembedding", final @ lm.unembedding(ids) + lm.b_U[ids], logits[..., ids]
 
 
 def _attention_out(lm: Running, cache: ForwardCache, layer: int) -> Tensor:

@@ -32,6 +32,7 @@ from tclib.models.identity import acts_by
 from tclib.support.declared import whole
 from tclib.support.errors import InputError
 
+FOLDED_WHOLE = 50_000_000  # numbers of an unembedding: 200 MB a copy in float32
 T = TypeVar("T")
 State = list[tuple[object, object, object]]
 
@@ -231,6 +232,15 @@ class ProcessedWeights:
             return norm.centre((W_U - W_U.mean(-1, keepdim=True)).T).T
 
         return self.derived("W_U", fold, head, self._final_norm)
+
+    def unembedding(self, ids: Int[Tensor, "token"]) -> Float[Tensor, "d_model token"]:
+        """The columns of W_U for some tokens: a large vocabulary is not folded for a few."""
+        head, norm = self.model.get_output_embeddings(), self.final_norm
+        if head.weight.numel() <= FOLDED_WHOLE:
+            return self.W_U[:, ids]
+        gain = norm.gain * self._multipliers.logits
+        mean = self.derived("mean of W_U", lambda: head.weight.mean(0), head)
+        return norm.centre((head.weight[ids] - mean) * gain).T
 
     @property
     def b_U(self) -> Float[Tensor, "d_vocab"]:

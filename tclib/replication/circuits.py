@@ -165,7 +165,7 @@ def faithfulness_table(run: Run) -> pd.DataFrame:
 
 def circuit_metrics(lm: LanguageModel, task: GreaterThan, root: Target) -> dict[str, Metric]:
     """The root's value and the probability difference of one prompt, of what the unembedding reads."""
-    W_U, b_U = lm.W_U[:, task.answer_ids], lm.b_U[task.answer_ids]
+    W_U, b_U = lm.unembedding(task.answer_ids), lm.b_U[task.answer_ids]
 
     def difference(read: Float[Tensor, "circuit d_model"]) -> Float[Tensor, "circuit"]:
         return task.differences((read @ W_U + b_U).softmax(-1)[:, None])[:, 0]

@@ -149,6 +149,18 @@ def test_what_is_unembedded_some_positions_at_a_time_are_the_logits(family: str)
     torch.testing.assert_close(torch.cat(parts, 1), lm.logits(ROWS), rtol=1e-5, atol=1e-5)
 
 
+@each
+def test_a_large_vocabulary_is_not_folded_for_a_few_tokens(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm(family)
+    ids = torch.tensor([0, 5, 99, 5])
+    expected = lm.W_U[:, ids]
+    assert torch.equal(lm.unembedding(ids), expected)
+    monkeypatch.setattr("tclib.models.weights.FOLDED_WHOLE", 0)
+    torch.testing.assert_close(lm.unembedding(ids), expected, rtol=1e-9, atol=1e-9)
+
+
 def without_third(acts: torch.Tensor) -> torch.Tensor:
     acts = acts.clone()
     acts[..., 3] = 0.0
