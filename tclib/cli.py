@@ -462,7 +462,7 @@ def inspect(
     """Say what a dictionary holds: format, layer, width, basis."""
     from tclib.dictionaries.formats.any import read_any
 
-    found = read_any(path)
+    found = read_any(path, lazy=True)
     typer.echo(f"format {found.format}, {len(found.dictionaries)} dictionaries")
     for layer, dictionary in found.dictionaries.items():
         c = dictionary.config
@@ -573,6 +573,11 @@ def convert(
         raise InputError(f"{out} is there already: choose another place, or remove it")
     dictionaries = read_any(path).dictionaries
     changed = {layer: d for layer, d in dictionaries.items() if basis not in (None, d.config.basis)}
+    streams = [layer for layer, d in changed.items() if d.config.reads_stream]
+    if streams:
+        raise InputError(
+            f"layers {streams} read the stream, which is in no other basis: leave out --basis {basis}"
+        )
     if changed and model is None:
         raise InputError("a change of basis needs the model's norms: give --model")
     if changed:

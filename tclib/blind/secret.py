@@ -106,7 +106,7 @@ def dictionary_hashes(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
     """Of each dictionary's weights; computed once for as long as none is edited."""
     found = {}
     for name, one in dictionaries.items():
-        state = [(t.data_ptr(), t._version) for t in one.parameters().values()]
+        state = [(t.data_ptr(), t._version) for t in one.held()]
         if one not in _HASHES or _HASHES[one][0] != state:
             _HASHES[one] = (state, tensors_hash(one.parameters())[:16])
         found[name] = _HASHES[one][1]

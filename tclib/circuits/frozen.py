@@ -262,7 +262,15 @@ class FrozenPrompts:
             raise InputError(
                 f"no transcoder at layer {layer}: there is one at layers {sorted(self.transcoders)}"
             )
-        dictionary = self.transcoders[layer] if dictionary is None else dictionary
+        if dictionary is None:
+            dictionary = self.transcoders[layer]
+        elif dictionary.config.layer != layer:
+            raise InputError(
+                f"a dictionary of layer {dictionary.config.layer} for layer {layer}: expected the same"
+            )
+        else:
+            dictionary.check_size(self.lm)
+            dictionary.check_basis(self.lm)
         dictionary.check_features(feature)
         pos, prompt = self.check_place(pos, prompt)
         direction = self.lm.final_norm.centre(dictionary.encoder_direction(feature))

@@ -19,6 +19,8 @@ def to_processed(dictionary: Dictionary, lm: LanguageModel) -> Dictionary:
     if dictionary.config.basis != "raw":
         return dictionary
     norm, centre = lm.mlp_norm(dictionary.config.layer), lm.final_norm.centre
+    gain = norm.gain.to(dictionary.b_dec)
+    norm = replace(norm, gain=gain, bias=None if norm.bias is None else norm.bias.to(gain))
     if isinstance(dictionary, LazyDictionary):
         if norm.bias is None and lm.final_norm.kind != "layer":
             return dictionary.with_gain(norm)

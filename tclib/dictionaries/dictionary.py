@@ -282,6 +282,10 @@ class Dictionary:
             return self  # it is there already: nothing to be checked again
         return Dictionary(self.config, **moved)
 
+    def held(self) -> list[Tensor]:
+        """The tensors that it is made of."""
+        return list(self.parameters().values())
+
     def check_model(self, lm: LanguageModel) -> None:
         """Raise `InputError` unless this dictionary is finite, of the model, and in its processed basis.
 
@@ -289,6 +293,10 @@ class Dictionary:
         """
         self.check_origin(lm)
         self.check_finite()
+        self.check_basis(lm)
+
+    def check_basis(self, lm: LanguageModel) -> None:
+        """Raise `InputError` unless what it reads is a site of the model."""
         if self.config.basis == "raw":
             raise InputError(
                 f"the {self.config.kind} of layer {self.config.layer} was trained on unprocessed weights "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.models.architectures import Norm
+from tclib.support.checked import checked
 from tclib.support.errors import InputError
 from tclib.support.torch_types import Device, FloatType
 
@@ -25,15 +27,20 @@ class MappedRows:
     """A row a feature, in float32 as they are asked for, of a matrix that stays in its file.
 
     Args:
+        where: its file, for messages.
         held: the mapped matrix, [feature, d], or [d, feature] `by_column`.
         by_column: how it lies in the file.
         scale: what every row is multiplied by.
     """
 
     def __init__(
-        self, held: Tensor, by_column: bool = False, scale: Float[Tensor, "d"] | None = None
+        self,
+        where: Path,
+        held: Tensor,
+        by_column: bool = False,
+        scale: Float[Tensor, "d"] | None = None,
     ) -> None:
-        self.held, self.by_column, self.scale = held, by_column, scale
+        self.where, self.held, self.by_column, self.scale = where, held, by_column, scale
         self._kept: tuple[Int[Tensor, "kept"], Float[Tensor, "kept d"]] | None = None
 
     def rows(self, features: Tensor | slice | int) -> Float[Tensor, "*feature d"]:
@@ -48,6 +55,10 @@ class MappedRows:
     def _read(self, features: Tensor | slice | int) -> Tensor:
         found = self.held[:, features].T if self.by_column else self.held[features]
         found = found.float().contiguous()
+        if not bool(found.isfinite().all()):
+            raise InputError(
+                f"{self.where}: rows that are NaN or infinite: expected finite weights; download it again"
+            )
         return found if self.scale is None else found * self.scale
 
     def keep(self, features: Int[Tensor, "feature"]) -> None:
@@ -56,9 +67,10 @@ class MappedRows:
         self._kept = (known, self._read(known)) if len(known) else None
 
     def scaled(self, scale: Float[Tensor, "d"]) -> MappedRows:
-        """The same rows times `scale`."""
-        both = scale if self.scale is None else scale * self.scale
-        return MappedRows(self.held, self.by_column, both)
+        """The same rows times `scale`, as it is now."""
+        own = scale.detach().to("cpu", torch.float32, copy=True)
+        both = own if self.scale is None else own * self.scale
+        return MappedRows(self.where, self.held, self.by_column, both)
 
 
 class LazyDictionary(Dictionary):
@@ -108,26 +120,29 @@ class LazyDictionary(Dictionary):
         self._decoder.keep(features)
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_features"]:
-        """Pre = x W_enc + b_enc, some thousand features at a time. Errors: as `Dictionary`'s, and for weights not finite."""
+        """Pre = x W_enc + b_enc, some thousand features at a time. Errors: as `Dictionary`'s, and for rows not finite."""
         self._check_given("input", x, self.config.d_in)
-        pre = x.new_empty(*x.shape[:-1], self.config.n_features)
-        for start in range(0, self.config.n_features, FEATURES_AT_ONCE):
-            some = slice(start, start + FEATURES_AT_ONCE)
-            torch.matmul(x, self._encoder.rows(some).T, out=pre[..., some])
-        pre += self.b_enc
-        if not bool(pre.isfinite().all()):
-            raise InputError(
-                f"the transcoder of layer {self.config.layer} gives pre-activations that are not finite: its file is "
-                "damaged, or what it reads is"
-            )
-        return pre
+        flat, n_features = x.reshape(-1, x.shape[-1]), self.config.n_features
+        pieces = [
+            slice(start, start + FEATURES_AT_ONCE)
+            for start in range(0, n_features, FEATURES_AT_ONCE)
+        ]
+        if torch.is_grad_enabled() and x.requires_grad:
+            pre = torch.cat([flat @ self._encoder.rows(some).T for some in pieces], 1) + self.b_enc
+        else:
+            pre = self.b_enc.expand(len(flat), -1).clone()
+            for some in pieces:
+                pre[:, some] += flat @ self._encoder.rows(some).T
+        return pre.view(*x.shape[:-1], n_features)
 
     def _decoded(
         self, feature_acts: Float[Tensor, "*batch n_features"]
     ) -> Float[Tensor, "*batch d_out"]:
-        active = (feature_acts != 0).flatten(0, -2).any(0).nonzero()[:, 0]
+        is_active = (feature_acts != 0).reshape(-1, self.config.n_features)
+        active = is_active.any(0).nonzero()[:, 0]
         return feature_acts[..., active] @ self._decoder.rows(active)
 
+    @checked
     def to(self, device: Device | None = None, dtype: FloatType | None = None) -> Dictionary:
         """Itself in float32 on the CPU; anywhere else it is read whole."""
         is_here = device is None or torch.device(device).type == "cpu"
@@ -145,6 +160,11 @@ class LazyDictionary(Dictionary):
         optional = {"W_skip": self.W_skip, "threshold": self.threshold}
         self._check_all_finite(held | {n: t for n, t in optional.items() if t is not None})
 
+    def held(self) -> list[Tensor]:
+        """What is in memory, and what is mapped."""
+        small = (self.b_enc, self.b_dec, self.W_skip, self.threshold)
+        return [self._encoder.held, self._decoder.held, *(t for t in small if t is not None)]
+
     def renamed(self, config: DictionaryConfig) -> LazyDictionary:
         made = copy.copy(self)
         made.config = config
@@ -154,5 +174,6 @@ class LazyDictionary(Dictionary):
         """A raw-basis dictionary in the processed basis, of a norm that does not centre and has no bias."""
         made = self.renamed(replace(self.config, basis="processed"))
         made._encoder = self._encoder.scaled(norm.gain)
-        made.W_skip = None if self.W_skip is None else norm.gain[:, None] * self.W_skip
+        gain = norm.gain.detach().to(self.b_dec)
+        made.W_skip = None if self.W_skip is None else gain[:, None] * self.W_skip
         return made

@@ -61,7 +61,7 @@ def check_released(name: str, lm: LanguageModel | None = None) -> ReleasedCheck:
     dictionary.check_model(lm)
     sites = (dictionary.config.input_site, dictionary.config.output_site)
     acts = [lm.read(lm.tokenize(text), sites) for text in TEXT]
-    read, written = (torch.cat([one[site][0, 1:] for one in acts]).float() for site in sites)
+    read, written = (torch.cat([one[site][0, 1:] for one in acts]).float().cpu() for site in sites)
     found_at = dictionary.to(dtype=torch.float32)(read)
     active, unexplained = l0(found_at.feature_acts), fvu(written, found_at.reconstruction)
     return ReleasedCheck(
@@ -71,7 +71,7 @@ def check_released(name: str, lm: LanguageModel | None = None) -> ReleasedCheck:
 
 
 def _verdict(released: int | None, active: float, unexplained: float) -> str:
-    if unexplained >= MAX_FVU:
+    if not unexplained < MAX_FVU:
         return f"not as released: FVU at or above {MAX_FVU:g}"
     if released is not None and not released / L0_FACTOR <= active <= released * L0_FACTOR:
         return f"not as released: L0 not within a factor of {L0_FACTOR:g}"

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.frozen import FrozenPrompts, site_of
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.features.from_weights import Head
 from tclib.greater_than.task import GreaterThan
@@ -155,7 +155,7 @@ def feature_contributions(
     frozen: FrozenPrompts, dictionary: Dictionary, feature: int
 ) -> Float[Tensor, "prompt layer head src"]:
     """What every head adds to the pre-activation of a feature at the last position."""
-    scale = frozen.cache.mlp_scale[dictionary.config.layer][:, -1, None]
+    scale = site_of(dictionary).scale(frozen.cache)[:, -1, None]
     direction = frozen.lm.final_norm.centre(dictionary.encoder_direction(feature))
     return head_contributions(frozen, direction.expand(frozen.n_prompts, -1) / scale)
 

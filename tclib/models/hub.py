@@ -97,7 +97,7 @@ def download(repository_id: str, file: str, revision: str = "main") -> Path:
 
     try:
         return Path(hf_hub_download(repository_id, file, revision=revision))
-    except OSError as error:
+    except Exception as error:  # of its http library, of the disk
         raise InputError(
             f"the download of {repository_id} stopped ({first_line(error)}): run the same command again, "
             "and it goes on with what is missing"

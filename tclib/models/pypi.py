@@ -164,7 +164,7 @@ def check_terms(model: PypiModel) -> None:
     terms = model.terms
     if terms is None or _accepted(model).is_file():
         return
-    if os.environ.get(terms.variable, "0") not in ("", "0"):
+    if _by_environment(terms):
         _note(model)
         return
     raise InputError(
@@ -179,9 +179,18 @@ def ask_for_terms(model: PypiModel, ask: Callable[[str], bool], say: Callable[[s
     if terms is None or _accepted(model).is_file():
         return
     say(f"{model.name} is used under {terms.title}: {terms.url}{_copy(terms)}")
-    if os.environ.get(terms.variable, "0") in ("", "0") and not ask("Do you accept them?"):
+    if not (_by_environment(terms) or ask("Do you accept them?")):
         raise InputError(f"{terms.title} were not accepted: {model.name} is not loaded")
     _note(model)
+
+
+def _by_environment(terms: Terms) -> bool:
+    value = os.environ.get(terms.variable, "")
+    if value not in ("", "0", "1"):
+        raise InputError(
+            f"{terms.variable} is {value!r}: 1 accepts {terms.title}, 0 or nothing does not"
+        )
+    return value == "1"
 
 
 def _copy(terms: Terms) -> str:

@@ -231,6 +231,11 @@ class Running(Overrides):
         }
         if not wanted:
             raise InputError("no sites: expected at least one Site to read")
+        if self.is_parallel and any(site.name == "resid_mid" for site in wanted):
+            raise InputError(
+                f"{self.name} runs attention and MLP side by side: it has no resid_mid between them; expected mlp_in "
+                "or mlp_out"
+            )
         return self._run_until(wanted[-1], tokens, inputs, outputs)
 
     def _processed(self, site: Site, value: Tensor) -> Tensor:

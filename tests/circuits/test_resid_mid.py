@@ -13,7 +13,7 @@ from tiny import TOLERANCE, make_lm, random_rows, random_transcoder
 from tclib.circuits.derivatives import predicted_changes, root_gradients
 from tclib.circuits.edges import Heads
 from tclib.circuits.faithfulness import features_alone
-from tclib.circuits.frozen import FrozenPrompts
+from tclib.circuits.frozen import KINDS, FrozenPrompts
 from tclib.circuits.graph import attribution_graph, total_effects
 from tclib.circuits.interventions import ablated_values
 from tclib.circuits.paths import greedy_paths, step_back
@@ -23,6 +23,7 @@ from tclib.dictionaries.dictionary import Dictionary
 from tclib.evaluation.evaluate import evaluate
 from tclib.evaluation.replace import replace_mlp
 from tclib.features.from_weights import LoneTokens, mean_pullbacks, pullback
+from tclib.greater_than.components import feature_contributions
 from tclib.greater_than.units import dictionary_units
 from tclib.models.running import Site
 from tclib.support.errors import InputError
@@ -137,6 +138,16 @@ def test_what_a_feature_reads_of_weights_goes_without_the_norm() -> None:
     assert float(scores[7]) == pytest.approx(float(lone[0, 1, 3]), rel=1e-6)
 
 
+def test_what_heads_bring_to_it_is_what_sources_say() -> None:
+    frozen = frozen_model("llama")
+    later = frozen.transcoders[2]
+    (found,) = sources(frozen, [frozen.feature_target(2, 3, -1, 1)])
+    heads = found.contribution[np.array(KINDS)[found.kind] == "head"].sum()
+    values = feature_contributions(frozen, later, 3)[1]
+    biases = found.contribution[np.array(KINDS)[found.kind] == "attention_bias"].sum()
+    assert float(values.sum()) == pytest.approx(float(heads + biases), rel=1e-6)
+
+
 def test_bases_and_models_that_it_cannot_be_of() -> None:
     stream = reading_stream(1, "relu")
     assert to_processed(stream, make_lm("llama")) is stream
@@ -149,6 +160,12 @@ def test_bases_and_models_that_it_cannot_be_of() -> None:
     }.items():
         with pytest.raises(InputError, match=f"{why}.*expected a model with RMSNorms"):
             FrozenPrompts(make_lm(family), ROWS, [stream])
+    for family in ("gpt2", "llama"):
+        frozen = FrozenPrompts(make_lm(family), ROWS, [])
+        with pytest.raises(InputError, match="for layer 0: expected the same|has LayerNorms"):
+            frozen.feature_target(0 if family == "llama" else 1, 3, 5, dictionary=stream)
+    with pytest.raises(InputError, match="has no resid_mid between them"):
+        make_lm("neox").read(ROWS, [Site("resid_mid", 1)])
     sae = random_transcoder(1, "relu").config
     with pytest.raises(InputError, match="only a transcoder reads resid_mid, not an sae_mlp_in"):
         replace(sae, kind="sae_mlp_in", basis="stream")

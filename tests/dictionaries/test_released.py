@@ -16,7 +16,7 @@ import torch
 import yaml
 from hub_rehearsal import add_repository
 from huggingface_hub import constants
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import D_MODEL, N_FEATURES, TOLERANCE, make_lm, random_rows, random_transcoder
 from torch import Tensor
 from typer.testing import CliRunner
@@ -25,9 +25,10 @@ from tclib import cli
 from tclib.circuits.faithfulness import features_alone
 from tclib.circuits.frozen import FrozenPrompts
 from tclib.circuits.graph import attribution_graph
+from tclib.circuits.interventions import ablation_table
 from tclib.dictionaries.bases import to_processed
 from tclib.dictionaries.dictionary import Dictionary
-from tclib.dictionaries.formats.any import load_dictionary
+from tclib.dictionaries.formats.any import load_dictionary, write_any
 from tclib.dictionaries.formats.circuit_tracer import read_circuit_tracer
 from tclib.dictionaries.lazy import LazyDictionary
 from tclib.dictionaries.published import load_published, published_table
@@ -193,6 +194,10 @@ def test_a_top_k_without_its_k_is_asked_for_it(tmp_path: Path) -> None:
     held = {**tracer_file("relu", 0), "k": torch.tensor(3)}
     save_file(held, tmp_path / "layer_0.safetensors")
     assert load_dictionary(tmp_path).config.k == 3
+    for wrong in (torch.tensor(3.7), torch.tensor(float("nan")), torch.tensor([3, 4])):
+        save_file({**held, "k": wrong}, tmp_path / "layer_0.safetensors")
+        with pytest.raises(InputError, match="expected one whole number from 1"):
+            load_dictionary(tmp_path)
 
 
 @pytest.mark.parametrize("dicts", [False, True])
@@ -201,9 +206,11 @@ def test_lists_of_files_on_the_hub(hub: Any, tmp_path: Path, dicts: bool) -> Non
     held = tensors_of("jumprelu", 0)
 
     def write(folder: Path) -> None:
-        place = folder / "layer_0/width_16k/average_l0_76"
-        place.mkdir(parents=True)
-        np.savez(place / "params.npz", **{name: weight.numpy() for name, weight in held.items()})
+        for layer in (0, 1):
+            place = folder / f"layer_{layer}/width_16k/average_l0_76"
+            place.mkdir(parents=True)
+            arrays = {name: weight.numpy() for name, weight in held.items()}
+            np.savez(place / "params.npz", **arrays)
 
     hub("google/gemma-scope-2b-pt-transcoders", write)
     hub("someone/set", a_set({}, "relu", 1, torch.float32), "new-training")
@@ -227,6 +234,9 @@ def test_lists_of_files_on_the_hub(hub: Any, tmp_path: Path, dicts: bool) -> Non
         load_dictionary(tmp_path, layer=7)
     for wrong, message in (
         ("hf://someone", "expected hf://owner/repository/path"),
+        ("hf://a b/c d/e", "expected hf://owner/repository/path"),
+        ("hf://[/a/b/c", "expected hf://owner/repository/path"),
+        (files[0].replace("layer_0", "layer_1"), "is of layer 1 and in the processed basis"),
         ("other.safetensors", "files are read by their names"),
         (3, "expected a file's name"),
     ):
@@ -316,6 +326,19 @@ def test_llama_scope_scales_what_it_reads_and_writes(hub: Any, activation: str) 
     assert (one.config.layer, one.config.model) == (2, "meta-llama/Llama-3.1-8B")
 
 
+def test_tensors_that_llama_scope_does_not_have_are_refused(tmp_path: Path) -> None:
+    write_llama_scope(tmp_path, llama_scope_hyperparams())
+    place = tmp_path / "Llama3_1-8B-Base-L2TC-8x/checkpoints/final.safetensors"
+    held = load_file(place)
+    for changed, message in (
+        ({"W_skip": torch.eye(D_MODEL)}, r"not expected \[W_skip\]"),
+        ({"decoder.bias": torch.zeros(D_MODEL, dtype=torch.int8)}, "tensors of torch.int8"),
+    ):
+        save_file({**held, **changed}, place)
+        with pytest.raises(InputError, match=message):
+            load_dictionary(place.parents[1])
+
+
 def test_what_its_library_saves_today(tmp_path: Path) -> None:
     """llamascopium (May 2026): config.json and sae_weights.safetensors, as save_pretrained writes them."""
     held = tensors_of("jumprelu", 2)
@@ -352,6 +375,9 @@ def test_what_its_library_saves_today(tmp_path: Path) -> None:
             "expected two norms above 0",
         ),
         ({"jump_relu_threshold": None}, "jump_relu_threshold is None"),
+        ({"jump_relu_threshold": 10**400}, "jump_relu_threshold is"),
+        ({"dataset_average_activation_norm": 5}, "dataset_average_activation_norm is a int"),
+        ({"dataset_average_activation_norm": {"in": "x", "out": None}}, "two norms above 0"),
         ({"hook_point_out": "blocks.2.hook_resid_post"}, "is no MLP output"),
     ],
 )
@@ -424,8 +450,39 @@ def test_a_lazy_dictionary_that_is_not_finite_is_found_when_it_is_read(tmp_path:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(hooks("", "mlp.hook_in", "hook_mlp_out")))
     save_file(held, tmp_path / "layer_0.safetensors")
     one = load_dictionary(tmp_path, lazy=True)
-    with pytest.raises(InputError, match="pre-activations that are not finite"):
-        one.encode(torch.ones(2, D_MODEL))
+    for use in (
+        lambda: one.encode(torch.ones(2, D_MODEL)),
+        lambda: one.encoder_direction(3),
+        lambda: one.save(tmp_path / "kept.safetensors"),
+        lambda: write_any({0: one}, tmp_path / "out", "saelens"),
+    ):
+        with pytest.raises(InputError, match="layer_0.safetensors: rows that are NaN or infinite"):
+            use()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.yaml",
+        "layer_0.safetensors",
+    ]
+
+
+def test_gradients_single_tokens_and_models_that_change(tmp_path: Path) -> None:
+    lm = make_lm("llama", torch.float32)
+    raw = lazily(tmp_path, "relu", 1)
+    one, whole = to_processed(raw, lm), to_processed(raw.to(dtype=torch.float64), make_lm("llama"))
+    x = torch.randn(2, D_MODEL, requires_grad=True)
+    (grad,) = torch.autograd.grad(one(x).reconstruction.sum(), x)
+    exact = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(whole(exact).reconstruction.sum(), exact)
+    torch.testing.assert_close(grad, expected.float(), rtol=1e-4, atol=1e-5)
+    assert one(x[0].detach()).reconstruction.shape == (D_MODEL,)
+    frozen = FrozenPrompts(lm, ROWS, [one])
+    root = frozen.logit_target({5: 1.0}, -1)
+    table = ablation_table(frozen, attribution_graph(frozen, [root]), root)
+    assert np.isfinite(table["predicted_gradient"]).all()
+    before = one.encoder_direction(3)
+    lm.mlp_norm(1).gain.mul_(2)  # the model's own parameter
+    assert torch.equal(one.encoder_direction(3), before)
+    with pytest.raises(InputError, match="nonsense"):
+        one.to("nonsense")  # type: ignore[arg-type]
 
 
 MEMORY = """

@@ -144,7 +144,7 @@ def test_attribution_ranks_by_the_metrics_gradient(layer: int) -> None:
         ones = []
         for i in scored.nonzero()[:, 0].tolist():
             one = task.subset([i])
-            parts = ("base", "mlp_in", "mlp_out", "neuron_acts")
+            parts = ("base", "resid_mid", "mlp_in", "mlp_out", "neuron_acts")
             single = replace(below, **{part: getattr(below, part)[[i]] for part in parts})
             values = [
                 metric_of(lm, one, single, (every + sign * change)[[i]]) for sign in (1.0, -1.0)

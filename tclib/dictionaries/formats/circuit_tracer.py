@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs
 
 import yaml
 from torch import Tensor
@@ -24,6 +25,7 @@ MAX_LAYERS = 1_000  # of which every one is read
 TRACER_THRESHOLD = "activation_function.threshold"
 TENSORS = parts.Tensors({"threshold": TRACER_THRESHOLD}, frozenset({"W_enc", "W_skip"}))
 HUB = "hf://"
+OWN_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # of a repository's id
 OWN_NAME = re.compile(r"layer_\d+\.safetensors")
 K = "k"  # of top-k: in the configuration, or a tensor
 
@@ -137,14 +139,15 @@ def _of_list(name: str, folder: Path) -> Path:
     """A file of the list: on the hub as hf://owner/repository/path?revision=…, or else beside the list."""
     if not _is_elsewhere(name, folder):
         return folder / name.split("/")[-1]
-    found = urlparse(name)
-    repository, _, file = found.path.lstrip("/").partition("/")
-    if not (found.netloc and repository and file):
+    path, _, query = name.removeprefix(HUB).partition("?")
+    owner, _, rest = path.partition("/")
+    repository, _, file = rest.partition("/")
+    if not (OWN_PART.fullmatch(owner) and OWN_PART.fullmatch(repository) and file):
         raise InputError(
             f"{folder}: {shown(name)} of its list: expected hf://owner/repository/path"
         )
-    revision = parse_qs(found.query).get("revision", ["main"])[0]
-    return hub_file(f"{found.netloc}/{repository}", file, revision)
+    revision = parse_qs(query).get("revision", ["main"])[0]
+    return hub_file(f"{owner}/{repository}", file, revision)
 
 
 def _whole_folder(files: list[str], folder: Path) -> list[Path]:
@@ -164,7 +167,12 @@ def _whole_folder(files: list[str], folder: Path) -> list[Path]:
 def _read_layer(said: _Said, layer: int, path: Path, lazy: bool) -> Dictionary:
     if path.name in (NPZ, SAFETENSORS):
         found = read_gemma_scope(path, lazy)
-        _check_layers([found.config.layer], layer + 1, said.folder)
+        _, basis = parts.basis_of(said.hooks[0], said.folder)
+        if (found.config.layer, found.config.basis) != (layer, basis):
+            raise InputError(
+                f"{said.folder}: transcoder {layer} of its list is {path}, which is of layer {found.config.layer} and "
+                f"in the {found.config.basis} basis; expected layer {layer}, in the {basis} one, as {said.hooks[0]} says"
+            )
         return found.renamed(replace(found.config, model=said.model, model_hash=said.model_hash))
     tensors = parts.read_tensors(path)
     if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
@@ -173,13 +181,22 @@ def _read_layer(said: _Said, layer: int, path: Path, lazy: bool) -> Dictionary:
     return TENSORS.dictionary(path, {n: t for n, t in tensors.items() if n != K}, config, lazy)
 
 
+def _k_of(held: Tensor, path: Path) -> int:
+    value = float(held) if held.numel() == 1 else math.nan
+    if not (value >= 1 and value == value // 1):
+        raise InputError(
+            f"{path}: its k is {shown(held.tolist())}; expected one whole number from 1"
+        )
+    return int(value)
+
+
 def _layer_config(
     said: _Said, layer: int, tensors: Mapping[str, Tensor], path: Path
 ) -> DictionaryConfig:
     _, basis = parts.place_of(*said.hooks, said.folder, said.model)
     n_features, d_model = tensors["W_enc"].shape
     activation: Any = parts.entry(said.config, "activation", str, said.folder, "relu")
-    k = int(tensors[K]) if K in tensors and tensors[K].numel() == 1 else said.k
+    k = _k_of(tensors[K], path) if K in tensors else said.k
     if TRACER_THRESHOLD in tensors:
         activation, k = "jumprelu", None
     if activation == "topk" and k is None:

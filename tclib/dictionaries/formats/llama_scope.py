@@ -25,10 +25,12 @@ from torch import Tensor
 
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.dictionaries.formats import parts
+from tclib.support.declared import shown
 from tclib.support.errors import InputError, listed
 
 FIRST, LATER = "hyperparams.json", "config.json"
 FIRST_WEIGHTS, LATER_WEIGHTS = "checkpoints/final.safetensors", "sae_weights.safetensors"
+SAELENS = "cfg.json"  # beside weights of the same name
 LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 NORMS = "dataset_average_activation_norm"
 SAME = {"use_glu_encoder": False, "apply_decoder_bias_to_pre_encoder": False}
@@ -44,7 +46,7 @@ FIRST_NAMES = {
 def is_llama_scope(folder: Path) -> bool:
     """Whether a folder holds one of the two layouts."""
     has_later = (folder / LATER).is_file() and (folder / LATER_WEIGHTS).is_file()
-    return (folder / FIRST).is_file() or has_later
+    return (folder / FIRST).is_file() or (has_later and not (folder / SAELENS).is_file())
 
 
 def read_llama_scope(folder: Path) -> Dictionary:
@@ -80,9 +82,13 @@ def read_llama_scope(folder: Path) -> Dictionary:
 def _weights(
     folder: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str], transposed: bool
 ) -> dict[str, Tensor]:
-    missing = listed(set(names.values()) - set(tensors))
-    if missing:
-        raise InputError(f"{folder}: tensors missing [{missing}], only {listed(tensors)}")
+    held = {name for name in tensors if name != LOG_THRESHOLD and not name.startswith(NORMS)}
+    missing, extra = listed(set(names.values()) - held), listed(held - set(names.values()))
+    if missing or extra:
+        raise InputError(f"{folder}: tensors missing [{missing}], not expected [{extra}]")
+    others = sorted({str(t.dtype) for t in tensors.values() if t.dtype not in parts.FLOATS})
+    if others:
+        raise InputError(f"{folder}: tensors of {', '.join(others)}: expected floating point")
     matrices = {name for name in names if name in parts.MATRICES and transposed}
     found = {
         name: (tensors[their].T if name in matrices else tensors[their]).float()
@@ -106,10 +112,19 @@ def _threshold(
 ) -> Tensor:
     if LOG_THRESHOLD in tensors:
         return tensors[LOG_THRESHOLD].float().exp()
-    one = config.get("jump_relu_threshold")
-    if not isinstance(one, int | float) or isinstance(one, bool):
-        raise InputError(f"{folder}: no {LOG_THRESHOLD}, and jump_relu_threshold is {one!r}")
-    return torch.full((n_features,), float(one))
+    one = _number(config.get("jump_relu_threshold"))
+    if not 0 <= one < math.inf:
+        said = shown(config.get("jump_relu_threshold"))
+        raise InputError(f"{folder}: no {LOG_THRESHOLD}, and jump_relu_threshold is {said}")
+    return torch.full((n_features,), one)
+
+
+def _number(value: Any) -> float:
+    """A number of a configuration, or of a tensor of one; NaN for anything else."""
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 else math.nan
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 1e300 else math.nan
 
 
 def _norms(
@@ -123,13 +138,13 @@ def _norms(
         raise InputError(
             f"{folder}: norm_activation {how!r} scales every token by itself; expected dataset-wise"
         )
-    held = config.get(NORMS) or {}
-    found = [tensors.get(f"{NORMS}.{hook}") for hook in hooks]
-    values = [
-        float(held.get(end, 0.0)) if tensor is None else float(tensor)
-        for end, tensor in zip(("in", "out"), found, strict=True)
+    held = parts.entry(config, NORMS, dict, folder, {})
+    found = [
+        tensors.get(f"{NORMS}.{hook}", held.get(end))
+        for hook, end in zip(hooks, ("in", "out"), strict=True)
     ]
-    if not all(math.isfinite(value) and value > 0 for value in values):
+    values = [_number(one) for one in found]
+    if not all(0 < value < math.inf for value in values):
         raise InputError(f"{folder}: {NORMS} {values}: expected two norms above 0")
     return values[0], values[1]
 

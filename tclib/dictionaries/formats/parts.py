@@ -50,13 +50,7 @@ def place_of(hook_in: str, hook_out: str, where: Path, model: str = "") -> tuple
     Errors: `InputError` unless it reads what the norm in front of an MLP gives, or takes, and writes what that
     MLP adds to the stream, which is not what a `model` with a norm behind its MLPs has at mlp.hook_out.
     """
-    layer, name = _layer_and_name(hook_in, where)
-    bases: dict[str, Basis] = {own: basis for basis, own in HOOK_IN.items()}
-    bases["hook_mlp_in"] = "stream"  # a copy of it
-    if name not in bases:
-        raise InputError(
-            f"{where}: hook {hook_in!r} is no MLP input: expected {' or '.join(bases)}"
-        )
+    layer, basis = basis_of(hook_in, where)
     layer_out, name_out = _layer_and_name(hook_out, where)
     if name_out not in HOOKS_OUT:
         raise InputError(
@@ -71,6 +65,18 @@ def place_of(hook_in: str, hook_out: str, where: Path, model: str = "") -> tuple
         raise InputError(
             f"{where}: it reads layer {layer} ({hook_in}) and writes layer {layer_out} ({hook_out}): "
             "expected a transcoder of one layer's MLP"
+        )
+    return layer, basis
+
+
+def basis_of(hook_in: str, where: Path) -> tuple[int, Basis]:
+    """The layer and the basis of what is read at a hook. Errors: `InputError` unless an MLP reads there."""
+    layer, name = _layer_and_name(hook_in, where)
+    bases: dict[str, Basis] = {own: basis for basis, own in HOOK_IN.items()}
+    bases["hook_mlp_in"] = "stream"  # a copy of it
+    if name not in bases:
+        raise InputError(
+            f"{where}: hook {hook_in!r} is no MLP input: expected {' or '.join(bases)}"
         )
     return layer, bases[name]
 
@@ -142,7 +148,8 @@ class Tensors:
         small = {n: t for n, t in tensors.items() if n not in map(self._their, MATRICES)}
         found = self._read(small, [n for n in config.shapes() if n not in MATRICES])
         mapped = {
-            name: MappedRows(tensors[self._their(name)], self._by_column(name)) for name in MATRICES
+            name: MappedRows(where, tensors[self._their(name)], self._by_column(name))
+            for name in MATRICES
         }
         return LazyDictionary(config, mapped["W_enc"], decoder=mapped["W_dec"], **found)
 
