@@ -32,7 +32,7 @@ DICTIONARIES = {
     "config(k=5)": "k 5: only activations topk and batch_topk take a k",
     "config(kind='sae_mlp_in', d_out=8)": "an SAE maps a site to itself",
     "config(model=None)": "model None: expected",
-    "config(basis='centred')": "basis 'centred': expected 'processed' or 'raw'",
+    "config(basis='centred')": "basis 'centred': expected 'processed', 'raw' or 'stream'",
     "config(skip='maybe')": "skip 'maybe': expected",
     "config(width=3)": "width: no such name",
     # its weights
@@ -130,7 +130,7 @@ DICTIONARIES = {
 }
 
 MODELS = {
-    "tc.Site('mlp', 0)": "name 'mlp': expected 'mlp_in' or 'mlp_out'",
+    "tc.Site('mlp', 0)": "name 'mlp': expected 'mlp_in', 'mlp_out' or 'resid_mid'",
     "tc.Site('mlp_in', -1)": "layer -1: expected at least 0",
     "tc.Site('mlp_in', 1.0)": "layer 1.0: expected a whole number",
     "tc.Site('mlp_in', '1')": "layer '1': expected a whole number",

@@ -78,7 +78,8 @@ def _as_released(one: ReleasedSet, layer: int, path: Path, found: Dictionary) ->
     config = found.config
     if config.layer != layer:
         raise InputError(f"{path} holds layer {config.layer}, its name says {layer}")
-    if config.model and names_differ(config.model, one.model):
+    is_named = config.model and one.format != "authors"  # whose names are of TransformerLens
+    if is_named and names_differ(config.model, one.model):
         raise InputError(f"{path} is of {config.model}, and {one.name} is of {one.model}")
     if config.model or one.format == "authors":
         return found

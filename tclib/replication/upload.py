@@ -17,7 +17,7 @@ import yaml
 from tclib.dictionaries.dictionary import Dictionary
 from tclib.dictionaries.formats.any import Format, write_any
 from tclib.dictionaries.formats.parts import HOOK_IN, HOOK_OUT
-from tclib.models.hub import check_hub_reachable
+from tclib.models.hub import check_hub_reachable, check_repository_id
 from tclib.support.errors import InputError, first_line
 from tclib.support.files import load_tensors, new_folder
 from tclib.support.paths import read_json
@@ -234,13 +234,7 @@ def stage(
 
 def check_repository(repository: str) -> None:
     """Raise `InputError` unless it could be the id of a repository of one's own."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise InputError(f"repository {repository!r}: {first_line(error)}") from error
+    check_repository_id(repository, "repository")
     if repository.count("/") != 1:
         raise InputError(f"repository {repository!r}: expected owner/name")
 
