@@ -14,6 +14,7 @@ from unittest import mock
 
 import jaxtyping
 import nbformat
+import pytest
 import torch
 from families import D_MODEL, D_VOCAB, N_CTX, N_LAYERS, family_model  # noqa: F401
 from hypothesis import settings
@@ -231,7 +232,10 @@ def runner_config_class() -> Iterator[type]:
     made.__module__ = "sae_training.config"
     package, module = types.ModuleType("sae_training"), types.ModuleType(made.__module__)
     module.LanguageModelSAERunnerConfig = made  # type: ignore[attr-defined]
-    with mock.patch.dict(sys.modules, {package.__name__: package, module.__name__: module}):
+    # One by one: putting all modules back as they were would take out those that are imported meanwhile.
+    with pytest.MonkeyPatch.context() as patched:
+        for one in (package, module):
+            patched.setitem(sys.modules, one.__name__, one)
         yield made
 
 
