@@ -183,12 +183,18 @@ class Judge:
         return parse_number(said, len(trial.texts))
 
 
+NUMBERED = re.compile(r"(\d{1,3})[.):] *(yes|no|1|0)[.,;]?", re.IGNORECASE)
+
+
 def _numbered(texts: Iterable[str]) -> str:
     return "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
 
 
 def parse_list(said: str, n: int) -> list[bool] | None:
-    """The last list of n ones and zeros in an answer, or one that is nothing but them; else None."""
+    """The last list of n ones and zeros in an answer, or one that is nothing but them, or n numbered lines of yes or no.
+
+    None for anything else.
+    """
     for inside in reversed(re.findall(r"\[([^\[\]]*)\]", said)):
         values = re.split(r"[\s,;]+", inside.strip())
         if len(values) == n and set(values) <= {"0", "1"}:
@@ -196,6 +202,10 @@ def parse_list(said: str, n: int) -> list[bool] | None:
     values = re.split(r"[\s,;]+", said.strip().rstrip("."))
     if len(values) == n and set(values) <= {"0", "1"}:
         return [value == "1" for value in values]
+    lines = [NUMBERED.fullmatch(line.strip()) for line in said.strip().splitlines()]
+    numbers = [line and int(line[1]) for line in lines]
+    if numbers == list(range(1, n + 1)):
+        return [line is not None and line[2].lower() in ("yes", "1") for line in lines]
     return None
 
 

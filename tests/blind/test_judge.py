@@ -436,6 +436,10 @@ def test_what_cannot_be_read_is_neither_right_nor_wrong(server: Server) -> None:
         ("[1, 0, 2]", None),
         ("[[]]", None),
         ("yes, no, yes", None),
+        ("1. Yes\n2. no\n3) YES.", [True, False, True]),
+        ("1. Yes\n2. no", None),
+        ("1. Yes\n3. no\n2. no", None),
+        ("1. Yes\n2. perhaps\n3. no", None),
         ("", None),
     ],
 )
