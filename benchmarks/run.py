@@ -22,7 +22,7 @@ import torch
 from result import NotHere, Result, in_own_process
 
 NAMES = ("training_step", "harvest", "shared_harvest", "memory", "attribution", "k_curve")
-NAMES += ("top_examples", "full_graph", "interop", "scaling", "authors")
+NAMES += ("top_examples", "full_graph", "large_models", "interop", "scaling", "authors")
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks/results.json"
 MARKERS = ("<!-- by benchmarks/run.py --readme -->\n", "<!-- end -->\n")
