@@ -29,13 +29,16 @@ from tclib.replication.transcoders import paper_recovered, whole_model_measured
 from tclib.replication.verdicts import (
     COLUMNS,
     RULES,
+    UNSTEADY,
     Measured,
     decided,
     results_table,
     rules_table,
     smallest_effect,
+    steady,
     verdict,
 )
+from tclib.support.places import DATA
 from tclib.text.corpus import CorpusConfig, build_corpus
 
 
@@ -280,3 +283,13 @@ def test_the_mean_has_its_interval_over_prompts() -> None:
     values = np.random.default_rng(0).normal(1.0, 0.5, 400)
     value, low, high = mean_interval(values)
     assert low < value < high and high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
+
+
+def test_claims_that_the_committed_seeds_decide_differently_are_those_that_are_not_steady() -> None:
+    table = pd.read_csv(DATA / "reference/demo/08_seeds/seeds.csv")
+    is_moved = table["verdicts"].map(lambda said: len(set(said.split(", "))) > 1)
+    moved = {name.split(" (")[0].split(",")[0] for name in table["statistic"][is_moved]}
+    assert moved == set(UNSTEADY) <= set(RULES)
+    lines = [{"claim": rule.claim} for rule in RULES.values()]
+    kept = {rule.claim for name, rule in RULES.items() if name not in UNSTEADY}
+    assert {line["claim"] for line in steady(lines)} == kept
