@@ -34,7 +34,10 @@ BUFFERS = re.compile(
 FLOATS = ("F16", "BF16", "F32", "F64")
 ANY_SIZE = ("rope_theta", "rotary_emb_base")
 MOST_OF_ANYTHING = 2**21
-UNEMBEDDED = 65_536  # tokens that are compared, of a larger vocabulary
+COMPARED_WHOLE, COMPARED = (
+    65_536,
+    8_192,
+)  # tokens: a vocabulary up to the first, so many of a larger one
 MOST = {
     "max_position_embeddings": 2**24,
     "n_positions": 2**24,
@@ -345,7 +348,8 @@ def _parts(lm: Running, cache: ForwardCache) -> Iterator[tuple[str, Tensor, Tens
         what = "attention and MLP" if lm.is_parallel else "stream above the MLP"
         yield f"{what} of layer {layer}", attended + cache.mlp_out[layer], streams[layer + 1]
     logits = cache.logits - cache.logits.mean(-1, keepdim=True)
-    ids = torch.arange(0, lm.d_vocab, max(1, lm.d_vocab // UNEMBEDDED), device=logits.device)
+    every = 1 if lm.d_vocab <= COMPARED_WHOLE else lm.d_vocab // COMPARED
+    ids = torch.arange(0, lm.d_vocab, every, device=logits.device)
     yield "unembedding", final @ lm.unembedding(ids) + lm.b_U[ids], logits[..., ids]
 
 
