@@ -18,7 +18,7 @@ MEMBERS = {
     "Phi3ForCausalLM": ("Phi-3, Phi-4", ""),
     "GemmaForCausalLM": ("Gemma", ""),
     "Gemma2ForCausalLM": ("Gemma 2", ""),
-    "Gemma3ForCausalLM": ("Gemma 3 (text)", ""),
+    "Gemma3ForCausalLM": ("Gemma 3 (text)", "Gemma 3 270M"),
     "Olmo2ForCausalLM": ("OLMo 2", ""),
     "GraniteForCausalLM": ("Granite 3", ""),
     "CohereForCausalLM": ("Command R", ""),
