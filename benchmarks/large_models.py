@@ -20,7 +20,6 @@ from result import Result, in_own_process
 from safetensors.torch import save_file
 
 N_POS, N_NODES, L0 = 32, 2_000, 50
-LIMIT_GB = 12.0
 
 
 @dataclass(frozen=True)
@@ -181,14 +180,5 @@ if __name__ == "__main__":
     if not (kept / "transcoders").is_dir():
         kept.mkdir(parents=True, exist_ok=True)
         in_own_process(write, chosen, str(kept))
-    print(
-        json.dumps(
-            dict(
-                zip(
-                    ("loading_s", "tracing_s", "GB", "residual"),
-                    in_own_process(measured, str(kept)),
-                    strict=True,
-                )
-            )
-        )
-    )
+    names = ("loading_s", "tracing_s", "GB", "residual")
+    print(json.dumps(dict(zip(names, in_own_process(measured, str(kept)), strict=True))))

@@ -21,6 +21,7 @@ from tclib.support.places import NOTEBOOKS
 from tclib.training.spec import DictionarySpec, Recipe, TrainingConfig
 
 if TYPE_CHECKING:
+    from tclib.dictionaries.formats.any import Format
     from tclib.replication.presets import Preset
 
 # What is slow to import (torch, pandas, transformers) is imported by the commands that need it.
@@ -273,9 +274,7 @@ def export(
     from tclib.replication.export_ratings import export_ratings
     from tclib.replication.presets import load_preset
 
-    check_folder(out.parent)
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out} is there already: choose another place, or remove it")
+    _check_free(out)
     table = export_ratings(load_preset(preset, seed, runs_dir), rater or (), with_origin, out)
     typer.echo(f"{out}: {len(table)} ratings by {', '.join(sorted(set(table['rater'])))}")
 
@@ -528,22 +527,18 @@ def upload(
     """Upload trained dictionaries to the Hugging Face hub, with a model card of the run's figures."""
     from tempfile import TemporaryDirectory
 
-    from tclib.dictionaries.formats.any import FORMATS
     from tclib.replication.upload import check_repository, push, stage
 
-    if to not in FORMATS:
-        raise InputError(f"format {to!r}: expected one of {', '.join(FORMATS)}")
+    form = _known_format(to)
     check_repository(repo)
     if out is not None:
-        check_folder(out.parent)
-        if out.exists() or out.is_symlink():
-            raise InputError(f"{out} is there already: choose another place, or remove it")
-        stage(folder, out, repo, licence, to)
+        _check_free(out)
+        stage(folder, out, repo, licence, form)
         typer.echo(f"{out}: as it would be uploaded to {repo}")
         return
     with TemporaryDirectory() as temporary:
         staged = Path(temporary) / "upload"
-        found = stage(folder, staged, repo, licence, to)
+        found = stage(folder, staged, repo, licence, form)
         typer.echo(f"{push(staged, repo, private)}: {len(found)} dictionaries")
 
 
@@ -563,14 +558,11 @@ def convert(
 ) -> None:
     """Convert a dictionary to another format or basis."""
     from tclib.dictionaries.bases import to_processed, to_raw
-    from tclib.dictionaries.formats.any import FORMATS, read_any, write_any
+    from tclib.dictionaries.formats.any import read_any, write_any
     from tclib.models.language_model import LanguageModel
 
-    if to not in FORMATS:
-        raise InputError(f"format {to!r}: expected one of {', '.join(FORMATS)}")
-    check_folder(out.parent)
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out} is there already: choose another place, or remove it")
+    form = _known_format(to)
+    _check_free(out)
     dictionaries = read_any(path).dictionaries
     changed = {layer: d for layer, d in dictionaries.items() if basis not in (None, d.config.basis)}
     streams = [layer for layer, d in changed.items() if d.config.reads_stream]
@@ -584,8 +576,24 @@ def convert(
         lm = LanguageModel.load(str(model))
         function = to_processed if basis == "processed" else to_raw
         dictionaries |= {layer: function(d, lm) for layer, d in changed.items()}
-    write_any(dictionaries, out, to)
+    write_any(dictionaries, out, form)
     typer.echo(f"{out}: {to}, layers {sorted(dictionaries)}")
+
+
+def _known_format(to: str) -> Format:
+    """The format of that name. Errors: `InputError` for one that is not known."""
+    from tclib.dictionaries.formats.any import FORMATS
+
+    if to not in FORMATS:
+        raise InputError(f"format {to!r}: expected one of {', '.join(FORMATS)}")
+    return to
+
+
+def _check_free(out: Path) -> None:
+    """Raise `InputError` unless something new can be written there."""
+    check_folder(out.parent)
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} is there already: choose another place, or remove it")
 
 
 @app.command("demo-model")

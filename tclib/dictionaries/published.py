@@ -107,12 +107,7 @@ def locate_published(
         )
     folder = cached_snapshot(one.repository) if source == "hub" else expanded(source)
     names = {layer: one.names(layer, chosen, (one.file, *one.besides)) for layer in wanted}
-    missing = [
-        file
-        for files in names.values()
-        for file in files
-        if folder is None or not (folder / file).is_file()
-    ]
+    missing = [file for files in names.values() for file in _missing(folder, files)]
     if missing and source == "hub":
         return _from_hub(one, chosen, names, missing[0])
     if missing:
@@ -121,6 +116,11 @@ def locate_published(
         )
     assert folder is not None
     return {layer: folder / files[0] for layer, files in names.items()}
+
+
+def _missing(folder: Path | None, files: Iterable[str]) -> list[str]:
+    """Those files that a folder lacks; all of them without a folder."""
+    return [file for file in files if folder is None or not (folder / file).is_file()]
 
 
 def _from_hub(
@@ -149,14 +149,10 @@ def published_table() -> pd.DataFrame:
 
 def _line(one: ReleasedSet) -> dict[str, Any]:
     snapshot = cached_snapshot(one.repository)
-    n_cached = sum(
-        snapshot is not None
-        and all(
-            (snapshot / file).is_file()
-            for file in one.names(layer, one.variants[0], (one.file, *one.besides))
-        )
-        for layer in range(one.n_layers)
+    files = (
+        one.names(layer, one.variants[0], (one.file, *one.besides)) for layer in range(one.n_layers)
     )
+    n_cached = sum(not _missing(snapshot, of_layer) for of_layer in files)
     return {
         "name": one.name,
         "model": one.model,

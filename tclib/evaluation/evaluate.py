@@ -215,14 +215,16 @@ def _compared(
     found = {key: original.new_empty(len(targets), 3, dtype=torch.float32) for key in hidden}
     reads = {key: read[:, :-1].flatten(0, 1) for key, read in hidden.items()}
     before = original[:, :-1].flatten(0, 1)
-    for start in range(0, len(targets), max(1, LOGITS_AT_ONCE // lm.d_vocab)):
-        some = slice(start, start + max(1, LOGITS_AT_ONCE // lm.d_vocab))
+    n_at_once = max(1, LOGITS_AT_ONCE // lm.d_vocab)
+    for start in range(0, len(targets), n_at_once):
+        some = slice(start, start + n_at_once)
         log_p = lm.unembed(before[some]).float().log_softmax(-1)
+        top = log_p.argmax(-1)
         for key, read in reads.items():
             logits = lm.unembed(read[some]).float()
             found[key][some, 0] = cross_entropy(logits, targets[some], reduction="none")
             found[key][some, 1] = metrics.kl_from(log_p, logits)
-            found[key][some, 2] = (log_p.argmax(-1) == logits.argmax(-1)).float()
+            found[key][some, 2] = (top == logits.argmax(-1)).float()
     return {key: losses.view(n_rows, n_predictions, 3) for key, losses in found.items()}
 
 

@@ -34,10 +34,8 @@ BUFFERS = re.compile(
 FLOATS = ("F16", "BF16", "F32", "F64")
 ANY_SIZE = ("rope_theta", "rotary_emb_base")
 MOST_OF_ANYTHING = 2**21
-COMPARED_WHOLE, COMPARED = (
-    65_536,
-    8_192,
-)  # tokens: a vocabulary up to the first, so many of a larger one
+COMPARED_WHOLE = 65_536  # tokens: all logits of a vocabulary up to this are compared,
+COMPARED = 8_192  # and about so many of a larger one
 MOST = {
     "max_position_embeddings": 2**24,
     "n_positions": 2**24,

@@ -91,13 +91,14 @@ def model_card(
     if len(models) == 1 and models[0].count("/") == 1 and not models[0].startswith("."):
         front["base_model"] = models[0]
     kinds = "Dictionaries" if any(_is_sae(one) for one in trained) else "Transcoders"
+    where = places(trained, to)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {kinds} of {', '.join(models) or 'a model without a name'}",
-        _table(folder, trained, places(trained, to)),
+        _table(folder, trained, where),
         SITES,
         _training(folder, trained),
-        _loading(trained[0], places(trained, to)[0], repository, to),
+        _loading(trained[0], where[0], repository, to),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -121,8 +121,7 @@ def _mapped(path: Path, name: str) -> Tensor:
     with path.open("rb") as file:
         file.seek(member.header_offset + 26)
         n_name, n_extra = np.frombuffer(file.read(4), dtype="<u2").tolist()
-    start = (
-        member.header_offset + 30 + n_name + n_extra + n_header
-    )  # behind the member's own header
+    # Behind the archive's header of the member, and the array's own.
+    start = member.header_offset + 30 + n_name + n_extra + n_header
     order: Any = "F" if is_fortran else "C"
     return torch.from_numpy(np.memmap(path, dtype, "c", start, shape, order))

@@ -26,7 +26,7 @@ from torch import Tensor
 from tclib.dictionaries.dictionary import Dictionary, DictionaryConfig
 from tclib.dictionaries.formats import parts
 from tclib.support.declared import shown
-from tclib.support.errors import InputError, listed
+from tclib.support.errors import InputError
 
 FIRST, LATER = "hyperparams.json", "config.json"
 FIRST_WEIGHTS, LATER_WEIGHTS = "checkpoints/final.safetensors", "sae_weights.safetensors"
@@ -34,13 +34,16 @@ SAELENS = "cfg.json"  # beside weights of the same name
 LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 NORMS = "dataset_average_activation_norm"
 SAME = {"use_glu_encoder": False, "apply_decoder_bias_to_pre_encoder": False}
-LATER_NAMES = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
-FIRST_NAMES = {
-    "W_enc": "encoder.weight",
-    "b_enc": "encoder.bias",
-    "W_dec": "decoder.weight",
-    "b_dec": "decoder.bias",
-}
+LATER_TENSORS = parts.Tensors({"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"})
+FIRST_TENSORS = parts.Tensors(
+    {
+        "W_enc": "encoder.weight",
+        "b_enc": "encoder.bias",
+        "W_dec": "decoder.weight",
+        "b_dec": "decoder.bias",
+    },
+    frozenset(parts.MATRICES),
+)
 
 
 def is_llama_scope(folder: Path) -> bool:
@@ -64,8 +67,7 @@ def read_llama_scope(folder: Path) -> Dictionary:
     kind = parts.entry(config, "act_fn", str, folder).lower()
     if kind not in ("jumprelu", "topk"):
         raise InputError(f"{folder}: act_fn {kind!r}; expected jumprelu or topk")
-    names = FIRST_NAMES if is_first else LATER_NAMES
-    weights = _weights(folder, tensors, names, transposed=is_first)
+    weights = _weights(folder, tensors, FIRST_TENSORS if is_first else LATER_TENSORS)
     activation: Any = kind
     d_in, n_features = weights["W_enc"].shape
     k = parts.entry(config, "top_k", int, folder) if activation == "topk" else None
@@ -80,31 +82,21 @@ def read_llama_scope(folder: Path) -> Dictionary:
 
 
 def _weights(
-    folder: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str], transposed: bool
+    folder: Path, tensors: Mapping[str, Tensor], names: parts.Tensors
 ) -> dict[str, Tensor]:
-    held = {name for name in tensors if name != LOG_THRESHOLD and not name.startswith(NORMS)}
-    missing, extra = listed(set(names.values()) - held), listed(held - set(names.values()))
-    if missing or extra:
-        raise InputError(f"{folder}: tensors missing [{missing}], not expected [{extra}]")
+    """Both matrices and biases, by our names; what stands beside them is read apart."""
     others = sorted({str(t.dtype) for t in tensors.values() if t.dtype not in parts.FLOATS})
     if others:
         raise InputError(f"{folder}: tensors of {', '.join(others)}: expected floating point")
-    matrices = {name for name in names if name in parts.MATRICES and transposed}
-    found = {
-        name: (tensors[their].T if name in matrices else tensors[their]).float()
-        for name, their in names.items()
-    }
-    d_model, n_features = found["W_enc"].shape if found["W_enc"].ndim == 2 else (0, 0)
-    expected = {
-        "W_enc": (d_model, n_features),
-        "b_enc": (n_features,),
-        "W_dec": (n_features, d_model),
-        "b_dec": (d_model,),
-    }
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    if shapes != expected or d_model > n_features:
-        raise InputError(f"{folder}: weights of shapes {shapes} (transposed?), expected {expected}")
-    return found
+    held = {n: t for n, t in tensors.items() if n != LOG_THRESHOLD and not n.startswith(NORMS)}
+    biases = [held.get(names.names[name]) for name in ("b_dec", "b_enc")]
+    d_model, n_features = (1 if bias is None else bias.numel() for bias in biases)
+    if d_model > n_features:
+        raise InputError(
+            f"{folder}: biases of {d_model} and {n_features} numbers: expected more features than that are read"
+        )
+    plain = DictionaryConfig("transcoder", 0, d_model, d_model, n_features)
+    return names.ours(folder, held, plain)
 
 
 def _threshold(
@@ -156,10 +148,10 @@ def _folded(
     root = math.sqrt(len(weights["b_dec"]))
     s_in, s_out = (root / norm if norm else 1.0 for norm in norms)
     size = weights["W_dec"].norm(dim=1) if by_decoder_norm else torch.ones(len(weights["b_enc"]))
-    found = {
+    return {
+        **weights,  # the threshold, where there is one
         "W_enc": weights["W_enc"] * s_in * size,
         "b_enc": weights["b_enc"] * size,
         "W_dec": weights["W_dec"] / size[:, None] / s_out,
         "b_dec": weights["b_dec"] / s_out,
     }
-    return found | {name: weights[name] for name in weights if name == "threshold"}

@@ -145,8 +145,7 @@ class Tensors:
         if not lazy:
             return Dictionary(config, **self.ours(where, tensors, config))
         self.check(where, tensors, config)
-        small = {n: t for n, t in tensors.items() if n not in map(self._their, MATRICES)}
-        found = self._read(small, [n for n in config.shapes() if n not in MATRICES])
+        found = self._read(tensors, [name for name in config.shapes() if name not in MATRICES])
         mapped = {
             name: MappedRows(where, tensors[self._their(name)], self._by_column(name))
             for name in MATRICES
